@@ -1,0 +1,137 @@
+"""Judge a sampler trained on the digits: pictures, an independent classifier, copies.
+
+    python experiments/digits_report.py --load_dir demo_absorbing --load_step 1500 --ema \
+        --n_samples 500 --log_dir demo
+
+Writes logs/<log_dir>/images/report_<step>.png (real digits, reconstructions of held-out digits,
+samples), prints a table of measured figures and keeps it as logs/<log_dir>/results.json.
+"""
+
+import json
+
+import torch
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
+
+from hparams import UserError, get_samples_hparams
+from hparams.runs import RunFolder
+from utils.assemble import load_autoencoder, load_sampler
+from utils.data import load_dataset, train_validation_split
+from utils.image_files import image_grid, save_image, to_uint8
+from utils.metrics import psnr
+from utils.sampling import draw_samples
+from utils.scripts import run_script, start_run
+from utils.training import Precision, resolve_device
+
+SIDE = 8  # the pixels of scikit-learn's digits, to which images are reduced again
+CONFIDENT = 0.8
+
+
+def reduce(images):
+    """Digits [n, 1, S, S] to the vectors [n, 64] of 8x8 pixels that they were enlarged from."""
+    return torch.nn.functional.interpolate(images, size=(SIDE, SIDE), mode="area").flatten(1)
+
+
+def fit_classifier(images, labels):
+    """A support vector machine with calibrated probabilities on real digits [n, 64]."""
+    machine = CalibratedClassifierCV(SVC(C=10), cv=10, ensemble=False)
+    return machine.fit(images.numpy(), labels)
+
+
+def recognise(classifier, images):
+    """(classes [n], confidences [n]) that the classifier gives digits [n, 64]."""
+    confidence, classes = torch.from_numpy(classifier.predict_proba(images.numpy())).max(1)
+    return classes, confidence
+
+
+def nearest_distances(images, others):
+    """Euclidean distance of each image [n, 64] to the nearest of `others` [m, 64]: [n]."""
+    return torch.cdist(images, others).amin(1)
+
+
+def all_images(dataset):
+    return torch.stack([dataset.load(index) for index in range(len(dataset))])
+
+
+def last_metrics(run):
+    """Last validation of a run and its seconds of training, from metrics.jsonl; {} without one."""
+    if not run.metrics.exists():
+        return {}
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    found = {}
+    for line in lines:
+        if line["group"] == "validation":
+            found.update(line)
+        found["seconds"] = line.get("seconds", found.get("seconds"))
+    return found
+
+
+@torch.no_grad()
+def measure(H, real, held_out, labels, reconstructions, samples):
+    """The table: name -> value. `labels` are (those of real, those of held_out)."""
+    classifier = fit_classifier(reduce(real), labels[0])
+    classes, confidence = recognise(classifier, reduce(held_out))
+    sample_classes, sample_confidence = recognise(classifier, reduce(samples))
+    recognised = sample_confidence >= CONFIDENT
+    shares = torch.bincount(sample_classes, minlength=10) / len(samples)
+    sample_distance = nearest_distances(reduce(samples), reduce(real))
+    real_distance = nearest_distances(reduce(held_out), reduce(real))
+    autoencoder_run = last_metrics(RunFolder(H.ae_load_dir))
+    sampler_run = last_metrics(RunFolder(H.load_dir))
+    return {
+        "reconstruction PSNR of held-out digits (dB)":
+            psnr(held_out, reconstructions).mean().item(),
+        "validation bits per token": sampler_run.get("bits_per_token"),
+        "seconds to train the autoencoder": autoencoder_run.get("seconds"),
+        "seconds to train the sampler": sampler_run.get("seconds"),
+        "classifier: accuracy on held-out digits":
+            (classes == torch.tensor(labels[1])).double().mean().item(),
+        f"classifier: held-out digits with confidence >= {CONFIDENT}":
+            (confidence >= CONFIDENT).double().mean().item(),
+        f"classifier: samples with confidence >= {CONFIDENT}": recognised.double().mean().item(),
+        "classifier: share of the rarest class among samples": shares.min().item(),
+        "classifier: share of the commonest class among samples": shares.max().item(),
+        "distance to nearest training digit, held-out (median)": real_distance.median().item(),
+        "distance to nearest training digit, samples (median)": sample_distance.median().item(),
+        "distance to nearest training digit, held-out (5%)": real_distance.quantile(0.05).item(),
+        "distance to nearest training digit, samples (5%)": sample_distance.quantile(0.05).item(),
+    }
+
+
+def picture(held_out, reconstructions, samples, columns=10, rows=6):
+    """Three panels side by side: real digits, their reconstructions, samples; [1, H, W]."""
+    count = columns * rows
+    panels = [image_grid(part[:count], columns) for part in (held_out, reconstructions, samples)]
+    gap = torch.full((panels[0].shape[0], panels[0].shape[1], 24), 255, dtype=torch.uint8)
+    return torch.cat((panels[0], gap, panels[1], gap, panels[2]), dim=2)
+
+
+def main(argv=None):
+    H = get_samples_hparams(argv)
+    if H.dataset != "digits":
+        raise UserError(f"digits_report judges runs on the digits, not on {H.dataset}")
+    device = resolve_device(H.device)
+    with start_run(H, device) as log:
+        train_set, validation_set = train_validation_split(load_dataset(H))
+        targets = load_digits().target
+        labels = [targets[part.indices] for part in (train_set, validation_set)]
+        real, held_out = all_images(train_set), all_images(validation_set)
+        autoencoder = load_autoencoder(H, device, log)
+        sampler = load_sampler(H, autoencoder, device, log)
+        with torch.no_grad():
+            reconstructions = autoencoder(held_out.to(device))[0].clamp(0, 1).cpu()
+        samples = draw_samples(H, sampler, autoencoder, Precision(H.amp, device))
+        table = measure(H, real, held_out, labels, reconstructions, samples)
+        for name, value in table.items():
+            log.info(f"{name:64} {'unknown' if value is None else format(value, '.4g')}")
+        path = log.folder.images / f"report_{H.load_step}.png"
+        save_image(picture(*map(to_uint8, (held_out, reconstructions, samples))), path)
+        results = log.folder.path / "results.json"
+        results.write_text(json.dumps(table, indent=1))
+        log.info(f"the table is kept in {results}")
+        log.info(f"real digits | reconstructions | samples: {path}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,169 @@
+"""Every setting of every script, declared once: name, type, default, limits and help.
+
+The defaults written here are those of ffhq; `hparams/defaults.py` holds what other datasets change.
+"""
+
+from dataclasses import dataclass
+
+from hparams.settings import Settings, setting
+
+DATASETS = ["digits", "ffhq", "churches", "bedrooms", "real_fake_faces", "custom"]
+
+
+@dataclass
+class Data(Settings):
+    """Data."""
+
+    dataset: str = setting("", "what to learn from; digits needs no download, the others are "
+                           "found by datasets.yaml", choices=DATASETS, required=True)
+    custom_dataset_path: str | None = setting(None, "folder of images, nested or flat, for "
+                                              "--dataset custom")
+    horizontal_flip: bool = setting(False, "also learn from mirrored images")
+    num_workers: int | None = setting(None, "processes that read images (none: up to 4, or 0 for "
+                                      "embedded data)", minimum=0)
+
+
+@dataclass
+class Training(Settings):
+    """Training."""
+
+    train_steps: int = setting(100000000, "step to train to; a checkpoint is written there",
+                               minimum=1)
+    batch_size: int = setting(20, "images a step", minimum=1)
+    lr: float | None = setting(None, "learning rate (none, autoencoder: base_lr x batch_size)",
+                               above=0)
+    amp: bool = setting(False, "mixed precision: bfloat16 on CPUs and on GPUs that have it, "
+                        "float16 with a gradient scaler on the others")
+    ema: bool = setting(False, "keep an exponential moving average of the weights; display, "
+                        "validate, and (experiments) sample with it")
+    ema_beta: float = setting(0.995, "what an EMA update keeps of the average", minimum=0, below=1)
+    steps_per_update_ema: int = setting(10, "steps between EMA updates", minimum=1)
+    load_dir: str = setting("test", "run whose checkpoint is loaded")
+    load_step: int = setting(0, "step of the checkpoint to load; 0 loads none", minimum=0)
+    load_optim: bool = setting(True, "also restore the optimisers; --no_load_optim starts them "
+                               "afresh")
+    seed: int = setting(0, "seed of weights, data order and noise: equal seeds, equal runs",
+                        minimum=0)
+    device: str | None = setting(None, "cpu, cuda, cuda:1, ... (none: a GPU where there is one)")
+
+
+@dataclass
+class Logging(Settings):
+    """Logging."""
+
+    log_dir: str = setting("test", "name of the run: its files go to logs/NAME")
+    save_individually: bool = setting(False, "save samples as single images too")
+    steps_per_log: int = setting(10, "steps between log entries", minimum=1)
+    steps_per_eval: int = setting(0, "steps between validations; 0 trains on everything, without "
+                                  "a validation split", minimum=0)
+    steps_per_display_output: int = setting(5000, "steps between images on visdom; 0 for none",
+                                            minimum=0)
+    steps_per_save_output: int = setting(5000, "steps between images in logs/NAME/images; 0 for "
+                                         "none", minimum=0)
+    steps_per_checkpoint: int = setting(25000, "steps between checkpoints", minimum=1)
+    visdom_server: str = setting("http://localhost", "address of the visdom server")
+    visdom_port: int = setting(8097, "port of the visdom server", minimum=1, maximum=65535)
+    no_visdom: bool = setting(False, "do not plot on visdom")
+
+
+@dataclass
+class Autoencoder(Settings):
+    """Autoencoder (a sampler takes these from the run in --ae_load_dir)."""
+
+    img_size: int = setting(256, "side of the square images, pixels", minimum=8,
+                            architecture="autoencoder")
+    n_channels: int = setting(3, "3 for colour, 1 for grey", minimum=1, maximum=3,
+                              architecture="autoencoder")
+    nf: int = setting(128, "channels of the first level", minimum=1, architecture="autoencoder")
+    ch_mult: list[int] = setting([1, 1, 2, 2, 4], "channels of each level, as multiples of nf; "
+                                 "each level but the first halves the side", minimum=1,
+                                 architecture="autoencoder")
+    res_blocks: int = setting(2, "residual blocks a level", minimum=1, architecture="autoencoder")
+    attn_resolutions: list[int] = setting([16], "sides at which residual blocks are followed by "
+                                          "attention", minimum=1, architecture="autoencoder")
+    emb_dim: int = setting(256, "width of a codebook vector", minimum=1,
+                           architecture="autoencoder")
+    codebook_size: int = setting(1024, "number of codebook vectors", minimum=2,
+                                 architecture="autoencoder")
+    latent_shape: list[int] | None = setting(None, "1 H W, the grid of ids (none: what img_size "
+                                             "and ch_mult give)", minimum=1,
+                                             architecture="autoencoder")
+    quantizer: str = setting("nearest", "how latents become ids", choices=["nearest", "gumbel"],
+                             architecture="autoencoder")
+    ndf: int = setting(64, "channels of the discriminator's first layer", minimum=1,
+                       architecture="autoencoder")
+    disc_layers: int = setting(3, "strided layers of the discriminator", minimum=1,
+                               architecture="autoencoder")
+    base_lr: float = setting(4.5e-6, "learning rate per image of the batch", above=0)
+    beta: float = setting(0.25, "weight of the codebook term of the nearest quantizer", minimum=0)
+    gumbel_kl_weight: float = setting(1e-8, "weight of the gumbel quantizer's KL term", minimum=0)
+    gumbel_straight_through: bool = setting(False, "gumbel: one-hot codes in the forward pass")
+    perceptual_weight: float = setting(1.0, "weight of LPIPS; 0 needs and downloads nothing",
+                                       minimum=0)
+    perceptual_range: str = setting("0_1", "range of the images LPIPS sees: 0_1 as the published "
+                                    "models were trained, or -1_1 as LPIPS was fitted",
+                                    choices=["0_1", "-1_1"])
+    vgg_weights: str | None = setting(None, "local file of torchvision's VGG16 weights for LPIPS "
+                                      "(none: torchvision downloads them once)")
+    diff_aug: bool = setting(False, "augment what the discriminator sees (DiffAug: color, "
+                             "translation)")
+    disc_weight_max: float = setting(1.0, "upper limit of the adversarial weight", minimum=0)
+    disc_start_step: int = setting(30001, "step from which the discriminator takes part",
+                                   minimum=0)
+
+
+@dataclass
+class Sampler(Settings):
+    """Sampler."""
+
+    sampler: str = setting("", "the prior over ids", choices=["absorbing", "autoregressive"],
+                           required=True, architecture="sampler")
+    ae_load_dir: str = setting("", "run of the autoencoder", required=True)
+    ae_load_step: int = setting(0, "step of the autoencoder's checkpoint", minimum=1,
+                                required=True)
+    attention: str | None = setting(None, "hydra: groups of heads with different neighborhoods; "
+                                    "full: all tokens, as in published checkpoints (none: hydra "
+                                    "for absorbing, full for autoregressive)",
+                                    choices=["hydra", "full"], architecture="sampler")
+    kernel_sizes: list[int] = setting([3, 7], "hydra: kernel of each group of heads, odd",
+                                      minimum=1, architecture="sampler")
+    dilations: list[int] = setting([1], "hydra: dilation of each group, or one for all",
+                                   minimum=1, architecture="sampler")
+    position: list[str] | None = setting(None, "one or more of rpb (hydra: relative bias), "
+                                         "absolute (none: both for hydra, absolute for full)",
+                                         choices=["rpb", "absolute"], architecture="sampler")
+    bert_n_emb: int = setting(512, "width of the transformer", minimum=1, architecture="sampler")
+    bert_n_head: int = setting(8, "attention heads", minimum=1, architecture="sampler")
+    bert_n_layers: int = setting(24, "blocks", minimum=1, architecture="sampler")
+    block_size: int | None = setting(None, "number of ids (none: H x W of latent_shape)",
+                                     minimum=1, architecture="sampler")
+    attn_pdrop: float = setting(0.0, "dropout of attention (full only)", minimum=0, below=1)
+    embd_pdrop: float = setting(0.0, "dropout of embeddings", minimum=0, below=1)
+    resid_pdrop: float = setting(0.0, "dropout of residual branches", minimum=0, below=1)
+    total_steps: int = setting(256, "T, the steps of the diffusion", minimum=1,
+                               architecture="sampler")
+    loss_type: str = setting("reweighted_elbo", "training objective of the diffusion",
+                             choices=["reweighted_elbo", "elbo", "mlm"])
+    mask_schedule: str = setting("random", "mask each token with probability t/T, or a fixed "
+                                 "number of them", choices=["random", "fixed"])
+    t_sampling: str = setting("uniform", "times of a batch: independent, or spread evenly over "
+                              "1..T", choices=["uniform", "low_discrepancy"])
+    sample_type: str = setting("diffusion", "diffusion: ancestral sampling; mlm: mask-predict "
+                               "with random re-masking", choices=["diffusion", "mlm"])
+    sample_steps: int = setting(256, "steps of sampling", minimum=1)
+    temp: float = setting(1.0, "temperature of sampling; lower is safer, less diverse", above=0)
+    optimizer: str = setting("adam", "adam as published, or muon for the blocks' matrices with "
+                             "AdamW for the rest", choices=["adam", "muon"])
+    weight_decay: float = setting(0.0, "decoupled weight decay of muon and its AdamW", minimum=0)
+    warmup_iters: int = setting(30000, "steps over which the learning rate rises from 0",
+                                minimum=0)
+    lr_schedule: str = setting("constant", "after the warm-up: constant, or falling to 0 at "
+                               "train_steps", choices=["constant", "cosine", "linear"])
+    clip_grad_norm: float = setting(0.0, "largest norm of the gradient; 0 for no limit", minimum=0)
+
+
+@dataclass
+class Samples(Settings):
+    """Samples."""
+
+    n_samples: int = setting(64, "how many samples", minimum=1)

@@ -1,0 +1,51 @@
+"""Where the files of a run lie: the one place that builds their paths."""
+
+import re
+from pathlib import Path
+
+from hparams.errors import SettingsError, UserError
+
+LOGS = Path("logs")
+
+
+class RunFolder:
+    """Paths of `logs/<name>/`; nothing is created before `create()`.
+
+    `root` is the folder that holds all runs, `logs` in the working directory by default.
+    Raises SettingsError when `name` would leave `root`.
+    """
+
+    def __init__(self, name, root=LOGS):
+        self.name = name
+        self.path = Path(root) / name
+        if not self.path.resolve().is_relative_to(Path(root).resolve()):
+            raise SettingsError(f"the run folder {name!r} lies outside {root}/: use a plain name")
+        self.log = self.path / "log.txt"
+        self.metrics = self.path / "metrics.jsonl"
+        self.hparams = self.path / "hparams.yaml"
+        self.images = self.path / "images"
+        self.models = self.path / "saved_models"
+        self.saved_stats = self.path / "saved_stats"
+
+    def create(self):
+        """Make the folders of a run; raises UserError where the disk does not allow it."""
+        try:
+            for folder in (self.images, self.models, self.saved_stats):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create the run folder {self.path}: {error.strerror}") from None
+        return self
+
+    def model(self, name, step):
+        """Path of the model or optimiser file `<name>_<step>.th`."""
+        return self.models / f"{name}_{step}.th"
+
+    def stats(self, step):
+        """Path of what resuming needs beyond models and optimisers, `stats_<step>`."""
+        return self.saved_stats / f"stats_{step}"
+
+    def steps(self, name):
+        """Steps, ascending, at which `<name>_<step>.th` exists."""
+        pattern = re.compile(re.escape(name) + r"_(\d+)\.th")
+        matches = (pattern.fullmatch(file.name) for file in self.models.glob(f"{name}_*.th"))
+        return sorted(int(match.group(1)) for match in matches if match)

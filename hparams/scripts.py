@@ -1,0 +1,201 @@
+"""The hyperparameters of each script: its groups of settings, its defaults, and its checks."""
+
+import dataclasses
+
+from hparams.defaults import SAMPLER_DEFAULTS, VQGAN_DEFAULTS, dataset_defaults
+from hparams.errors import SettingsError
+from hparams.groups import Autoencoder, Data, Logging, Sampler, Samples, Training
+from hparams.runs import RunFolder
+from hparams.settings import LoadedRun, build_parser, register, resolve, show
+
+
+def names_of(group):
+    return frozenset(group.__annotations__)
+
+
+def architecture(group, model):
+    fields = dataclasses.fields(group)
+    return frozenset(f.name for f in fields if f.metadata["architecture"] == model)
+
+
+@register
+class VQGANSettings(Data, Autoencoder, Training, Logging):
+    """train_vqgan.py."""
+
+    def validate(self):
+        super().validate()
+        check_data(self)
+        check_autoencoder(self)
+        if self.lr is None:
+            self.lr = self.base_lr * self.batch_size
+
+
+@register
+class SamplerSettings(Data, Sampler, Training, Logging, Autoencoder):
+    """train_sampler.py."""
+
+    def validate(self):
+        super().validate()
+        check_data(self)
+        check_autoencoder(self)
+        check_sampler(self)
+
+
+@register
+class SamplesSettings(SamplerSettings, Samples):
+    """experiments/get_samples.py."""
+
+    def validate(self):
+        super().validate()
+        check_loads(self)
+
+
+def check_data(H):
+    for run in (H.log_dir, H.load_dir):
+        RunFolder(run)
+    if H.dataset == "custom" and not H.custom_dataset_path:
+        raise SettingsError("--dataset custom needs --custom_dataset_path, a folder of images")
+    if H.load_step >= H.train_steps:
+        raise SettingsError(
+            f"load_step {H.load_step} leaves nothing to train: train_steps is {H.train_steps}"
+        )
+
+
+def check_loads(H):
+    if not H.load_step:
+        raise SettingsError("--load_dir and --load_step must name the checkpoint to load")
+
+
+def check_autoencoder(H):
+    """Shapes that follow from one another; fills in `latent_shape`."""
+    halvings = len(H.ch_mult) - 1
+    side, remainder = divmod(H.img_size, 2**halvings)
+    if remainder:
+        raise SettingsError(
+            f"img_size {H.img_size} cannot be halved {halvings} times, as the {len(H.ch_mult)} "
+            f"levels of ch_mult ask"
+        )
+    if H.latent_shape is None:
+        H.latent_shape = [1, side, side]
+    if H.latent_shape != [1, side, side]:
+        raise SettingsError(
+            f"latent_shape {show(H.latent_shape)} does not follow from img_size {H.img_size} and "
+            f"ch_mult {show(H.ch_mult)}, which give 1 {side} {side}"
+        )
+    if H.n_channels == 2:
+        raise SettingsError("n_channels must be 1 (grey) or 3 (colour), not 2")
+    for mult in H.ch_mult:
+        if H.nf * mult % 32:
+            raise SettingsError(
+                f"nf {H.nf} x ch_mult {mult} = {H.nf * mult} is no multiple of 32, the number of "
+                f"normalisation groups"
+            )
+    sides = [H.img_size // 2**level for level in range(halvings + 1)]
+    for resolution in H.attn_resolutions:
+        if resolution not in sides:
+            raise SettingsError(
+                f"attn_resolutions {resolution} never occurs: the sides are {show(sides)}"
+            )
+    if H.img_size // 2**H.disc_layers < 3:
+        raise SettingsError(
+            f"disc_layers {H.disc_layers} leaves nothing of images of {H.img_size} pixels"
+        )
+
+
+def check_sampler(H):
+    """Attention and grid; fills in what is derived: attention, position, block_size, dilations."""
+    causal = H.sampler == "autoregressive"
+    H.attention = H.attention or ("full" if causal else "hydra")
+    if causal and H.attention == "hydra":
+        raise SettingsError("--sampler autoregressive needs --attention full: hydra looks ahead")
+    if H.position is None:
+        H.position = ["rpb", "absolute"] if H.attention == "hydra" else ["absolute"]
+    if H.attention == "full" and H.position != ["absolute"]:
+        raise SettingsError(
+            f"--attention full has absolute positions only, not {show(H.position)}"
+        )
+    _, height, width = H.latent_shape
+    if H.block_size is None:
+        H.block_size = height * width
+    if H.block_size != height * width:
+        raise SettingsError(
+            f"block_size {H.block_size} is not the number of ids of latent_shape "
+            f"{show(H.latent_shape)}, {height * width}"
+        )
+    if H.bert_n_emb % H.bert_n_head:
+        raise SettingsError(
+            f"bert_n_head {H.bert_n_head} does not divide bert_n_emb {H.bert_n_emb}"
+        )
+    if H.attention == "hydra":
+        check_hydra(H, height, width)
+
+
+def check_hydra(H, height, width):
+    groups = len(H.kernel_sizes)
+    if len(H.dilations) == 1:
+        H.dilations = H.dilations * groups
+    if len(H.dilations) != groups:
+        raise SettingsError(
+            f"kernel_sizes {show(H.kernel_sizes)} and dilations {show(H.dilations)} must be "
+            f"equally many, or one dilation for all"
+        )
+    if groups > H.bert_n_head:
+        raise SettingsError(f"{groups} kernel_sizes need at least {groups} heads, not "
+                            f"bert_n_head {H.bert_n_head}")
+    if H.attn_pdrop:
+        raise SettingsError("attn_pdrop must be 0 with --attention hydra, which has no dropout")
+    for kernel, dilation in zip(H.kernel_sizes, H.dilations):
+        if kernel % 2 == 0:
+            raise SettingsError(f"kernel_sizes must be odd, not {kernel}")
+        if kernel * dilation > min(height, width):
+            raise SettingsError(
+                f"kernel_sizes {kernel} x dilations {dilation} = {kernel * dilation} is larger "
+                f"than the {height}x{width} grid of ids"
+            )
+
+
+def get_hparams(settings_class, argv, description, defaults, loaded_runs):
+    """Parse, resolve and check; a wrong setting ends the program with one sentence, status 2."""
+    parser = build_parser(settings_class, defaults, description)
+    given = vars(parser.parse_args(argv))
+    try:
+        return resolve(
+            settings_class, given, lambda dataset: dataset_defaults(defaults, dataset),
+            loaded_runs, lambda run: RunFolder(run).hparams,
+        )
+    except SettingsError as error:
+        parser.error(str(error))
+
+
+def get_vqgan_hparams(argv=None):
+    """Hyperparameters of train_vqgan.py from `argv` (None: the command line)."""
+    resumed = LoadedRun("load_dir", "load_step", architecture(Autoencoder, "autoencoder"))
+    return get_hparams(
+        VQGANSettings, argv, "Train a VQGAN: images to grids of codebook ids and back.",
+        VQGAN_DEFAULTS, [resumed],
+    )
+
+
+AUTOENCODER_RUN = LoadedRun("ae_load_dir", "ae_load_step", names_of(Autoencoder))
+SAMPLER_ARCHITECTURE = architecture(Sampler, "sampler")
+
+
+def get_sampler_hparams(argv=None):
+    """Hyperparameters of train_sampler.py from `argv` (None: the command line)."""
+    resumed = LoadedRun("load_dir", "load_step", SAMPLER_ARCHITECTURE)
+    return get_hparams(
+        SamplerSettings, argv, "Train a prior over the ids of a trained VQGAN.",
+        SAMPLER_DEFAULTS, [AUTOENCODER_RUN, resumed],
+    )
+
+
+def get_samples_hparams(argv=None):
+    """Hyperparameters of experiments/get_samples.py from `argv` (None: the command line)."""
+    run = LoadedRun(
+        "load_dir", "load_step", SAMPLER_ARCHITECTURE,
+        borrow=frozenset({"dataset", "custom_dataset_path", "ae_load_dir", "ae_load_step", "ema"}),
+    )
+    return get_hparams(
+        SamplesSettings, argv, "Draw samples from a trained sampler and save them as PNG.",
+        SAMPLER_DEFAULTS, [run, AUTOENCODER_RUN],
+    )

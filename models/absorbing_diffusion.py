@@ -1,0 +1,145 @@
+"""Absorbing diffusion over grids of ids (Unleashing Transformers, arXiv 2111.12701; D3PM,
+2107.03006): the forward process, its three losses, and the model that trains and samples.
+
+Shapes: B batch, N tokens, K codebook size; T = total_steps; t int64 [B] in 1..T.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.samplers import sample_ancestral, sample_mask_predict
+
+
+def draw_times(batch, total_steps, low_discrepancy=False, generator=None, device=None):
+    """Times t [B], each uniform on 1..T.
+
+    With `low_discrepancy` the batch shares one draw and covers 1..T evenly (Kingma et al.,
+    Variational Diffusion Models, arXiv 2107.00630, appendix I), which lowers the loss's variance.
+    """
+    if not low_discrepancy:
+        return torch.randint(1, total_steps + 1, (batch,), generator=generator, device=device)
+    start = torch.rand((), dtype=torch.float64, generator=generator, device=device)
+    spread = torch.arange(batch, dtype=torch.float64, device=device) / batch
+    return ((start + spread) % 1 * total_steps).long() + 1
+
+
+def draw_mask(t, tokens, total_steps, schedule="random", generator=None):
+    """Which tokens are masked at time t: bool [B, N].
+
+    `random`: each with probability t/T. `fixed`: exactly round(t/T * N) of them, at least one.
+    """
+    noise = torch.rand((len(t), tokens), generator=generator, device=t.device)
+    if schedule == "random":
+        return noise < (t / total_steps)[:, None]
+    count = (t / total_steps * tokens).round().long().clamp(min=1)
+    return noise.argsort(dim=1).argsort(dim=1) < count[:, None]
+
+
+def diffusion_losses(logits, ids, mask, t, total_steps):
+    """The three objectives of each sample, a dict of float32 [B].
+
+    With CE = sum over masked tokens of -log softmax(logits)[id]:
+    `elbo` = CE / t * T / (N ln 2), bits per token, the bound's term at t times T;
+    `reweighted_elbo` = (1 - t/T) CE / (N ln 2); `mlm` = CE / number masked (0 where none is).
+    """
+    batch, tokens = ids.shape
+    masked_ce = F.cross_entropy(logits[mask].float(), ids[mask], reduction="none")  # [masked]
+    rows = mask.nonzero()[:, 0]
+    ce = masked_ce.new_zeros(batch).index_add(0, rows, masked_ce)
+    nats_to_bits_per_token = 1 / (tokens * math.log(2))
+    return {
+        "elbo": ce / t * total_steps * nats_to_bits_per_token,
+        "reweighted_elbo": (1 - t / total_steps) * ce * nats_to_bits_per_token,
+        "mlm": ce / mask.sum(1).clamp(min=1),
+    }
+
+
+class AbsorbingDiffusion(nn.Module):
+    """The absorbing-state sampler around a denoiser that maps ids [B, N] to logits [B, N, K].
+
+    `mask_id` is the id of the absorbing state (the codebook size), `embedding_weight` [K, emb_dim]
+    the codebook that `embed` looks ids up in. The running averages of each time's losses
+    (`loss_history` of the objective, `Lt_history` of the squared bound; decay 0.9) and the number
+    of visits `Lt_count` are buffers [T+1], part of the model's file.
+    """
+
+    def __init__(self, H, denoise_fn, mask_id, embedding_weight):
+        super().__init__()
+        self.mask_id = mask_id
+        self.shape = tuple(H.latent_shape[1:])
+        self.tokens = math.prod(self.shape)
+        self.total_steps = H.total_steps
+        self.loss_type = H.loss_type
+        self.mask_schedule = H.mask_schedule
+        self.low_discrepancy = H.t_sampling == "low_discrepancy"
+        self.sample_type = H.sample_type
+        self.sample_steps = H.sample_steps
+        self.register_buffer("Lt_history", torch.zeros(H.total_steps + 1))
+        self.register_buffer("Lt_count", torch.zeros(H.total_steps + 1))
+        self.register_buffer("loss_history", torch.zeros(H.total_steps + 1))
+        self.register_buffer("embedding_weight", embedding_weight, persistent=False)
+        self._denoise_fn = denoise_fn
+
+    def embed(self, ids, grid=None):
+        """Codebook vectors of ids [B, N] as the generator's input [B, emb_dim, h, w]."""
+        height, width = grid or self.shape
+        vectors = F.embedding(ids, self.embedding_weight)  # [B, N, emb_dim]
+        return vectors.transpose(1, 2).reshape(len(ids), -1, height, width)
+
+    def losses(self, ids, t, generator=None):
+        """Mask ids [B, N] at times t, denoise, and return `diffusion_losses`."""
+        mask = draw_mask(t, ids.shape[1], self.total_steps, self.mask_schedule, generator)
+        logits = self._denoise_fn(ids.masked_fill(mask, self.mask_id))
+        return diffusion_losses(logits, ids, mask, t, self.total_steps)
+
+    def forward(self, ids, generator=None):
+        """Training objective for ids [B, N]: a dict with `loss` and `bits_per_token`, means.
+
+        In training mode the histories of the times drawn are brought up to date.
+        """
+        t = draw_times(
+            len(ids), self.total_steps, self.low_discrepancy, generator, device=ids.device
+        )
+        losses = self.losses(ids, t, generator)
+        loss = losses[self.loss_type]
+        if self.training:
+            self.update_histories(t, loss.detach(), losses["elbo"].detach())
+        return {"loss": loss.mean(), "bits_per_token": losses["elbo"].detach().mean()}
+
+    @torch.no_grad()
+    def update_histories(self, t, loss, elbo):
+        """Average this batch's losses per time into the histories; a first visit sets them."""
+        visits = torch.zeros_like(self.Lt_count).index_add_(0, t, torch.ones_like(loss))
+        seen = visits > 0
+        decay = torch.where(self.Lt_count > 0, 0.9, 0.0)
+        for history, value in ((self.loss_history, loss), (self.Lt_history, elbo**2)):
+            mean = torch.zeros_like(history).index_add_(0, t, value) / visits.clamp(min=1)
+            history.copy_(torch.where(seen, decay * history + (1 - decay) * mean, history))
+        self.Lt_count += visits
+
+    @torch.no_grad()
+    def bits_per_token(self, ids, generator=None):
+        """Estimate of the bound -log2 p(ids) / N of each sample [B]: one t each, spread evenly."""
+        t = draw_times(len(ids), self.total_steps, True, generator, device=ids.device)
+        return self.losses(ids, t, generator)["elbo"]
+
+    def sample(
+        self, n_samples, temp=1.0, sample_steps=None, sample_type=None, generator=None,
+        progress=None,
+    ):
+        """Draw ids [n_samples, N]; steps and type default to the model's settings."""
+        steps = sample_steps or self.sample_steps
+        options = dict(
+            temp=temp, generator=generator, device=self.Lt_count.device, progress=progress
+        )
+        if (sample_type or self.sample_type) == "mlm":
+            return sample_mask_predict(
+                self._denoise_fn, n_samples, self.tokens, self.mask_id, self.total_steps, steps,
+                **options,
+            )
+        return sample_ancestral(
+            self._denoise_fn, n_samples, self.tokens, self.mask_id, steps, **options
+        )

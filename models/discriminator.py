@@ -1,0 +1,46 @@
+"""PatchGAN discriminator: one real/fake logit per overlapping patch (Isola et al., 1611.07004)."""
+
+from torch import nn
+
+
+class Discriminator(nn.Module):
+    """Images [B, n_channels, S, S] -> logits [B, 1, s, s], where s = S // 2^disc_layers - 2.
+
+    `disc_layers` convolutions halve the side, two more look at their surroundings. Widths double
+    from `ndf` up to 8·ndf. Raises ValueError when images of side `img_size` would shrink away.
+    """
+
+    def __init__(self, n_channels, ndf, disc_layers, img_size):
+        super().__init__()
+        if disc_layers < 1 or img_size >> disc_layers < 3:
+            raise ValueError(
+                f"--disc_layers must be at least 1 and leave {img_size}-pixel images (--img_size) "
+                f"3 pixels after that many halvings, which {disc_layers} does not."
+            )
+        layers = [nn.Conv2d(n_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = ndf
+        for depth in range(1, disc_layers + 1):
+            wider = ndf * min(2**depth, 8)
+            stride = 2 if depth < disc_layers else 1
+            layers += [
+                # BatchNorm subtracts the mean, which a bias would only shift.
+                nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(wider),
+                nn.LeakyReLU(0.2),
+            ]
+            width = wider
+        layers.append(nn.Conv2d(width, 1, 4, padding=1))
+        self.main = nn.Sequential(*layers)
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module):
+        # DCGAN's initialisation (1511.06434, section 3).
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, x):
+        return self.main(x)

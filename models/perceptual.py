@@ -1,0 +1,68 @@
+"""LPIPS, the learned perceptual distance between images (Zhang et al., 1801.03924).
+
+Only what the lpips package itself holds is read here, its linear heads; the VGG16 trunk comes
+out random and is filled by `load_vgg16` or by a checkpoint's `perceptual.*` keys.
+"""
+
+import warnings
+from pathlib import Path
+
+import lpips
+import torch
+from torch import nn
+
+HEADS = Path(lpips.__file__).with_name("weights") / "v0.1" / "vgg.pth"
+
+
+class PerceptualDistance(lpips.LPIPS):
+    """LPIPS on VGG16 that stays as it was fitted: frozen, and never in training mode.
+
+    Call it on two batches [B, 3, H, W] of at least 16 x 16 pixels: distances [B, 1, 1, 1].
+    """
+
+    def __init__(self):
+        # lpips makes all of torchvision's VGG16 to keep its first tenth. On `meta` the rest
+        # costs neither memory nor seconds.
+        with warnings.catch_warnings(), torch.device("meta"):
+            # How lpips calls torchvision is deprecated, which users can do nothing about.
+            warnings.simplefilter("ignore", UserWarning)
+            super().__init__(net="vgg", pnet_rand=True, pretrained=False, verbose=False)
+        device = torch.get_default_device()
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.to_empty(device=device).reset_parameters()
+        self.requires_grad_(False)
+        own = self.state_dict()
+        for name, weight in torch.load(HEADS, map_location=device, weights_only=True).items():
+            own[name].copy_(weight)
+
+    def train(self, mode=True):
+        # The heads hold dropout, which `train()` of a model that owns this one would switch on.
+        return super().train(False)
+
+
+def build_perceptual():
+    """A `PerceptualDistance` whose VGG16 trunk has random weights: see `load_vgg16`."""
+    return PerceptualDistance()
+
+
+def load_vgg16(perceptual, state_dict):
+    """Fill the trunk of `build_perceptual()` with torchvision's VGG16 weights, in place.
+
+    state_dict: `features.N.{weight,bias}` as in torchvision's vgg16 files; its other keys, the
+    classifier's among them, are left out. Raises ValueError naming a key that is missing or has
+    another shape; the trunk is then unchanged.
+    """
+    trunk = perceptual.net.state_dict()  # slice1.0.weight, slice1.0.bias, slice1.2.weight, ...
+    found = {}
+    for name, weight in trunk.items():
+        key = "features." + name.split(".", 1)[1]
+        if key not in state_dict:
+            raise ValueError(f"The VGG16 weights have no {key!r}, which LPIPS needs.")
+        if state_dict[key].shape != weight.shape:
+            raise ValueError(
+                f"{key!r} of the VGG16 weights is {list(state_dict[key].shape)}, "
+                f"but LPIPS needs {list(weight.shape)}."
+            )
+        found[name] = state_dict[key]
+    perceptual.net.load_state_dict(found)

@@ -1,0 +1,133 @@
+"""Vector quantizers: from an encoder's grid of vectors to codebook ids and back.
+
+Shapes: B images, D = emb_dim, K = codebook_size, h x w grid. Both quantizers have the same
+`forward(z)` and `embed_indices(indices, shape)`, so the autoencoder need not know which it holds.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def code_usage(indices, codebook_size):
+    """How the ids of a batch spread over the codebook.
+
+    indices: ids of any shape. Returns a dict of `usage` [K], how often each code occurs, and
+    `perplexity` (0-d), exp of the entropy of those frequencies in nats: 1 when one code takes
+    all, K when all are used alike.
+    """
+    ids = indices.flatten()
+    # index_add instead of bincount: no wait for the device, and it works on `meta`.
+    usage = ids.new_zeros(codebook_size).index_add_(0, ids, torch.ones_like(ids))
+    frequency = usage.float() / ids.numel()
+    return {"usage": usage, "perplexity": torch.special.entr(frequency).sum().exp()}
+
+
+def gumbel_temperature(step):
+    """The published temperature at a training step: from 1 down to 1/16 over 150,000 steps."""
+    return max(1 / 16, 1 - step / 160_000)
+
+
+def _embed_grid(weight, indices, shape):
+    """Look ids [B, h*w] up in weight [K, D] and lay them out as [B, D, h, w]."""
+    height, width = shape
+    if indices.ndim != 2 or indices.shape[1] != height * width:
+        raise ValueError(
+            f"Ids for a {height}x{width} grid must be [B, {height * width}], "
+            f"not {list(indices.shape)}."
+        )
+    vectors = F.embedding(indices, weight)                        # [B, h*w, D]
+    return vectors.transpose(1, 2).unflatten(2, (height, width))  # [B, D, h, w]
+
+
+class NearestQuantizer(nn.Module):
+    """Each vector becomes the codebook entry at the smallest squared distance (VQ-VAE).
+
+    `beta` weighs the term that moves the *codebook*, as the published models were trained
+    (van den Oord et al., 1711.00937, eq. 3, has it on the other term).
+    """
+
+    def __init__(self, codebook_size, emb_dim, beta):
+        super().__init__()
+        self.codebook_size, self.beta = codebook_size, beta
+        self.embedding = nn.Embedding(codebook_size, emb_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
+
+    def forward(self, z):
+        """z [B, D, h, w] -> (z_q [B, D, h, w], codebook loss (0-d), stats, ids [B, h*w]).
+
+        The gradient of z_q passes straight through to z; the codebook learns from the loss only.
+        stats is what `code_usage` returns.
+        """
+        # Half precision would pick wrong neighbours: codes lie closer than its rounding.
+        with torch.autocast(device_type=z.device.type, enabled=False):
+            vectors = z.float().flatten(2).transpose(1, 2)  # [B, h*w, D]
+            codebook = self.embedding.weight.float()        # [K, D]
+            # |z|^2 is the same for every code, so argmin does without it.
+            scores = codebook.square().sum(1) - 2 * vectors @ codebook.t()  # [B, h*w, K]
+            indices = scores.argmin(2)                                      # [B, h*w]
+            chosen = F.embedding(indices, codebook)                         # [B, h*w, D]
+            loss = F.mse_loss(vectors, chosen.detach())
+            loss = loss + self.beta * F.mse_loss(chosen, vectors.detach())
+            # z - sg[z] is exactly zero: the generator sees the very codes it will see when the
+            # sampler draws them, and the gradient is that of the identity.
+            quantized = chosen.detach() + (vectors - vectors.detach())
+        z_q = quantized.transpose(1, 2).unflatten(2, z.shape[2:]).to(z.dtype)  # [B, D, h, w]
+        return z_q, loss, code_usage(indices, self.codebook_size), indices
+
+    def embed_indices(self, indices, shape):
+        """Ids [B, h*w] on a grid of shape (h, w) -> codes [B, D, h, w].
+
+        Raises ValueError when the ids do not fill the grid.
+        """
+        return _embed_grid(self.embedding.weight, indices, shape)
+
+
+class GumbelQuantizer(nn.Module):
+    """Ids drawn from a learned categorical through the Gumbel-softmax (1611.01144, 1611.00712).
+
+    `temperature` belongs to the training loop, which sets it to `gumbel_temperature(step)`.
+    With `straight_through` the training draw is one-hot forward and soft backward; without it,
+    soft both ways. Outside training there is no draw: the likeliest code is taken, so that an
+    image has one grid of ids.
+    """
+
+    def __init__(self, codebook_size, emb_dim, kl_weight, straight_through=False):
+        super().__init__()
+        self.codebook_size, self.kl_weight = codebook_size, kl_weight
+        self.straight_through = straight_through
+        self.temperature = 1.0
+        self.proj = nn.Conv2d(emb_dim, codebook_size, 1)
+        self.embed = nn.Embedding(codebook_size, emb_dim)
+
+    def forward(self, z):
+        """z [B, D, h, w] -> (z_q [B, D, h, w], codebook loss (0-d), stats, ids [B, h*w]).
+
+        The loss is kl_weight · KL(q || uniform over K codes) in nats, summed over codes and
+        averaged over batch and grid. stats is what `code_usage` returns.
+        """
+        logits = self.proj(z)  # [B, K, h, w]
+        with torch.autocast(device_type=z.device.type, enabled=False):
+            logits = logits.float()
+            log_q = logits.log_softmax(1)
+            kl = (log_q.exp() * (log_q + math.log(self.codebook_size))).sum(1).mean()
+            if self.training:
+                choice = F.gumbel_softmax(
+                    logits, tau=self.temperature, hard=self.straight_through, dim=1
+                )  # [B, K, h, w]
+                indices = choice.argmax(1).flatten(1)  # [B, h*w]
+                z_q = torch.einsum("bkhw,kd->bdhw", choice, self.embed.weight.float())
+            else:
+                indices = logits.argmax(1).flatten(1)  # [B, h*w]
+                z_q = self.embed_indices(indices, z.shape[2:])
+        stats = code_usage(indices, self.codebook_size)
+        return z_q.to(z.dtype), self.kl_weight * kl, stats, indices
+
+    def embed_indices(self, indices, shape):
+        """Ids [B, h*w] on a grid of shape (h, w) -> codes [B, D, h, w].
+
+        Raises ValueError when the ids do not fill the grid.
+        """
+        return _embed_grid(self.embed.weight, indices, shape)

@@ -1,0 +1,1 @@
+"""Everything that touches the world: data, files, logging, visdom, training helpers."""

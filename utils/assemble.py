@@ -1,0 +1,84 @@
+"""Build models from hyperparameters and fill them from files."""
+
+from hparams.errors import UserError
+from hparams.runs import RunFolder
+from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
+from models.perceptual import build_perceptual, load_vgg16
+from models.vqgan import VQGAN, VQAutoEncoder
+from utils.checkpoints import load_file, load_weights
+
+
+def build_vqgan(H, log):
+    """VQGAN with LPIPS where `perceptual_weight` asks for it.
+
+    LPIPS' trunk comes from `--vgg_weights`, from torchvision's download otherwise, and from the
+    checkpoint itself when one is loaded. Raises UserError where none of these is to be had.
+    """
+    if H.perceptual_weight == 0:
+        return VQGAN(H)
+    perceptual = build_perceptual()
+    if H.vgg_weights:
+        try:
+            load_vgg16(perceptual, load_file(H.vgg_weights))
+        except ValueError as error:
+            raise UserError(f"--vgg_weights {H.vgg_weights}: {error}") from None
+    elif not (H.load_step and has_perceptual(RunFolder(H.load_dir).model("vqgan", H.load_step))):
+        log.info("LPIPS: loading torchvision's VGG16 weights (528 MB where not downloaded yet)")
+        load_vgg16(perceptual, download_vgg16())
+    return VQGAN(H, perceptual)
+
+
+def has_perceptual(path):
+    return any(key.startswith("perceptual.net.") for key in load_file(path))
+
+
+def download_vgg16():
+    """torchvision's VGG16 state dict, downloaded once; UserError without a connection."""
+    from torchvision.models import VGG16_Weights
+
+    try:
+        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+    except OSError as error:
+        raise UserError(
+            f"torchvision's VGG16 weights do not download ({error}): give a local file with "
+            f"--vgg_weights, or do without LPIPS with --perceptual_weight 0"
+        ) from None
+
+
+def load_autoencoder(H, device, log):
+    """The trained autoencoder of `--ae_load_dir`, frozen: its EMA where `--ema` and it has one."""
+    run, step = RunFolder(H.ae_load_dir), H.ae_load_step
+    path = run.model("vqgan_ema", step)
+    if not H.ema or not path.exists():
+        path = run.model("vqgan", step)
+    state = load_file(path)
+    autoencoder = VQAutoEncoder(H)
+    weights = {k.removeprefix("ae."): v for k, v in state.items() if k.startswith("ae.")}
+    load_weights(autoencoder, weights, path)
+    log.info(f"autoencoder: {path}")
+    return autoencoder.requires_grad_(False).eval().to(device)
+
+
+def build_sampler(H, autoencoder):
+    """The prior that H describes, over the ids of `autoencoder`."""
+    codebook = codebook_vectors(autoencoder)
+    if H.sampler == "autoregressive":
+        return AutoregressiveTransformer(H, codebook)
+    return AbsorbingDiffusion(H, Transformer(H), H.codebook_size, codebook)
+
+
+def codebook_vectors(autoencoder):
+    """The codebook [codebook_size, emb_dim] of either quantizer."""
+    quantize = autoencoder.quantize
+    table = quantize.embedding if hasattr(quantize, "embedding") else quantize.embed
+    return table.weight.detach().clone()
+
+
+def load_sampler(H, autoencoder, device, log):
+    """The trained sampler of `--load_dir`: its EMA with `--ema`, which must then be there."""
+    run = RunFolder(H.load_dir)
+    path = run.model(f"{H.sampler}_ema" if H.ema else H.sampler, H.load_step)
+    sampler = build_sampler(H, autoencoder)
+    load_weights(sampler, load_file(path), path)
+    log.info(f"sampler: {path}")
+    return sampler.requires_grad_(False).eval().to(device)

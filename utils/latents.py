@@ -1,0 +1,67 @@
+"""The ids of a dataset, encoded once by a trained autoencoder and cached on disk."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from hparams.errors import UserError
+from utils.checkpoints import load_file, save_file, weights_hash
+from utils.loading import UnreadableFiles, evaluation_batches, stream
+
+LATENTS = Path("latents")
+
+
+def latents_key(dataset, autoencoder, flip):
+    """Hex digest that changes with the data, its size and channels, the flip and the weights."""
+    parts = (dataset.fingerprint(), weights_hash(autoencoder), f"flip {bool(flip)}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@torch.no_grad()
+def encode(dataset, autoencoder, flip, num_workers, device, log, batch_size=32):
+    """Ids int16 [n, orientations, N] of the readable images; a second orientation when `flip`."""
+    unreadable = UnreadableFiles(lambda path, reason: log.warning(f"passed over {path}: {reason}"))
+    batches = evaluation_batches(dataset, batch_size, num_workers, device, unreadable)
+    ids = []
+    with tqdm(total=len(dataset), desc="encoding", unit="image", dynamic_ncols=True) as bar:
+        for images, _ in batches:
+            views = [images, images.flip(-1)] if flip else [images]
+            codes = [autoencoder.encode(view)[-1] for view in views]  # each [b, N]
+            ids.append(torch.stack(codes, dim=1).to("cpu", torch.int16))
+            bar.update(len(images))
+    if len(unreadable):
+        log.warning(f"{len(unreadable)} of {len(dataset)} images could not be read")
+    return torch.cat(ids)
+
+
+def load_latents(dataset, autoencoder, flip, num_workers, device, log, folder=LATENTS):
+    """Ids int16 [n, orientations, N] of `dataset`, from the cache where it holds just these.
+
+    The file's name and content carry `latents_key`: other data, settings or weights have another.
+    """
+    key = latents_key(dataset, autoencoder, flip)
+    path = Path(folder) / f"{dataset.name}_{key[:16]}.pt"
+    if path.exists():
+        try:
+            content = load_file(path)
+            if content["key"] == key:
+                log.info(f"{len(content['ids'])} grids of ids from {path}")
+                return content["ids"]
+            problem = "it belongs to other data"
+        except (UserError, KeyError, TypeError) as error:
+            problem = str(error)
+        log.warning(f"{path} is encoded again: {problem}")
+    ids = encode(dataset, autoencoder, flip, num_workers, device, log)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"key": key, "ids": ids}, path)
+    log.info(f"{len(ids)} grids of ids encoded into {path}")
+    return ids
+
+
+def latent_batches(ids, batch_size, seed, start_batch, device):
+    """Endless iterator of ids int64 [B, N] on `device` from ids [n, orientations, N]."""
+    for indices, flips in stream(len(ids), batch_size, seed, start_batch):
+        orientation = torch.from_numpy(flips).long() if ids.shape[1] > 1 else 0
+        yield ids[torch.from_numpy(indices), orientation].long().to(device)
