@@ -25,15 +25,14 @@ test-all: .venv/installed ## run the tests, the slow ones too
 	$(VENV_PYTHON) -m pytest -m "slow or not slow"
 
 demo: .venv/installed ## train both stages on the digits and report on them: minutes on a CPU
-	$(VENV_PYTHON) train_vqgan.py --dataset digits --log_dir demo_vqgan --no_visdom \
+	$(VENV_PYTHON) train_vqgan.py --dataset digits --log_dir demo_vqgan --ema --no_visdom \
 	  --train_steps $(DEMO_VQGAN_STEPS) --steps_per_checkpoint $(DEMO_VQGAN_STEPS)
 	$(VENV_PYTHON) train_sampler.py --sampler absorbing --dataset digits \
-	  --log_dir demo_absorbing --no_visdom \
+	  --log_dir demo_absorbing --ema --no_visdom \
 	  --ae_load_dir demo_vqgan --ae_load_step $(DEMO_VQGAN_STEPS) \
 	  --train_steps $(DEMO_SAMPLER_STEPS) --steps_per_checkpoint $(DEMO_SAMPLER_STEPS)
-	$(VENV_PYTHON) experiments/digits_report.py --sampler absorbing --dataset digits \
-	  --log_dir demo --ae_load_dir demo_vqgan --ae_load_step $(DEMO_VQGAN_STEPS) \
-	  --load_dir demo_absorbing --load_step $(DEMO_SAMPLER_STEPS)
+	$(VENV_PYTHON) experiments/digits_report.py --log_dir demo \
+	  --load_dir demo_absorbing --load_step $(DEMO_SAMPLER_STEPS) --ema --n_samples 500
 
 visdom: .venv/installed ## start the visdom server that the training scripts draw on
 	$(VENV_PYTHON) -m utils.visdom_server

@@ -11,9 +11,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .diffaug import diff_augment
-from .discriminator import Discriminator
-from .quantizers import GumbelQuantizer, NearestQuantizer
+from models.diffaug import diff_augment
+from models.discriminator import Discriminator
+from models.quantizers import GumbelQuantizer, NearestQuantizer
 
 NORM_GROUPS = 32
 
