@@ -101,7 +101,7 @@ def measure(H, real, held_out, labels, reconstructions, samples):
 
 def picture(held_out, reconstructions, samples, columns=10, rows=6):
     """Three panels side by side: real digits, their reconstructions, samples; [1, H, W]."""
-    count = columns * rows
+    count = min(columns * rows, len(held_out), len(samples))
     panels = [image_grid(part[:count], columns) for part in (held_out, reconstructions, samples)]
     gap = torch.full((panels[0].shape[0], panels[0].shape[1], 24), 255, dtype=torch.uint8)
     return torch.cat((panels[0], gap, panels[1], gap, panels[2]), dim=2)

@@ -45,10 +45,6 @@ class SamplerSettings(Data, Sampler, Training, Logging, Autoencoder):
 class SamplesSettings(SamplerSettings, Samples):
     """experiments/get_samples.py."""
 
-    def validate(self):
-        super().validate()
-        check_loads(self)
-
 
 def check_data(H):
     for run in (H.log_dir, H.load_dir):
@@ -59,11 +55,6 @@ def check_data(H):
         raise SettingsError(
             f"load_step {H.load_step} leaves nothing to train: train_steps is {H.train_steps}"
         )
-
-
-def check_loads(H):
-    if not H.load_step:
-        raise SettingsError("--load_dir and --load_step must name the checkpoint to load")
 
 
 def check_autoencoder(H):
@@ -154,10 +145,12 @@ def check_hydra(H, height, width):
             )
 
 
-def get_hparams(settings_class, argv, description, defaults, loaded_runs):
+def get_hparams(settings_class, argv, description, defaults, loaded_runs, must_load=False):
     """Parse, resolve and check; a wrong setting ends the program with one sentence, status 2."""
     parser = build_parser(settings_class, defaults, description)
     given = vars(parser.parse_args(argv))
+    if must_load and not (given.get("load_dir") and given.get("load_step")):
+        parser.error("--load_dir and --load_step must name the checkpoint to load")
     try:
         return resolve(
             settings_class, given, lambda dataset: dataset_defaults(defaults, dataset),
@@ -197,5 +190,5 @@ def get_samples_hparams(argv=None):
     )
     return get_hparams(
         SamplesSettings, argv, "Draw samples from a trained sampler and save them as PNG.",
-        SAMPLER_DEFAULTS, [run, AUTOENCODER_RUN],
+        SAMPLER_DEFAULTS, [run, AUTOENCODER_RUN], must_load=True,
     )

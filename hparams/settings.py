@@ -233,12 +233,15 @@ def resolve(settings_class, given, defaults_of, loaded_runs, settings_file):
     which they are read, `settings_file(run)` the path of a run's settings.
     Raises SettingsError with one sentence.
     """
-    loaded = {}
+    loaded, absent = {}, ""
     for source in loaded_runs:
         run = {**loaded, **given}.get(source.run)
         step = {**loaded, **given}.get(source.step)
         path = settings_file(run) if run and step else None
-        if path is None or not path.exists():
+        if path is None:
+            continue
+        if not path.exists():
+            absent = absent or f" ({path} is not there to tell)"
             continue
         for name, value in read_settings(path).items():
             if name in source.adopt and name in given and given[name] != value:
@@ -252,7 +255,9 @@ def resolve(settings_class, given, defaults_of, loaded_runs, settings_file):
     chosen = {**loaded, **given}
     for field in fields:
         if field.metadata["required"] and field.name not in chosen:
-            raise SettingsError(f"--{field.name} is required: {field.metadata['help']}")
+            raise SettingsError(
+                f"--{field.name} is required{absent}: {field.metadata['help']}"
+            )
     H = settings_class()
     for name, value in {**defaults_of(chosen["dataset"]), **chosen}.items():
         if name in settings_class.__dataclass_fields__:

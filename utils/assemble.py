@@ -50,6 +50,8 @@ def load_autoencoder(H, device, log):
     run, step = RunFolder(H.ae_load_dir), H.ae_load_step
     path = run.model("vqgan_ema", step)
     if not H.ema or not path.exists():
+        if H.ema:
+            log.warning(f"{path} is not there: the autoencoder without EMA is taken")
         path = run.model("vqgan", step)
     state = load_file(path)
     autoencoder = VQAutoEncoder(H)

@@ -1,0 +1,331 @@
+"""Both stages from end to end on tiny settings: resume to the bit, errors, Ctrl-C, latents."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train_sampler
+import train_vqgan
+from experiments import digits_report, get_samples
+from hparams.runs import RunFolder
+from utils import training
+from utils.scripts import run_script
+
+ROOT = Path(__file__).parent.parent
+COMMON = "--no_visdom --steps_per_log 2 --steps_per_display_output 0 --steps_per_save_output 0"
+VQGAN = (
+    f"--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --emb_dim 8 "
+    f"--codebook_size 16 --ndf 8 --disc_layers 1 --batch_size 4 --steps_per_eval 4 {COMMON}"
+)
+SAMPLER = (
+    f"--sampler absorbing --dataset digits --ae_load_dir ae --ae_load_step 2 --bert_n_emb 32 "
+    f"--bert_n_head 4 --bert_n_layers 2 --total_steps 16 --sample_steps 8 --batch_size 8 "
+    f"--warmup_iters 3 --steps_per_eval 4 {COMMON}"
+)
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """--amp computes in bfloat16 even where the CPU has no units for it."""
+    monkeypatch.setattr(training, "cpu_has_bfloat16", lambda: True)
+
+
+def vqgan(flags):
+    train_vqgan.main([*VQGAN.split(), *flags.split()])
+
+
+def sampler(flags):
+    train_sampler.main([*SAMPLER.split(), *flags.split()])
+
+
+def files_of(run, step):
+    folder = RunFolder(run)
+    return {path.name: torch.load(path, weights_only=True) for path in folder.models.glob(
+        f"*_{step}.th"
+    )}
+
+
+def assert_identical(left, right, where=""):
+    """Equal to the last bit, through dicts, lists and tensors."""
+    assert type(left) is type(right), where
+    if isinstance(left, dict):
+        assert list(left) == list(right), where
+        for key in left:
+            assert_identical(left[key], right[key], f"{where}/{key}")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), where
+        for index, (one, other) in enumerate(zip(left, right)):
+            assert_identical(one, other, f"{where}[{index}]")
+    elif isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype and torch.equal(left, right), where
+    else:
+        assert left == right, where
+
+
+@pytest.mark.parametrize("quantizer", ["nearest", "gumbel"])
+def test_vqgan_resumes_to_the_bit(bfloat16, quantizer):
+    flags = (
+        f"--amp --ema --ema_beta 0.9 --num_workers 2 --diff_aug --disc_start_step 3 "
+        f"--horizontal_flip --steps_per_checkpoint 3 --quantizer {quantizer}"
+    )
+    vqgan(f"{flags} --log_dir through --train_steps 6")
+    vqgan(f"{flags} --log_dir parts --train_steps 3")
+    vqgan(f"{flags} --log_dir parts --train_steps 6 --load_dir parts --load_step 3")
+    through, parts = files_of("through", 6), files_of("parts", 6)
+    names = {f"{name}_6.th" for name in ("vqgan", "vqgan_ema", "ae_optim", "disc_optim")}
+    assert set(through) == set(parts) == names
+    assert_identical(through, parts)
+    before, after = files_of("through", 3)["vqgan_3.th"], through["vqgan_6.th"]
+    for part in ("ae.encoder.blocks.0.weight", "disc.main.0.weight"):
+        assert not torch.equal(before[part], after[part])
+    ema = through["vqgan_ema_6.th"]["ae.encoder.blocks.0.weight"]
+    assert not torch.equal(ema, after["ae.encoder.blocks.0.weight"])
+
+
+@pytest.mark.parametrize("kind", [
+    "--sampler absorbing --optimizer muon",
+    "--sampler absorbing --optimizer adam --mask_schedule fixed --t_sampling uniform",
+    "--sampler autoregressive",
+])
+def test_sampler_resumes_to_the_bit(bfloat16, kind):
+    vqgan("--log_dir ae --train_steps 2 --ema")
+    flags = (
+        f"{kind} --amp --ema --horizontal_flip --resid_pdrop 0.1 --num_workers 2 "
+        f"--clip_grad_norm 1 --steps_per_checkpoint 4"
+    )
+    sampler(f"{flags} --log_dir through --train_steps 8")
+    sampler(f"{flags} --log_dir parts --train_steps 4")
+    sampler(f"{flags} --log_dir parts --train_steps 8 --load_dir parts --load_step 4")
+    through, parts = files_of("through", 8), files_of("parts", 8)
+    assert len(through) == 3
+    assert_identical(through, parts)
+    lines = [json.loads(line) for line in RunFolder("parts").metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if line["group"] == "train"] == [2, 4, 6, 8]
+
+
+def test_what_is_displayed_does_not_change_training():
+    vqgan("--log_dir ae --train_steps 2")
+    sampler("--log_dir plain --train_steps 4 --ema")
+    sampler("--log_dir shown --train_steps 4 --ema --steps_per_save_output 1 --save_individually")
+    assert_identical(files_of("plain", 4), files_of("shown", 4))
+    images = RunFolder("shown").images
+    assert len(list((images / "samples_2").glob("*.png"))) == 8
+    vqgan("--log_dir shown_ae --train_steps 2 --steps_per_save_output 1")
+    assert_identical(files_of("ae", 2), files_of("shown_ae", 2))
+    assert (RunFolder("shown_ae").images / "reconstructions_2.png").exists()
+
+
+def test_two_seeds_differ_and_one_repeats():
+    vqgan("--log_dir a --train_steps 2")
+    vqgan("--log_dir b --train_steps 2")
+    vqgan("--log_dir c --train_steps 2 --seed 1")
+    key = "ae.encoder.blocks.0.weight"
+    weights = [files_of(run, 2)["vqgan_2.th"][key] for run in "abc"]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_files_without_training_state_still_load():
+    """Published checkpoints hold models only; the log says what was not there."""
+    vqgan("--log_dir published --train_steps 2")
+    folder = RunFolder("published")
+    for path in (folder.model("ae_optim", 2), folder.model("disc_optim", 2), folder.stats(2),
+                 folder.hparams):
+        path.unlink()
+    vqgan("--log_dir next --load_dir published --load_step 2 --train_steps 3 --ema")
+    log = RunFolder("next").log.read_text()
+    for name in ("vqgan_ema_2.th", "ae_optim_2.th", "disc_optim_2.th", "stats_2", "hparams.yaml"):
+        assert f"{name} is not there" in log
+
+
+def test_latents_are_cached_until_something_changes(workplace, monkeypatch):
+    vqgan("--log_dir ae --train_steps 2")
+    vqgan("--log_dir other --train_steps 2 --seed 5")
+    cached = lambda: set(path.name for path in (workplace / "latents").glob("*.pt"))
+    sampler("--log_dir prior --train_steps 1")
+    first = cached()
+    assert len(first) == 2  # training and validation
+    encodings = []
+    encode = train_sampler.load_latents.__globals__["encode"]
+    monkeypatch.setitem(
+        train_sampler.load_latents.__globals__, "encode",
+        lambda *arguments: encodings.append(1) or encode(*arguments),
+    )
+    sampler("--log_dir prior --train_steps 1")
+    assert cached() == first and not encodings
+    sampler("--log_dir prior --train_steps 1 --horizontal_flip")
+    assert len(cached() - first) == 1  # validation is never flipped
+    sampler("--log_dir prior --train_steps 1 --ae_load_dir other")
+    assert len(cached() - first) == 3 and len(encodings) == 3
+    path = workplace / "latents" / sorted(first)[0]
+    path.write_bytes(path.read_bytes()[:100])
+    sampler("--log_dir prior --train_steps 1")
+    assert len(encodings) == 4 and "is encoded again" in RunFolder("prior").log.read_text()
+
+
+def test_get_samples(workplace):
+    vqgan("--log_dir ae --train_steps 2 --ema")
+    sampler("--log_dir prior --train_steps 2 --ema")
+    flags = "--load_dir prior --load_step 2 --n_samples 5 --batch_size 3 --no_visdom"
+    get_samples.main([*flags.split(), "--log_dir", "out", "--save_individually"])
+    images = RunFolder("out").images
+    assert (images / "samples_2.png").exists()
+    singles = sorted((images / "samples_2").glob("*.png"))
+    assert len(singles) == 5
+    assert Image.open(singles[0]).size == (16, 16)
+    assert "prior_2" not in RunFolder("out").log.read_text()
+    assert "absorbing_ema_2.th" in RunFolder("out").log.read_text()
+    get_samples.main([*flags.split(), "--log_dir", "again", "--save_individually"])
+    again = sorted((RunFolder("again").images / "samples_2").glob("*.png"))
+    assert [p.read_bytes() for p in singles] == [p.read_bytes() for p in again]
+
+
+def test_digits_report(workplace):
+    vqgan("--log_dir ae --train_steps 2")
+    sampler("--log_dir prior --train_steps 4")
+    flags = "--load_dir prior --load_step 4 --n_samples 12 --no_visdom --log_dir report"
+    digits_report.main(flags.split())
+    table = json.loads((RunFolder("report").path / "results.json").read_text())
+    assert table["classifier: accuracy on held-out digits"] > 0.97
+    assert all(value is not None for value in table.values())
+    picture = Image.open(RunFolder("report").images / "report_4.png")
+    assert picture.width > picture.height
+
+
+# --- wrong input -------------------------------------------------------------------------------
+
+
+def sentence(main, flags, capsys, monkeypatch):
+    """The one line that a script with `flags` ends with, its exit status 1 or 2."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags.split()])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code in (1, 2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "script.py: error" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("script, flags, says", [
+    (train_vqgan, "--dataset custom --custom_dataset_path nowhere", "there is no folder nowhere"),
+    (train_vqgan, "--dataset custom --custom_dataset_path empty", "there is no image"),
+    (train_vqgan, "--dataset churches", "there is no LSUN database"),
+    (train_vqgan, f"{VQGAN} --load_dir ae --load_step 7", "vqgan_7.th: vqgan is there at steps 2"),
+    (train_vqgan, f"{VQGAN} --load_dir none --load_step 7", "check the run's name"),
+    (train_vqgan, f"{VQGAN} --load_dir ae --load_step 2 --codebook_size 32", "contradicts"),
+    (train_vqgan, f"{VQGAN} --device cuda:99", "--device cuda:99 is not usable here"),
+    (train_vqgan, f"{VQGAN} --perceptual_weight 1 --vgg_weights none.pth", "no file none.pth"),
+    (train_vqgan, "--dataset digits --visdom_server http://[", "visdom_server is not an address"),
+    (train_sampler, f"{SAMPLER} --ae_load_dir none", "vqgan_2.th"),
+    (train_sampler, f"{SAMPLER} --ae_load_step 3", "vqgan is there at steps 2"),
+    (train_sampler, f"{SAMPLER} --codebook_size 32", "--codebook_size 32 contradicts codebook_size 16"),
+    (train_sampler, f"{SAMPLER} --kernel_sizes 3 9", "larger than the 8x8 grid"),
+    (train_sampler, f"{SAMPLER} --load_dir prior --load_step 2 --attention full", "contradicts"),
+    (train_sampler, f"{SAMPLER} --load_dir prior --load_step 9", "absorbing is there at steps 2"),
+    (get_samples, "--load_dir prior --load_step 9 --no_visdom", "absorbing is there at steps 2"),
+    (get_samples, "--load_dir prior --load_step 2 --ema --no_visdom", "absorbing_ema_2.th"),
+    (get_samples, "--load_dir prior --no_visdom", "--load_step must name the checkpoint"),
+    (get_samples, "--load_dir none --load_step 2", "logs/none/hparams.yaml is not there"),
+])
+def test_wrong_input_is_one_sentence(script, flags, says, capsys, monkeypatch, two_runs):
+    if script is not get_samples and "--train_steps" not in flags:
+        flags += " --train_steps 20"  # a refusal that does not come must not train for ever
+    assert says in sentence(script.main, flags, capsys, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with the runs `ae` and `prior`, trained for two steps without EMA."""
+    folder, here = tmp_path_factory.mktemp("trained"), os.getcwd()
+    os.chdir(folder)
+    try:
+        vqgan("--log_dir ae --train_steps 2")
+        sampler("--log_dir prior --train_steps 2")
+        (folder / "empty").mkdir()
+    finally:
+        os.chdir(here)
+    return folder
+
+
+@pytest.fixture
+def two_runs(trained, workplace):
+    for entry in trained.iterdir():
+        (workplace / entry.name).symlink_to(entry)
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"this is text", "vqgan_2.th"),
+    (b"", "cannot be read"),
+    ("truncated", "cannot be read"),
+    ("code", "is refused"),
+    ("other", "is another model's file"),
+    ("shape", "does not fit: ae.encoder.blocks.0.weight has shape"),
+])
+def test_hostile_model_files(content, says, capsys, monkeypatch, workplace):
+    vqgan("--log_dir ae --train_steps 2")
+    path = RunFolder("ae").model("vqgan", 2)
+    state = torch.load(path, weights_only=True)
+    if content == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+    elif content == "code":
+        torch.save(Malicious(), path)
+    elif content == "other":
+        torch.save({"layer.weight": torch.zeros(3)}, path)
+    elif content == "shape":
+        torch.save({**state, "ae.encoder.blocks.0.weight": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(content)
+    flags = f"{VQGAN} --load_dir ae --load_step 2 --train_steps 4"
+    line = sentence(train_vqgan.main, flags, capsys, monkeypatch)
+    assert says in line and "vqgan_2.th" in line
+    assert not (workplace / "owned").exists()
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def test_attention_of_another_kind_names_the_flag(capsys, monkeypatch):
+    vqgan("--log_dir ae --train_steps 2")
+    sampler("--log_dir prior --train_steps 2 --attention full")
+    RunFolder("prior").hparams.unlink()
+    flags = f"{SAMPLER} --load_dir prior --load_step 2"
+    assert "--attention full" in sentence(train_sampler.main, flags, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_training_saves_and_goes_on_to_the_bit(workplace, number):
+    command = [sys.executable, str(ROOT / "train_vqgan.py"), *VQGAN.split(), "--log_dir", "parts",
+               "--steps_per_log", "1", "--num_workers", "2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )
+    metrics = RunFolder("parts").metrics
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        pass
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: the workers get it too
+    else:
+        process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "Traceback" not in output
+    (step,) = RunFolder("parts").steps("vqgan")
+    assert f"--load_dir parts --load_step {step}" in output
+    vqgan(f"--log_dir parts --load_dir parts --load_step {step} --train_steps {step + 2}")
+    vqgan(f"--log_dir through --train_steps {step + 2}")
+    assert_identical(files_of("parts", step + 2), files_of("through", step + 2))
