@@ -1,10 +1,17 @@
 """What several test files share."""
 
+import json
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import torch
+import visdom
 
-DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "tests" / "data"
 
 
 def golden(name):
@@ -18,3 +25,50 @@ def assert_close(actual, expected, tolerance=1e-5):
     scale = expected.double().abs().max().clamp(min=1e-30)
     error = (actual.double() - expected.double()).abs().max() / scale
     assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+class VisdomServer:
+    """A visdom server in a process of its own, without memory of an earlier one."""
+
+    def __init__(self, folder):
+        self.port, self.folder, self.starts = free_port(), folder, 0
+        self.process = None
+
+    def start(self):
+        self.starts += 1
+        command = [sys.executable, "-m", "utils.visdom_server", "--no_download"]
+        command += ["--port", str(self.port), "--env_path", f"{self.folder}/{self.starts}"]
+        output = subprocess.DEVNULL
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+        wait_until(self.listens, seconds=60)
+
+    def listens(self):
+        assert self.process.poll() is None, "the server did not start"
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def kill(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def windows(self, env):
+        """What visdom's own client is told about all windows of an environment."""
+        client = visdom.Visdom(
+            "http://127.0.0.1", port=self.port, env=env, use_incoming_socket=False
+        )
+        return json.loads(client.get_window_data(env=env))

@@ -18,72 +18,17 @@ import visdom
 from PIL import Image
 
 import utils.visdom_server as visdom_server
+from helpers import free_port, wait_until
 from hparams.errors import SettingsError, UserError
+from hparams.runs import RunFolder
 from utils.image_files import image_grid, save_image, save_images_individually, to_uint8
 from utils.logger import RunLogger
-from hparams.runs import RunFolder
 from utils.visdom_board import MAX_POINTS, VisdomBoard
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = {"interval": 0.1, "retry": 0.2, "timeout": 0.5}
 pytestmark = pytest.mark.filterwarnings("ignore:The 'warn' method")  # visdom's own client
-CALL_SECONDS = 0.2  # what a call of the logger may take, whatever the server does
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-class Server:
-    """A visdom server in a process of its own, without memory of an earlier one."""
-
-    def __init__(self, folder):
-        self.port, self.folder, self.starts = free_port(), folder, 0
-        self.process = None
-
-    def start(self):
-        self.starts += 1
-        command = [sys.executable, "-m", "utils.visdom_server", "--no_download"]
-        command += ["--port", str(self.port), "--env_path", f"{self.folder}/{self.starts}"]
-        output = subprocess.DEVNULL
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
-        wait_until(self.listens, seconds=60)
-
-    def listens(self):
-        assert self.process.poll() is None, "the server did not start"
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def kill(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-    def windows(self, env):
-        """What visdom's own client is told about all windows of an environment."""
-        client = visdom.Visdom(
-            "http://127.0.0.1", port=self.port, env=env, use_incoming_socket=False
-        )
-        return json.loads(client.get_window_data(env=env))
-
-
-@pytest.fixture
-def server(tmp_path):
-    server = Server(tmp_path / "visdom")
-    try:
-        yield server
-    finally:
-        server.kill()
+CALL_SECONDS = 0.45  # what a call of the logger may take, whatever the server does
 
 
 @pytest.fixture

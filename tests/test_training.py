@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +13,11 @@ from PIL import Image
 import train_sampler
 import train_vqgan
 from experiments import digits_report, get_samples
+from helpers import ROOT, wait_until
 from hparams.runs import RunFolder
 from utils import training
 from utils.scripts import run_script
 
-ROOT = Path(__file__).parent.parent
 COMMON = "--no_visdom --steps_per_log 2 --steps_per_display_output 0 --steps_per_save_output 0"
 VQGAN = (
     f"--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --emb_dim 8 "
@@ -56,6 +55,13 @@ def files_of(run, step):
     return {path.name: torch.load(path, weights_only=True) for path in folder.models.glob(
         f"*_{step}.th"
     )}
+
+
+def lines_of(run):
+    """The lines of a run's metrics.jsonl, without one that is being written."""
+    path = RunFolder(run).metrics
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def assert_identical(left, right, where=""):
@@ -112,7 +118,7 @@ def test_sampler_resumes_to_the_bit(bfloat16, kind):
     through, parts = files_of("through", 8), files_of("parts", 8)
     assert len(through) == 3
     assert_identical(through, parts)
-    lines = [json.loads(line) for line in RunFolder("parts").metrics.read_text().splitlines()]
+    lines = lines_of("parts")
     assert [line["step"] for line in lines if line["group"] == "train"] == [2, 4, 6, 8]
 
 
@@ -315,9 +321,7 @@ def test_interrupted_training_saves_and_goes_on_to_the_bit(workplace, number):
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )
-    metrics = RunFolder("parts").metrics
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-        pass
+    wait_until(lambda: lines_of("parts") or process.poll() is not None, seconds=120)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does: the workers get it too
     else:
@@ -329,3 +333,30 @@ def test_interrupted_training_saves_and_goes_on_to_the_bit(workplace, number):
     vqgan(f"--log_dir parts --load_dir parts --load_step {step} --train_steps {step + 2}")
     vqgan(f"--log_dir through --train_steps {step + 2}")
     assert_identical(files_of("parts", step + 2), files_of("through", step + 2))
+
+
+def test_visdom_comes_and_goes_while_training_goes_on(server):
+    """The windows of both stages on a real server that is stopped and started again."""
+    server.start()
+    flags = [*VQGAN.replace("--no_visdom", "").split(), "--visdom_port", str(server.port),
+             "--steps_per_display_output", "4", "--log_dir", "watched"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_vqgan.py"), *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    windows = {"loss", "l1", "perplexity", "psnr", "images_per_second", "codebook_use",
+               "reconstructions", "hyperparameters"}
+    try:
+        wait_until(lambda: windows <= set(server.windows("watched")), seconds=120)
+        server.kill()
+        before = lines_of("watched")[-1]["step"]
+        wait_until(lambda: lines_of("watched")[-1]["step"] > before + 20, seconds=60)
+        server.start()  # knows nothing of what was there before
+        wait_until(lambda: windows <= set(server.windows("watched")), seconds=60)
+        steps = server.windows("watched")["loss"]["content"]["data"][0]["x"]
+        assert steps[0] == 2 and steps[-1] > before + 20
+    finally:
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "Traceback" not in output
+    assert output.count(" WARNING ") == 1

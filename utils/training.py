@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from hparams.errors import UserError
+from utils.muon import Muon
 
 
 def resolve_device(name):
@@ -98,11 +99,9 @@ class EMA:
 
 
 class MuonWithAdamW:
-    """torch.optim.Muon on the matrices of a transformer's blocks, AdamW on everything else.
+    """Muon on the matrices of a transformer's blocks, AdamW on everything else.
 
-    Muon's step is scaled to the size of AdamW's, so one learning rate serves both
-    (Jordan et al., kellerjordan.github.io/posts/muon; Liu et al., arXiv 2502.16982).
-    Behaves like one optimiser.
+    One learning rate serves both. Behaves like one optimiser.
     """
 
     def __init__(self, model, lr, weight_decay=0.0):
@@ -112,9 +111,7 @@ class MuonWithAdamW:
                 is_matrix = ".blocks." in f".{name}" and parameter.dim() == 2
                 (matrices if is_matrix else others).append(parameter)
         self.parts = {
-            "muon": torch.optim.Muon(
-                matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
+            "muon": Muon(matrices, lr=lr, weight_decay=weight_decay),
             "adamw": torch.optim.AdamW(
                 others, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay
             ),
@@ -235,7 +232,7 @@ def training_loop(H, log, seconds, train_step, *, validate, display, save):
             last = step == H.train_steps
             if H.steps_per_eval and (due(step, H.steps_per_eval) or last):
                 validate(step)
-            shows = due(step, H.steps_per_display_output)
+            shows = due(step, H.steps_per_display_output) and not H.no_visdom
             saves = due(step, H.steps_per_save_output)
             if shows or saves:
                 display(step, save=saves, show=shows)
