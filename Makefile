@@ -3,9 +3,11 @@
 # The Python that .venv is made with: 3.10 or newer, with its venv module.
 PYTHON ?= python3
 
-# Steps of the demo's two trainings.
-DEMO_VQGAN_STEPS ?= 600
-DEMO_SAMPLER_STEPS ?= 1500
+# Steps of the demo's two trainings, and flags of all its scripts: `make demo DEMO_FLAGS=` plots on
+# the server that `make visdom` starts.
+DEMO_VQGAN_STEPS ?= 400
+DEMO_SAMPLER_STEPS ?= 2000
+DEMO_FLAGS ?= --no_visdom
 
 VENV_PYTHON := .venv/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
@@ -25,14 +27,14 @@ test-all: .venv/installed ## run the tests, the slow ones too
 	$(VENV_PYTHON) -m pytest -m "slow or not slow"
 
 demo: .venv/installed ## train both stages on the digits and report on them: minutes on a CPU
-	$(VENV_PYTHON) train_vqgan.py --dataset digits --log_dir demo_vqgan --ema --no_visdom \
-	  --train_steps $(DEMO_VQGAN_STEPS) --steps_per_checkpoint $(DEMO_VQGAN_STEPS)
+	$(VENV_PYTHON) train_vqgan.py --dataset digits --log_dir demo_vqgan --amp --ema \
+	  --train_steps $(DEMO_VQGAN_STEPS) $(DEMO_FLAGS)
 	$(VENV_PYTHON) train_sampler.py --sampler absorbing --dataset digits \
-	  --log_dir demo_absorbing --ema --no_visdom \
-	  --ae_load_dir demo_vqgan --ae_load_step $(DEMO_VQGAN_STEPS) \
-	  --train_steps $(DEMO_SAMPLER_STEPS) --steps_per_checkpoint $(DEMO_SAMPLER_STEPS)
+	  --log_dir demo_absorbing --ae_load_dir demo_vqgan --ae_load_step $(DEMO_VQGAN_STEPS) \
+	  --amp --ema --lr_schedule cosine --train_steps $(DEMO_SAMPLER_STEPS) $(DEMO_FLAGS)
 	$(VENV_PYTHON) experiments/digits_report.py --log_dir demo \
-	  --load_dir demo_absorbing --load_step $(DEMO_SAMPLER_STEPS) --ema --n_samples 500
+	  --load_dir demo_absorbing --load_step $(DEMO_SAMPLER_STEPS) --amp --ema --n_samples 500 \
+	  $(DEMO_FLAGS)
 
 visdom: .venv/installed ## start the visdom server that the training scripts draw on
 	$(VENV_PYTHON) -m utils.visdom_server

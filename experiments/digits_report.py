@@ -34,8 +34,8 @@ def reduce(images):
 
 
 def fit_classifier(images, labels):
-    """A support vector machine with calibrated probabilities on real digits [n, 64]."""
-    machine = CalibratedClassifierCV(SVC(C=10), cv=10, ensemble=False)
+    """A support vector machine on real digits [n, 64], its confidence calibrated on folds."""
+    machine = CalibratedClassifierCV(SVC(C=10), method="isotonic", cv=10, ensemble=False)
     return machine.fit(images.numpy(), labels)
 
 
