@@ -8,14 +8,15 @@ import torch
 
 from hparams import get_sampler_hparams
 from hparams.runs import RunFolder
-from utils.assemble import build_sampler, load_autoencoder
-from utils.checkpoints import Checkpoints
+from utils.assemble import build_sampler, check_autoencoder, load_autoencoder
+from utils.checkpoints import Checkpoints, weights_hash
 from utils.data import load_dataset, train_validation_split
 from utils.latents import latent_batches, load_latents
+from utils.muon import MuonWithAdamW
 from utils.sampling import decode
 from utils.scripts import log_changed_settings, record_settings, run_script, start_run
 from utils.training import (
-    EMA, MuonWithAdamW, Precision, backward_step, due, learning_rate, resolve_device, seed_step,
+    EMA, Precision, backward_step, due, learning_rate, resolve_device, seed_step,
     set_learning_rate, training_loop,
 )
 
@@ -38,6 +39,7 @@ def train_step(sampler, ema, optimizer, ids, step, H, precision):
     backward_step(
         stats["loss"], optimizer, precision, H.clip_grad_norm, list(sampler.parameters())
     )
+    precision.scaler.update()
     if ema is not None and due(step, H.steps_per_update_ema):
         ema.update(sampler)
     return {name: value.detach() for name, value in stats.items()}
@@ -88,8 +90,10 @@ def main(argv=None):
         if H.load_step:
             run = RunFolder(H.load_dir)
             stats = checkpoints.restore(run, H.load_step, log, optimizers=H.load_optim)
+            check_autoencoder(autoencoder, stats, run.model(H.sampler, H.load_step))
             log_changed_settings(H, run, log)
         record_settings(H, log)
+        identity = {"autoencoder": weights_hash(autoencoder)}
         batches = latent_batches(ids, H.batch_size, H.seed, H.load_step, device)
 
         def run_validation(step):
@@ -111,7 +115,7 @@ def main(argv=None):
             H, log, stats.get("seconds", 0.0),
             lambda step: train_step(sampler, ema, optimizer, next(batches), step, H, precision),
             validate=run_validation, display=display,
-            save=checkpoints.save,
+            save=lambda step, stats: checkpoints.save(step, {**stats, **identity}),
         )
 
 

@@ -34,6 +34,7 @@ def train_step(vqgan, ema, optimizers, images, step, H, precision):
             d_loss = vqgan.discriminator_loss(images, reconstructions.detach())
         backward_step(d_loss, optimizers["disc_optim"], precision)
         stats["d_loss"] = d_loss.detach()
+    precision.scaler.update()
     if ema is not None and due(step, H.steps_per_update_ema):
         ema.update(vqgan)
     return {"loss": loss.detach(), **stats}
@@ -111,7 +112,8 @@ def main(argv=None):
             best.eval()
             reconstructions = best.ae(shown)[0].clamp(0, 1)
             pairs = torch.stack((shown, reconstructions), dim=1).flatten(0, 1)
-            log.images(step, "reconstructions", pairs, save=save, display=show)
+            log.images(step, "reconstructions", pairs, save=save, display=show,
+                       individually=H.save_individually)
 
         training_loop(
             H, log, stats.get("seconds", 0.0),
@@ -120,6 +122,8 @@ def main(argv=None):
             save=checkpoints.save,
         )
         batches.close()
+        if len(on_unreadable):
+            log.warning(f"{len(on_unreadable)} images could not be read and were passed over")
 
 
 def first_images(dataset, device, on_unreadable, count=16):

@@ -108,7 +108,7 @@ def picture(held_out, reconstructions, samples, columns=10, rows=6):
 
 
 def main(argv=None):
-    H = get_samples_hparams(argv)
+    H = get_samples_hparams(argv, "Judge a sampler that was trained on the digits.")
     if H.dataset != "digits":
         raise UserError(f"digits_report judges runs on the digits, not on {H.dataset}")
     device = resolve_device(H.device)

@@ -128,7 +128,7 @@ class Sampler(Settings):
     kernel_sizes: list[int] = setting([3, 7], "hydra: kernel of each group of heads, odd",
                                       minimum=1, architecture="sampler")
     dilations: list[int] = setting([1], "hydra: dilation of each group, or one for all",
-                                   minimum=1, architecture="sampler")
+                                   minimum=1, architecture="sampler", one_for_all=True)
     position: list[str] | None = setting(None, "one or more of rpb (hydra: relative bias), "
                                          "absolute (none: both for hydra, absolute for full)",
                                          choices=["rpb", "absolute"], architecture="sampler")

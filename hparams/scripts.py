@@ -10,10 +10,12 @@ from hparams.settings import LoadedRun, build_parser, register, resolve, show
 
 
 def names_of(group):
+    """The settings that a group declares."""
     return frozenset(group.__annotations__)
 
 
 def architecture(group, model):
+    """The settings of a group that decide the shape of `model`."""
     fields = dataclasses.fields(group)
     return frozenset(f.name for f in fields if f.metadata["architecture"] == model)
 
@@ -43,14 +45,17 @@ class SamplerSettings(Data, Sampler, Training, Logging, Autoencoder):
 
 @register
 class SamplesSettings(SamplerSettings, Samples):
-    """experiments/get_samples.py."""
+    """experiments/get_samples.py and experiments/digits_report.py."""
 
 
 def check_data(H):
+    """The dataset's path and the run folders."""
     for run in (H.log_dir, H.load_dir):
         RunFolder(run)
     if H.dataset == "custom" and not H.custom_dataset_path:
         raise SettingsError("--dataset custom needs --custom_dataset_path, a folder of images")
+    if H.custom_dataset_path and H.dataset != "custom":
+        raise SettingsError(f"--custom_dataset_path is for --dataset custom, not {H.dataset}")
     if H.load_step >= H.train_steps:
         raise SettingsError(
             f"load_step {H.load_step} leaves nothing to train: train_steps is {H.train_steps}"
@@ -87,6 +92,11 @@ def check_autoencoder(H):
             raise SettingsError(
                 f"attn_resolutions {resolution} never occurs: the sides are {show(sides)}"
             )
+    if H.perceptual_weight and H.img_size < 16:
+        raise SettingsError(
+            f"LPIPS needs images of 16 pixels or more, not img_size {H.img_size}: set "
+            f"perceptual_weight 0"
+        )
     if H.img_size // 2**H.disc_layers < 3:
         raise SettingsError(
             f"disc_layers {H.disc_layers} leaves nothing of images of {H.img_size} pixels"
@@ -122,6 +132,7 @@ def check_sampler(H):
 
 
 def check_hydra(H, height, width):
+    """The groups of heads; a single dilation becomes one for each group."""
     groups = len(H.kernel_sizes)
     if len(H.dilations) == 1:
         H.dilations = H.dilations * groups
@@ -182,13 +193,14 @@ def get_sampler_hparams(argv=None):
     )
 
 
-def get_samples_hparams(argv=None):
-    """Hyperparameters of experiments/get_samples.py from `argv` (None: the command line)."""
+def get_samples_hparams(
+    argv=None, description="Draw samples from a trained sampler and save them as PNG."
+):
+    """Hyperparameters of experiments that draw samples, from `argv` (None: the command line)."""
     run = LoadedRun(
         "load_dir", "load_step", SAMPLER_ARCHITECTURE,
         borrow=frozenset({"dataset", "custom_dataset_path", "ae_load_dir", "ae_load_step", "ema"}),
     )
     return get_hparams(
-        SamplesSettings, argv, "Draw samples from a trained sampler and save them as PNG.",
-        SAMPLER_DEFAULTS, [run, AUTOENCODER_RUN], must_load=True,
+        SamplesSettings, argv, description, SAMPLER_DEFAULTS, [run, AUTOENCODER_RUN], must_load=True,
     )

@@ -19,15 +19,17 @@ from hparams.errors import SettingsError
 
 
 def setting(default, help, *, choices=None, minimum=None, above=None, maximum=None, below=None,
-            architecture=None, required=False):
+            architecture=None, required=False, one_for_all=False):
     """A field of a settings class.
 
     `minimum`/`maximum` include their bound, `above`/`below` do not. `architecture` names the model
     whose shape the setting decides ("autoencoder" or "sampler"): loading that model's run sets it.
+    `one_for_all`: of a list, a single value stands for as many as are needed.
     """
     limits = {"at least": minimum, "more than": above, "at most": maximum, "less than": below}
     metadata = dict(
         help=help, choices=choices, architecture=architecture, required=required,
+        one_for_all=one_for_all,
         limits={words: bound for words, bound in limits.items() if bound is not None},
     )
     if isinstance(default, (list, tuple)):
@@ -152,6 +154,7 @@ def describe_default(field, defaults):
 
 
 def add_argument(group, field, defaults):
+    """Add a field's flag to an argparse group; nothing is stored for a flag that is not given."""
     kind, is_list = value_type(field)
     help = f"{field.metadata['help']} [{describe_default(field, defaults)}]"
     options = dict(dest=field.name, default=argparse.SUPPRESS, help=help.replace("%", "%%"))
@@ -226,6 +229,16 @@ class LoadedRun:
     borrow: frozenset = frozenset()
 
 
+def agrees(field, given, loaded):
+    """Whether a flag's value says the same as a run's: the order of names does not matter."""
+    if isinstance(given, list) and isinstance(loaded, list):
+        if field.metadata["choices"]:
+            return set(given) == set(loaded)
+        if field.metadata["one_for_all"] and len(given) == 1:
+            return all(value == given[0] for value in loaded)
+    return given == loaded
+
+
 def resolve(settings_class, given, defaults_of, loaded_runs, settings_file):
     """The settings object that the flags `given` (a dict) ask for, checked.
 
@@ -244,16 +257,18 @@ def resolve(settings_class, given, defaults_of, loaded_runs, settings_file):
             absent = absent or f" ({path} is not there to tell)"
             continue
         for name, value in read_settings(path).items():
-            if name in source.adopt and name in given and given[name] != value:
+            if name not in source.adopt | source.borrow:
+                continue
+            loaded[name] = value
+            if name in source.borrow or name not in given:
+                continue
+            if not agrees(settings_class.__dataclass_fields__[name], given[name], value):
                 raise SettingsError(
                     f"--{name} {show(given[name])} contradicts {name} {show(value)} of {path}: "
                     f"leave the flag out, or load another run with --{source.run}"
                 )
-            if name in source.adopt | source.borrow:
-                loaded[name] = value
-    fields = dataclasses.fields(settings_class)
     chosen = {**loaded, **given}
-    for field in fields:
+    for field in dataclasses.fields(settings_class):
         if field.metadata["required"] and field.name not in chosen:
             raise SettingsError(
                 f"--{field.name} is required{absent}: {field.metadata['help']}"

@@ -4,6 +4,7 @@ from models.absorbing_diffusion import AbsorbingDiffusion
 from models.attention import FullAttention, HydraNeighborhoodAttention
 from models.autoregressive import AutoregressiveTransformer
 from models.transformer import Transformer
+from models.vqgan import VQGAN
 
 __all__ = [
     "AbsorbingDiffusion",
@@ -11,4 +12,5 @@ __all__ = [
     "FullAttention",
     "HydraNeighborhoodAttention",
     "Transformer",
+    "VQGAN",
 ]

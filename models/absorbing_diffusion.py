@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.quantizers import embed_grid
 from models.samplers import sample_ancestral, sample_mask_predict
 
 
@@ -85,13 +86,11 @@ class AbsorbingDiffusion(nn.Module):
 
     def embed(self, ids, grid=None):
         """Codebook vectors of ids [B, N] as the generator's input [B, emb_dim, h, w]."""
-        height, width = grid or self.shape
-        vectors = F.embedding(ids, self.embedding_weight)  # [B, N, emb_dim]
-        return vectors.transpose(1, 2).reshape(len(ids), -1, height, width)
+        return embed_grid(self.embedding_weight, ids, grid or self.shape)
 
-    def losses(self, ids, t, generator=None):
+    def losses(self, ids, t, schedule, generator=None):
         """Mask ids [B, N] at times t, denoise, and return `diffusion_losses`."""
-        mask = draw_mask(t, ids.shape[1], self.total_steps, self.mask_schedule, generator)
+        mask = draw_mask(t, ids.shape[1], self.total_steps, schedule, generator)
         logits = self._denoise_fn(ids.masked_fill(mask, self.mask_id))
         return diffusion_losses(logits, ids, mask, t, self.total_steps)
 
@@ -103,7 +102,7 @@ class AbsorbingDiffusion(nn.Module):
         t = draw_times(
             len(ids), self.total_steps, self.low_discrepancy, generator, device=ids.device
         )
-        losses = self.losses(ids, t, generator)
+        losses = self.losses(ids, t, self.mask_schedule, generator)
         loss = losses[self.loss_type]
         if self.training:
             self.update_histories(t, loss.detach(), losses["elbo"].detach())
@@ -122,9 +121,12 @@ class AbsorbingDiffusion(nn.Module):
 
     @torch.no_grad()
     def bits_per_token(self, ids, generator=None):
-        """Estimate of the bound -log2 p(ids) / N of each sample [B]: one t each, spread evenly."""
+        """Estimate of the bound -log2 p(ids) / N of each sample [B]: one t each, spread evenly.
+
+        The bound is that of the `random` schedule, whichever the model trains with.
+        """
         t = draw_times(len(ids), self.total_steps, True, generator, device=ids.device)
-        return self.losses(ids, t, generator)["elbo"]
+        return self.losses(ids, t, "random", generator)["elbo"]
 
     def sample(
         self, n_samples, temp=1.0, sample_steps=None, sample_type=None, generator=None,

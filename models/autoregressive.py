@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.quantizers import embed_grid
 from models.samplers import sample_autoregressive
 from models.transformer import Transformer
 
@@ -22,8 +23,7 @@ class AutoregressiveTransformer(nn.Module):
 
     def embed(self, ids):
         """Codebook vectors of ids [B, N] as the generator's input [B, emb_dim, h, w]."""
-        vectors = F.embedding(ids, self.embedding_weight)  # [B, N, emb_dim]
-        return vectors.transpose(1, 2).reshape(len(ids), -1, *self.shape)
+        return embed_grid(self.embedding_weight, ids, self.shape)
 
     def bits(self, ids):
         """-log2 p of every token, [B, N]."""

@@ -38,7 +38,7 @@ def axis_neighbors(length, kernel_size, dilation):
     return same_group & after_start & before_end
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=16)
 def neighborhood_mask(height, width, kernel_size, dilation, device):
     """Which keys each query of the grid attends to: bool [N, N], rows are queries."""
     rows = axis_neighbors(height, kernel_size, dilation)
@@ -47,7 +47,7 @@ def neighborhood_mask(height, width, kernel_size, dilation, device):
     return mask.reshape(height * width, height * width).to(device)
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=16)
 def bias_index(height, width, kernel_size, dilation, device):
     """Where in a flattened [2k-1, 2k-1] bias table each (query, key) looks: int64 [N, N].
 
@@ -136,14 +136,17 @@ def neighborhood_attention_2d(
     side = 2 * kernel_size - 1
     if rpb is not None and rpb.shape != (heads, side, side):
         raise ValueError(f"rpb must be {(heads, side, side)} here, not {tuple(rpb.shape)}")
-    if backend is None:
-        fused = query.device.type == "cuda" and not natten_problem(query, rpb, kernel_size)
-        backend = "natten" if fused else "dense"
-    if backend == "natten":
+    arguments = (query, key, value, kernel_size, dilation)
+    if backend in (None, "natten"):
         problem = natten_problem(query, rpb, kernel_size)
-        if problem:
+        worthwhile = backend == "natten" or query.device.type == "cuda"
+        if worthwhile and not problem:
+            try:
+                return natten.na2d(*arguments[:4], dilation=dilation, scale=scale)
+            except NotImplementedError as error:  # shapes and types that no kernel of natten takes
+                problem = str(error)
+        if backend == "natten":
             raise ValueError(f"backend 'natten' cannot do this call: {problem}")
-        return natten.na2d(query, key, value, kernel_size, dilation=dilation, scale=scale)
-    if backend == "dense":
-        return dense_attention(query, key, value, kernel_size, dilation, rpb, scale)
+    if backend in (None, "dense"):
+        return dense_attention(*arguments, rpb, scale)
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")

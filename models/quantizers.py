@@ -30,7 +30,7 @@ def gumbel_temperature(step):
     return max(1 / 16, 1 - step / 160_000)
 
 
-def _embed_grid(weight, indices, shape):
+def embed_grid(weight, indices, shape):
     """Look ids [B, h*w] up in weight [K, D] and lay them out as [B, D, h, w]."""
     height, width = shape
     if indices.ndim != 2 or indices.shape[1] != height * width:
@@ -82,7 +82,7 @@ class NearestQuantizer(nn.Module):
 
         Raises ValueError when the ids do not fill the grid.
         """
-        return _embed_grid(self.embedding.weight, indices, shape)
+        return embed_grid(self.embedding.weight, indices, shape)
 
 
 class GumbelQuantizer(nn.Module):
@@ -130,4 +130,4 @@ class GumbelQuantizer(nn.Module):
 
         Raises ValueError when the ids do not fill the grid.
         """
-        return _embed_grid(self.embed.weight, indices, shape)
+        return embed_grid(self.embed.weight, indices, shape)

@@ -55,11 +55,12 @@ class Transformer(nn.Module):
         self.causal = H.sampler == "autoregressive"
         self.grid = tuple(H.latent_shape[1:])
         dim = H.bert_n_emb
+        # In the order of the published files, by which their optimisers number the parameters.
         # Only the causal prior learns start_tok; the published denoisers' files hold it too.
+        has_table = "absolute" in H.position
+        table = nn.Parameter(torch.zeros(1, H.block_size, dim)) if has_table else None
+        self.register_parameter("pos_emb", table)
         self.start_tok = nn.Parameter(torch.zeros(1, 1, dim), requires_grad=self.causal)
-        self.pos_emb = None
-        if "absolute" in H.position:
-            self.pos_emb = nn.Parameter(torch.zeros(1, H.block_size, dim))
         self.tok_emb = nn.Embedding(H.codebook_size + (not self.causal), dim)
         self.drop = nn.Dropout(H.embd_pdrop)
         self.blocks = nn.ModuleList(Block(H) for _ in range(H.bert_n_layers))

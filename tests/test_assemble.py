@@ -1,4 +1,4 @@
-"""Building models from settings and files: LPIPS' weights from a local file, a checkpoint, or not."""
+"""Building models from settings and files: where LPIPS' weights come from."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hparams import UserError, get_vqgan_hparams
 from hparams.runs import RunFolder
 from utils import assemble
 from utils.assemble import build_vqgan
-from utils.checkpoints import save_file
+from utils.checkpoints import load_weights, save_file
 from utils.logger import RunLogger
 
 FLAGS = (
@@ -74,3 +74,16 @@ def test_no_connection_says_what_to_do(log, monkeypatch):
     monkeypatch.setattr(torchvision.models.VGG16_Weights, "get_state_dict", refuse)
     with pytest.raises(UserError, match="--vgg_weights.*--perceptual_weight 0"):
         build_vqgan(get_vqgan_hparams(FLAGS), log)
+
+
+def test_a_checkpoint_with_lpips_loads_without_it(log, vgg):
+    """Published files hold LPIPS, which --perceptual_weight 0 has no use for, and vice versa."""
+    save_file(vgg, "vgg16.pth")
+    with_lpips = build_vqgan(get_vqgan_hparams([*FLAGS, "--vgg_weights", "vgg16.pth"]), log)
+    without = build_vqgan(get_vqgan_hparams([*FLAGS, "--perceptual_weight", "0"]), log)
+    load_weights(without, with_lpips.state_dict(), "file", optional=["perceptual."])
+    key = "ae.encoder.blocks.0.weight"
+    assert torch.equal(without.state_dict()[key], with_lpips.state_dict()[key])
+    load_weights(with_lpips, without.state_dict(), "file", optional=["perceptual."])
+    with pytest.raises(UserError, match="unknown perceptual"):
+        load_weights(without, with_lpips.state_dict(), "file")

@@ -25,6 +25,13 @@ def absorbing():
     return data, model.eval()
 
 
+def test_parameters_are_numbered_as_in_published_optimisers(absorbing):
+    data, model = absorbing
+    buffers = dict(model.named_buffers())
+    names = [name for name, _ in model.named_parameters()]
+    assert names == [key for key in data["state_dict"] if key not in buffers]
+
+
 def test_absorbing_logits(absorbing):
     data, model = absorbing
     x_t = data["x_0"].masked_fill(data["mask"], model.mask_id)

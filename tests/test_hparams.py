@@ -169,6 +169,17 @@ def test_a_resumed_run_keeps_its_architecture(capsys):
     )
 
 
+def test_the_command_of_a_run_resumes_it(capsys):
+    """Flags that say the same in other words do not contradict."""
+    flags = [*SAMPLER, "--dilations", "1", "--position", "absolute", "rpb"]
+    save_run(get_sampler_hparams(flags), "prior")
+    resume = [*flags, "--load_dir", "prior", "--load_step", "7"]
+    assert get_sampler_hparams(resume).dilations == [1, 1]
+    assert "contradicts dilations 1 1" in refusal(
+        capsys, get_sampler_hparams, [*resume, "--dilations", "2"]
+    )
+
+
 def test_experiments_need_no_more_than_the_run():
     save_run(get_vqgan_hparams([*VQGAN, "--codebook_size", "48"]), "ae")
     save_run(get_sampler_hparams([*SAMPLER, "--bert_n_layers", "2"]), "prior")

@@ -45,7 +45,7 @@ def cases(draw):
     side = st.integers(kernel * dilation, kernel * dilation + 5)
     height, width, heads = draw(side), draw(side), draw(st.integers(1, 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    qkv = torch.randn(3, 2, height, width, heads, 4, generator=generator)
+    qkv = torch.randn(3, 2, height, width, heads, 16, generator=generator)
     rpb = torch.randn(heads, 2 * kernel - 1, 2 * kernel - 1, generator=generator)
     return *qkv, kernel, dilation, rpb
 
@@ -111,6 +111,8 @@ def test_refusals_say_why(monkeypatch):
     ]:
         with pytest.raises(ValueError, match=says):
             neighborhood_attention_2d(*qkv, **arguments)
+    with pytest.raises(ValueError, match="backend 'natten' cannot"):  # no kernel for head_dim 4
+        neighborhood_attention_2d(*qkv, 3, backend="natten")
     with pytest.raises(ValueError, match="no backward on the CPU"):
         neighborhood_attention_2d(*qkv.requires_grad_(), 3, backend="natten")
     monkeypatch.setattr(module, "natten", None)

@@ -231,7 +231,8 @@ def test_every_import_is_declared():
         allowed = names(RUNTIME)
         if "tests" in path.relative_to(ROOT).parts:
             allowed |= names(TESTING)
-        ours = set(CODE) | {neighbour.stem for neighbour in path.parent.glob("*.py")}
+        scripts = {script.stem for folder in (ROOT, path.parent) for script in folder.glob("*.py")}
+        ours = {*CODE, "experiments", *scripts}
         for name in set(imported_names(path)) - ours - sys.stdlib_module_names:
             providers = {canonicalize_name(x) for x in distributions.get(name, [name])}
             assert providers & allowed, f"{path.relative_to(ROOT)} imports {name}: not declared"

@@ -122,6 +122,46 @@ def test_sampler_resumes_to_the_bit(bfloat16, kind):
     assert [line["step"] for line in lines if line["group"] == "train"] == [2, 4, 6, 8]
 
 
+def test_a_resumed_run_obeys_its_own_learning_rate():
+    vqgan("--log_dir a --train_steps 2")
+    vqgan("--log_dir b --load_dir a --load_step 2 --train_steps 3 --lr 0.25")
+    (group,) = files_of("b", 3)["ae_optim_3.th"]["param_groups"]
+    assert group["lr"] == 0.25
+
+
+def test_a_new_run_in_an_old_folder_keeps_the_old_record(workplace):
+    vqgan("--log_dir a --train_steps 2")
+    vqgan("--log_dir a --train_steps 4 --seed 1")
+    assert [line["step"] for line in lines_of("a") if line["group"] == "train"] == [2, 4]
+    kept = sorted(path.name for path in RunFolder("a").path.glob("*_until_*"))
+    assert len(kept) == 2 and "another" in RunFolder("a").log.read_text()
+
+
+def test_a_sampler_is_never_decoded_by_another_autoencoder(capsys, monkeypatch, two_runs):
+    vqgan("--log_dir other --train_steps 2 --seed 5")
+    flags = "--load_dir prior --load_step 2 --no_visdom --ae_load_dir other"
+    line = sentence(get_samples.main, flags, capsys, monkeypatch)
+    assert "trained on the ids of another autoencoder" in line
+    flags = f"{SAMPLER} --load_dir prior --load_step 2 --train_steps 3 --ae_load_dir other"
+    assert "another autoencoder" in sentence(train_sampler.main, flags, capsys, monkeypatch)
+
+
+def test_unreadable_images_are_named_and_counted(workplace):
+    (workplace / "photos").mkdir()
+    for index in range(8):
+        Image.new("L", (20, 20), 30 * index).save(workplace / "photos" / f"{index}.png")
+    (workplace / "photos" / "broken.png").write_bytes(b"no image")
+    data = "--dataset custom --custom_dataset_path photos --n_channels 1 --nf 32 --res_blocks 1"
+    small = VQGAN.replace("--dataset digits", data) + " --perceptual_weight 0 --steps_per_eval 0"
+    train_vqgan.main([*small.split(), *"--log_dir ae --train_steps 6".split()])
+    log = RunFolder("ae").log.read_text()
+    assert log.count("broken.png: it is no image") == 1 and "1 images could not be read" in log
+    small = SAMPLER.replace("--dataset digits", data) + " --steps_per_eval 0 --ae_load_step 6"
+    for _ in range(2):  # encoded, then from the cache
+        train_sampler.main([*small.split(), *"--log_dir prior --train_steps 1".split()])
+    assert RunFolder("prior").log.read_text().count("1 of 9 images could not be read") == 2
+
+
 def test_what_is_displayed_does_not_change_training():
     vqgan("--log_dir ae --train_steps 2")
     sampler("--log_dir plain --train_steps 4 --ema")
@@ -237,7 +277,7 @@ def sentence(main, flags, capsys, monkeypatch):
     (train_vqgan, "--dataset digits --visdom_server http://[", "visdom_server is not an address"),
     (train_sampler, f"{SAMPLER} --ae_load_dir none", "vqgan_2.th"),
     (train_sampler, f"{SAMPLER} --ae_load_step 3", "vqgan is there at steps 2"),
-    (train_sampler, f"{SAMPLER} --codebook_size 32", "--codebook_size 32 contradicts codebook_size 16"),
+    (train_sampler, f"{SAMPLER} --codebook_size 32", "32 contradicts codebook_size 16"),
     (train_sampler, f"{SAMPLER} --kernel_sizes 3 9", "larger than the 8x8 grid"),
     (train_sampler, f"{SAMPLER} --load_dir prior --load_step 2 --attention full", "contradicts"),
     (train_sampler, f"{SAMPLER} --load_dir prior --load_step 9", "absorbing is there at steps 2"),
@@ -278,6 +318,7 @@ def two_runs(trained, workplace):
     ("truncated", "cannot be read"),
     ("code", "is refused"),
     ("other", "is another model's file"),
+    ("list", "holds no state dict"),
     ("shape", "does not fit: ae.encoder.blocks.0.weight has shape"),
 ])
 def test_hostile_model_files(content, says, capsys, monkeypatch, workplace):
@@ -290,6 +331,8 @@ def test_hostile_model_files(content, says, capsys, monkeypatch, workplace):
         torch.save(Malicious(), path)
     elif content == "other":
         torch.save({"layer.weight": torch.zeros(3)}, path)
+    elif content == "list":
+        torch.save([torch.zeros(3)], path)
     elif content == "shape":
         torch.save({**state, "ae.encoder.blocks.0.weight": torch.zeros(3)}, path)
     else:
@@ -335,25 +378,34 @@ def test_interrupted_training_saves_and_goes_on_to_the_bit(workplace, number):
     assert_identical(files_of("parts", step + 2), files_of("through", step + 2))
 
 
-def test_visdom_comes_and_goes_while_training_goes_on(server):
-    """The windows of both stages on a real server that is stopped and started again."""
-    server.start()
-    flags = [*VQGAN.replace("--no_visdom", "").split(), "--visdom_port", str(server.port),
-             "--steps_per_display_output", "4", "--log_dir", "watched"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_vqgan.py"), *flags],
+def start(script, flags, port):
+    """A training script in a process of its own that draws on the server at `port`."""
+    flags = flags.replace("--no_visdom", f"--visdom_port {port}")
+    flags = flags.replace("--steps_per_display_output 0", "--steps_per_display_output 4")
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *flags.split(), "--log_dir", "watched"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )
-    windows = {"loss", "l1", "perplexity", "psnr", "images_per_second", "codebook_use",
-               "reconstructions", "hyperparameters"}
+
+
+@pytest.mark.parametrize("script, flags, windows", [
+    ("train_vqgan.py", VQGAN, ["metric: loss", "metric: psnr", "bars: codebook_use",
+                               "image: reconstructions", "table: hyperparameters"]),
+    ("train_sampler.py", SAMPLER, ["metric: loss", "metric: bits_per_token", "image: samples",
+                                   "bars: loss_per_timestep", "table: hyperparameters"]),
+])
+def test_visdom_comes_and_goes_while_training_goes_on(server, script, flags, windows, two_runs):
+    """A real server has the windows, is stopped, started again, and has them all again."""
+    server.start()
+    process = start(script, flags, server.port)
     try:
-        wait_until(lambda: windows <= set(server.windows("watched")), seconds=120)
+        wait_until(lambda: set(windows) <= set(server.windows("watched")), seconds=60)
         server.kill()
         before = lines_of("watched")[-1]["step"]
         wait_until(lambda: lines_of("watched")[-1]["step"] > before + 20, seconds=60)
         server.start()  # knows nothing of what was there before
-        wait_until(lambda: windows <= set(server.windows("watched")), seconds=60)
-        steps = server.windows("watched")["loss"]["content"]["data"][0]["x"]
+        wait_until(lambda: set(windows) <= set(server.windows("watched")), seconds=60)
+        steps = server.windows("watched")["metric: loss"]["content"]["data"][0]["x"]
         assert steps[0] == 2 and steps[-1] > before + 20
     finally:
         process.send_signal(signal.SIGINT)

@@ -5,7 +5,7 @@ from hparams.runs import RunFolder
 from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
 from models.perceptual import build_perceptual, load_vgg16
 from models.vqgan import VQGAN, VQAutoEncoder
-from utils.checkpoints import load_file, load_weights
+from utils.checkpoints import load_file, load_weights, weights_hash
 
 
 def build_vqgan(H, log):
@@ -29,6 +29,7 @@ def build_vqgan(H, log):
 
 
 def has_perceptual(path):
+    """Whether a VQGAN's file holds LPIPS' trunk."""
     return any(key.startswith("perceptual.net.") for key in load_file(path))
 
 
@@ -46,17 +47,21 @@ def download_vgg16():
 
 
 def load_autoencoder(H, device, log):
-    """The trained autoencoder of `--ae_load_dir`, frozen: its EMA where `--ema` and it has one."""
+    """The trained autoencoder of `--ae_load_dir`, frozen: its EMA where it has one.
+
+    Whether the sampler has an EMA does not matter: all that is done with a sampler must use the
+    autoencoder whose ids it learned.
+    """
     run, step = RunFolder(H.ae_load_dir), H.ae_load_step
     path = run.model("vqgan_ema", step)
-    if not H.ema or not path.exists():
-        if H.ema:
-            log.warning(f"{path} is not there: the autoencoder without EMA is taken")
+    if not path.exists():
         path = run.model("vqgan", step)
     state = load_file(path)
     autoencoder = VQAutoEncoder(H)
-    weights = {k.removeprefix("ae."): v for k, v in state.items() if k.startswith("ae.")}
-    load_weights(autoencoder, weights, path)
+    others = ("disc.", "perceptual.")
+    if isinstance(state, dict):
+        state = {k.removeprefix("ae."): v for k, v in state.items() if not k.startswith(others)}
+    load_weights(autoencoder, state, path)
     log.info(f"autoencoder: {path}")
     return autoencoder.requires_grad_(False).eval().to(device)
 
@@ -76,11 +81,22 @@ def codebook_vectors(autoencoder):
     return table.weight.detach().clone()
 
 
+def check_autoencoder(autoencoder, stats, path):
+    """Raise UserError when the sampler's `stats` say that it learned another autoencoder's ids."""
+    if stats.get("autoencoder", weights_hash(autoencoder)) != weights_hash(autoencoder):
+        raise UserError(
+            f"{path} was trained on the ids of another autoencoder: check --ae_load_dir and "
+            f"--ae_load_step"
+        )
+
+
 def load_sampler(H, autoencoder, device, log):
     """The trained sampler of `--load_dir`: its EMA with `--ema`, which must then be there."""
     run = RunFolder(H.load_dir)
     path = run.model(f"{H.sampler}_ema" if H.ema else H.sampler, H.load_step)
     sampler = build_sampler(H, autoencoder)
     load_weights(sampler, load_file(path), path)
+    if run.stats(H.load_step).exists():
+        check_autoencoder(autoencoder, load_file(run.stats(H.load_step)), path)
     log.info(f"sampler: {path}")
     return sampler.requires_grad_(False).eval().to(device)

@@ -45,6 +45,8 @@ def load_file(path):
 def steps_there(path):
     """`: NAME is there at steps ...` for a path NAME_<step>.th, to help who mistyped the step."""
     name = path.stem.rpartition("_")[0]
+    if path.parent.name != "saved_models":
+        return ""
     if not path.parent.is_dir():
         return f": {path.parent} does not exist, check the run's name"
     run = RunFolder(path.parent.parent.name, root=path.parent.parent.parent)
@@ -57,10 +59,13 @@ def steps_there(path):
 def load_weights(module, state, path, optional=()):
     """Load a state dict strictly into a module; UserError naming file and key where it differs.
 
-    Entries whose name starts with one of `optional` may be missing from the state.
+    Entries whose name starts with one of `optional` may be missing on either side.
     """
-    own = module.state_dict()
-    missing = [k for k in own if k not in state and not k.startswith(tuple(optional))]
+    own, optional = module.state_dict(), tuple(optional)
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is no model's file: it holds no state dict")
+    state = {k: v for k, v in state.items() if k in own or not k.startswith(optional)}
+    missing = [k for k in own if k not in state and not k.startswith(optional)]
     surplus = [key for key in state if key not in own]
     if missing or surplus:
         what = f"lacks {missing[0]}" if missing else f"holds the unknown {surplus[0]}"
@@ -156,11 +161,21 @@ class Checkpoints:
 
 
 def load_optimizer(optimizer, path):
-    """Restore an optimiser from a file; UserError where it is another optimiser's."""
+    """Restore an optimiser's state; its settings, the learning rate among them, stay as they are.
+
+    Raises UserError where the file is another optimiser's.
+    """
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     try:
         optimizer.load_state_dict(load_file(path))
-    except (ValueError, KeyError, TypeError) as error:
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if value.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"{name} has shape {list(value.shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} does not fit this optimiser ({error}): check --optimizer, or start it afresh "
             f"with --no_load_optim"
         ) from None
+    for group, kept in zip(optimizer.param_groups, settings):
+        group.update(kept)

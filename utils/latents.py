@@ -21,7 +21,10 @@ def latents_key(dataset, autoencoder, flip):
 
 @torch.no_grad()
 def encode(dataset, autoencoder, flip, num_workers, device, log, batch_size=32):
-    """Ids int16 [n, orientations, N] of the readable images; a second orientation when `flip`."""
+    """Encode a dataset, mirrored as well when `flip`, which makes two orientations.
+
+    Returns (ids int32 [n, orientations, N], {path: reason} of the images that cannot be read).
+    """
     unreadable = UnreadableFiles(lambda path, reason: log.warning(f"passed over {path}: {reason}"))
     batches = evaluation_batches(dataset, batch_size, num_workers, device, unreadable)
     ids = []
@@ -29,15 +32,13 @@ def encode(dataset, autoencoder, flip, num_workers, device, log, batch_size=32):
         for images, _ in batches:
             views = [images, images.flip(-1)] if flip else [images]
             codes = [autoencoder.encode(view)[-1] for view in views]  # each [b, N]
-            ids.append(torch.stack(codes, dim=1).to("cpu", torch.int16))
+            ids.append(torch.stack(codes, dim=1).to("cpu", torch.int32))
             bar.update(len(images))
-    if len(unreadable):
-        log.warning(f"{len(unreadable)} of {len(dataset)} images could not be read")
-    return torch.cat(ids)
+    return torch.cat(ids), dict(unreadable.reasons)
 
 
 def load_latents(dataset, autoencoder, flip, num_workers, device, log, folder=LATENTS):
-    """Ids int16 [n, orientations, N] of `dataset`, from the cache where it holds just these.
+    """Ids int32 [n, orientations, N] of `dataset`, from the cache where it holds just these.
 
     The file's name and content carry `latents_key`: other data, settings or weights have another.
     """
@@ -48,16 +49,24 @@ def load_latents(dataset, autoencoder, flip, num_workers, device, log, folder=LA
             content = load_file(path)
             if content["key"] == key:
                 log.info(f"{len(content['ids'])} grids of ids from {path}")
+                report_unreadable(content["unreadable"], dataset, log)
                 return content["ids"]
             problem = "it belongs to other data"
         except (UserError, KeyError, TypeError) as error:
             problem = str(error)
         log.warning(f"{path} is encoded again: {problem}")
-    ids = encode(dataset, autoencoder, flip, num_workers, device, log)
+    ids, unreadable = encode(dataset, autoencoder, flip, num_workers, device, log)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"key": key, "ids": ids}, path)
+    save_file({"key": key, "ids": ids, "unreadable": unreadable}, path)
     log.info(f"{len(ids)} grids of ids encoded into {path}")
+    report_unreadable(unreadable, dataset, log)
     return ids
+
+
+def report_unreadable(unreadable, dataset, log):
+    """Say how many images have no ids because they could not be read."""
+    if unreadable:
+        log.warning(f"{len(unreadable)} of {len(dataset)} images could not be read")
 
 
 def latent_batches(ids, batch_size, seed, start_batch, device):

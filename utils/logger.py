@@ -108,7 +108,10 @@ class RunLogger:
         """
         images = to_uint8(images)
         if save and individually:
-            save_images_individually(images, self.folder.images / f"{name}_{step}")
+            singles = self.folder.images / f"{name}_{step}"
+            for earlier in singles.glob("[0-9]*.png"):  # or they would be counted as this run's
+                earlier.unlink()
+            save_images_individually(images, singles)
         if (save and not individually) or (display and self._board is not None):
             grid = image_grid(images)
         if save and not individually:

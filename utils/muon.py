@@ -65,3 +65,55 @@ class Muon(torch.optim.Optimizer):
         scale = 0.2 * max(parameters[0].shape) ** 0.5
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
         torch._foreach_add_(parameters, list(steps.unbind(0)), alpha=-lr * scale)
+
+
+class MuonWithAdamW:
+    """Muon on the matrices of a transformer's blocks, AdamW on everything else.
+
+    One learning rate serves both, and to its users, the gradient scaler among them, the pair is
+    one optimiser.
+    """
+
+    def __init__(self, model, lr, weight_decay=0.0):
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                is_matrix = ".blocks." in f".{name}" and parameter.dim() == 2
+                (matrices if is_matrix else others).append(parameter)
+        self.parts = {
+            "muon": Muon(matrices, lr=lr, weight_decay=weight_decay),
+            "adamw": torch.optim.AdamW(
+                others, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay
+            ),
+        }
+
+    @property
+    def param_groups(self):
+        """The groups of both, whose settings may be changed in place."""
+        return [group for part in self.parts.values() for group in part.param_groups]
+
+    @property
+    def state(self):
+        """What both keep for each parameter."""
+        return {**self.parts["muon"].state, **self.parts["adamw"].state}
+
+    def step(self):
+        """One step of both."""
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self):
+        """Forget the gradients."""
+        for part in self.parts.values():
+            part.zero_grad()
+
+    def state_dict(self):
+        """The state of both, by name."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state):
+        """Restore what `state_dict` gave; ValueError for another optimiser's state."""
+        if set(state) != set(self.parts):
+            raise ValueError("the file holds another optimiser's state")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])

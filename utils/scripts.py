@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import platform
 import shlex
+import shutil
 import sys
+import time
 
 import torch
 
@@ -22,6 +24,10 @@ def run_script(main):
     except UserError as error:
         print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"{sys.argv[0]}: error: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -52,9 +58,21 @@ def record_settings(H, log):
 
     Called once everything is loaded, so that a command that fails leaves the run as it was.
     """
+    if not H.load_step:
+        keep_earlier_records(log)
     log.rewind(H.load_step or -1)
     H.save(log.folder.hparams)
     log.hyperparameters(dataclasses.asdict(H))
+
+
+def keep_earlier_records(log):
+    """Copy the metrics and settings of a run that began in this folder before, with its date."""
+    for path in (log.folder.metrics, log.folder.hparams):
+        if path.exists() and path.stat().st_size:
+            date = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+            kept = path.with_name(f"{path.stem}_until_{date}{path.suffix}")
+            shutil.copyfile(path, kept)
+            log.warning(f"this run begins in a folder that holds another: its record is {kept}")
 
 
 def log_changed_settings(H, run, log):

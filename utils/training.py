@@ -12,7 +12,6 @@ from torch import nn
 from tqdm import tqdm
 
 from hparams.errors import UserError
-from utils.muon import Muon
 
 
 def resolve_device(name):
@@ -53,13 +52,15 @@ class Precision:
         self.device = device
         self.dtype = torch.float32
         if amp and device.type == "cuda":
-            self.dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        elif amp and cpu_has_bfloat16():
+            with torch.cuda.device(device):  # emulated bfloat16 would be slower than float16
+                has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            self.dtype = torch.bfloat16 if has_bfloat16 else torch.float16
+        elif amp and device.type == "cpu" and cpu_has_bfloat16():
             self.dtype = torch.bfloat16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.description = str(self.dtype).removeprefix("torch.")
         if amp and self.dtype == torch.float32:
-            self.description += " (--amp set aside: this CPU has no bfloat16 units)"
+            self.description += f" (--amp set aside: this {device.type} has no bfloat16 units)"
 
     def autocast(self):
         """Context in which forward passes run; a no-op in float32."""
@@ -98,47 +99,6 @@ class EMA:
             average.copy_(value)
 
 
-class MuonWithAdamW:
-    """Muon on the matrices of a transformer's blocks, AdamW on everything else.
-
-    One learning rate serves both. Behaves like one optimiser.
-    """
-
-    def __init__(self, model, lr, weight_decay=0.0):
-        matrices, others = [], []
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                is_matrix = ".blocks." in f".{name}" and parameter.dim() == 2
-                (matrices if is_matrix else others).append(parameter)
-        self.parts = {
-            "muon": Muon(matrices, lr=lr, weight_decay=weight_decay),
-            "adamw": torch.optim.AdamW(
-                others, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay
-            ),
-        }
-
-    @property
-    def param_groups(self):
-        return [group for part in self.parts.values() for group in part.param_groups]
-
-    def step(self):
-        for part in self.parts.values():
-            part.step()
-
-    def zero_grad(self):
-        for part in self.parts.values():
-            part.zero_grad()
-
-    def state_dict(self):
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
-    def load_state_dict(self, state):
-        if set(state) != set(self.parts):
-            raise ValueError("the file holds another optimiser's state")
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-
-
 def learning_rate(H, step):
     """The learning rate of a step: linear warm-up over `warmup_iters`, then `lr_schedule`."""
     rate = H.lr * min(1.0, step / max(H.warmup_iters, 1))
@@ -151,6 +111,7 @@ def learning_rate(H, step):
 
 
 def set_learning_rate(optimizer, rate):
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -158,19 +119,16 @@ def set_learning_rate(optimizer, rate):
 def backward_step(loss, optimizer, precision, clip=0.0, parameters=()):
     """One optimiser step on `loss` (0-d); gradients are scaled where the precision asks for it.
 
-    `clip` limits the norm of the gradient of `parameters`; 0 does not.
+    `clip` limits the norm of the gradient of `parameters`; 0 does not. `precision.scaler.update()`
+    is due once after all the steps of an iteration.
     """
     scaler = precision.scaler
     optimizer.zero_grad()
     scaler.scale(loss).backward()
-    parts = optimizer.parts.values() if hasattr(optimizer, "parts") else [optimizer]
     if clip:
-        for part in parts:
-            scaler.unscale_(part)
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(parameters, clip)
-    for part in parts:
-        scaler.step(part)
-    scaler.update()
+    scaler.step(optimizer)
 
 
 class Interruption:
@@ -209,26 +167,27 @@ def training_loop(H, log, seconds, train_step, *, validate, display, save):
     """
     started = time.perf_counter() - seconds
     bar = tqdm(
-        total=H.train_steps, initial=H.load_step, desc=H.log_dir, unit="step", dynamic_ncols=True
+        total=H.train_steps, initial=H.load_step, desc=H.log_dir, unit="step", dynamic_ncols=True,
+        mininterval=0.5,
     )
-    sums, count, since = {}, 0, time.perf_counter()
+    sums, counts, training_time = {}, {}, 0.0
     with Interruption() as interruption, bar:
         for step in range(H.load_step + 1, H.train_steps + 1):
+            begun = time.perf_counter()
             seed_step(H.seed, step)
             for name, value in train_step(step).items():
                 sums[name] = sums.get(name, 0) + value
-            count += 1
+                counts[name] = counts.get(name, 0) + 1
             bar.update()
             if due(step, H.steps_per_log):
-                means = {name: float(value) / count for name, value in sums.items()}
+                means = {name: float(value) / counts[name] for name, value in sums.items()}
                 now = time.perf_counter()
-                means["images_per_second"] = count * H.batch_size / (now - since)
-                means["seconds"] = now - started
-                log.metrics(step, means)
-                bar.set_postfix_str(
-                    f"loss {means['loss']:.4f}, {means['images_per_second']:.0f} images/s"
-                )
-                sums, count, since = {}, 0, now
+                speed = counts["loss"] * H.batch_size / (training_time + now - begun)
+                log.metrics(step, {**means, "images_per_second": speed, "seconds": now - started})
+                bar.set_postfix_str(f"loss {means['loss']:.4f}, {speed:.0f} images/s")
+                sums, counts, training_time = {}, {}, 0.0
+            else:
+                training_time += time.perf_counter() - begun
             last = step == H.train_steps
             if H.steps_per_eval and (due(step, H.steps_per_eval) or last):
                 validate(step)
