@@ -54,17 +54,24 @@ def all_images(dataset):
     return torch.stack([dataset.load(index) for index in range(len(dataset))])
 
 
-def last_metrics(run):
-    """Last validation of a run and its seconds of training, from metrics.jsonl; {} without one."""
-    if not run.metrics.exists():
-        return {}
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+def metrics_at(run, step):
+    """All metrics of a run as they were last logged until `step`; {} without a metrics.jsonl."""
     found = {}
-    for line in lines:
-        if line["group"] == "validation":
-            found.update(line)
-        found["seconds"] = line.get("seconds", found.get("seconds"))
+    for text in run.metrics.read_text().splitlines() if run.metrics.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:  # cut off by a crash
+            continue
+        if line["step"] <= step:
+            prefix = "validation " if line["group"] == "validation" else ""
+            found.update({prefix + name: value for name, value in line.items()})
     return found
+
+
+def nearest_other(images):
+    """Euclidean distance of each image [n, 64] to the nearest other one: [n]."""
+    distances = torch.cdist(images, images)
+    return distances.fill_diagonal_(float("inf")).amin(1)
 
 
 @torch.no_grad()
@@ -77,12 +84,14 @@ def measure(H, real, held_out, labels, reconstructions, samples):
     shares = torch.bincount(sample_classes, minlength=10) / len(samples)
     sample_distance = nearest_distances(reduce(samples), reduce(real))
     real_distance = nearest_distances(reduce(held_out), reduce(real))
-    autoencoder_run = last_metrics(RunFolder(H.ae_load_dir))
-    sampler_run = last_metrics(RunFolder(H.load_dir))
+    autoencoder_run = metrics_at(RunFolder(H.ae_load_dir), H.ae_load_step)
+    sampler_run = metrics_at(RunFolder(H.load_dir), H.load_step)
+    count = min(len(samples), len(held_out))  # the nearest of more is nearer
+    among = [nearest_other(reduce(part[:count])) for part in (held_out, samples)]
     return {
         "reconstruction PSNR of held-out digits (dB)":
             psnr(held_out, reconstructions).mean().item(),
-        "validation bits per token": sampler_run.get("bits_per_token"),
+        "validation bits per token": sampler_run.get("validation bits_per_token"),
         "seconds to train the autoencoder": autoencoder_run.get("seconds"),
         "seconds to train the sampler": sampler_run.get("seconds"),
         "classifier: accuracy on held-out digits":
@@ -96,6 +105,10 @@ def measure(H, real, held_out, labels, reconstructions, samples):
         "distance to nearest training digit, samples (median)": sample_distance.median().item(),
         "distance to nearest training digit, held-out (5%)": real_distance.quantile(0.05).item(),
         "distance to nearest training digit, samples (5%)": sample_distance.quantile(0.05).item(),
+        f"distance to nearest other, among {count} held-out (median)": among[0].median().item(),
+        f"distance to nearest other, among {count} samples (median)": among[1].median().item(),
+        f"distance to nearest other, among {count} held-out (smallest)": among[0].min().item(),
+        f"distance to nearest other, among {count} samples (smallest)": among[1].min().item(),
     }
 
 
