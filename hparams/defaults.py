@@ -23,7 +23,7 @@ SAMPLER_DEFAULTS = {
     "bedrooms": dict(lr=2e-4, warmup_iters=10000),
     "digits": dict(
         DIGITS, bert_n_emb=128, bert_n_layers=4, optimizer="muon", lr=3e-3, warmup_iters=50,
-        t_sampling="low_discrepancy", loss_type="mlm", sample_steps=512, temp=0.8,
+        t_sampling="low_discrepancy", sample_steps=512, temp=0.8,
     ),
 }
 
