@@ -115,7 +115,7 @@ def main(argv=None):
             H, log, stats.get("seconds", 0.0),
             lambda step: train_step(sampler, ema, optimizer, next(batches), step, H, precision),
             validate=run_validation, display=display,
-            save=lambda step, stats: checkpoints.save(step, {**stats, **identity}),
+            save=lambda step, so_far: checkpoints.save(step, {**so_far, **identity}),
         )
 
 

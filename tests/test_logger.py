@@ -4,8 +4,6 @@ import base64
 import io
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import visdom
 from PIL import Image
 
 import utils.visdom_server as visdom_server

@@ -8,7 +8,6 @@ import lpips
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from models.diffaug import brightness, contrast, diff_augment, saturation, translation
 from models.discriminator import Discriminator

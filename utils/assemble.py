@@ -30,7 +30,7 @@ def build_vqgan(H, log):
 
 def has_perceptual(path):
     """Whether a VQGAN's file holds LPIPS' trunk."""
-    return any(key.startswith("perceptual.net.") for key in load_file(path))
+    return any(str(key).startswith("perceptual.net.") for key in load_file(path))
 
 
 def download_vgg16():
@@ -83,7 +83,7 @@ def codebook_vectors(autoencoder):
 
 def check_autoencoder(autoencoder, stats, path):
     """Raise UserError when the sampler's `stats` say that it learned another autoencoder's ids."""
-    if stats.get("autoencoder", weights_hash(autoencoder)) != weights_hash(autoencoder):
+    if "autoencoder" in stats and stats["autoencoder"] != weights_hash(autoencoder):
         raise UserError(
             f"{path} was trained on the ids of another autoencoder: check --ae_load_dir and "
             f"--ae_load_step"
