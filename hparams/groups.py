@@ -130,8 +130,10 @@ class Sampler(Settings):
     dilations: list[int] = setting([1], "hydra: dilation of each group, or one for all",
                                    minimum=1, architecture="sampler", one_for_all=True)
     position: list[str] | None = setting(None, "one or more of rpb (hydra: relative bias), "
-                                         "absolute (none: both for hydra, absolute for full)",
-                                         choices=["rpb", "absolute"], architecture="sampler")
+                                         "rope (hydra: rotary), absolute (a table; ties the model "
+                                         "to its grid) (none: rpb absolute for hydra, absolute "
+                                         "for full)", choices=["rpb", "rope", "absolute"],
+                                         architecture="sampler")
     bert_n_emb: int = setting(512, "width of the transformer", minimum=1, architecture="sampler")
     bert_n_head: int = setting(8, "attention heads", minimum=1, architecture="sampler")
     bert_n_layers: int = setting(24, "blocks", minimum=1, architecture="sampler")

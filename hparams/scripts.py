@@ -146,6 +146,11 @@ def check_hydra(H, height, width):
                             f"bert_n_head {H.bert_n_head}")
     if H.attn_pdrop:
         raise SettingsError("attn_pdrop must be 0 with --attention hydra, which has no dropout")
+    if "rope" in H.position and H.bert_n_emb // H.bert_n_head % 4:
+        raise SettingsError(
+            f"--position rope needs bert_n_emb / bert_n_head to be a multiple of 4, not "
+            f"{H.bert_n_emb} / {H.bert_n_head}"
+        )
     for kernel, dilation in zip(H.kernel_sizes, H.dilations):
         if kernel % 2 == 0:
             raise SettingsError(f"kernel_sizes must be odd, not {kernel}")

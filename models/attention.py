@@ -10,6 +10,33 @@ from torch import nn
 from models.neighborhood_attention import neighborhood_attention_2d
 
 
+ROPE_BASE = 100.0  # Heo et al., arXiv 2403.13298, for grids of some tens of tokens a side
+
+
+def rotary_angles(height, width, head_dim, device=None):
+    """Angles of axial rotary positions, float32 [H, W, head_dim / 2] (Heo et al., 2403.13298).
+
+    The first half of the angles turns with the row, the second with the column, at frequencies
+    from 1 down to almost 1 / ROPE_BASE radians a token. `head_dim` is a multiple of 4.
+    """
+    quarter = head_dim // 4
+    frequency = ROPE_BASE ** -(torch.arange(quarter, device=device) / quarter)
+    rows = torch.arange(height, device=device)[:, None] * frequency  # [H, head_dim / 4]
+    columns = torch.arange(width, device=device)[:, None] * frequency
+    rows = rows[:, None].expand(height, width, quarter)
+    return torch.cat((rows, columns[None].expand(height, width, quarter)), dim=-1)
+
+
+def rotate(x, angles):
+    """Turn pairs of channels (i, i + e/2) of x [B, H, W, h, e] by angles [H, W, e/2] (Su et al.,
+    RoFormer, arXiv 2104.09864): products of two turned vectors see their distance only."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    first, second = wide.chunk(2, dim=-1)
+    cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+    turned = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return turned.to(x.dtype)
+
+
 def split_heads(num_heads, groups):
     """Heads of each group; where they do not divide evenly, the last groups get one more.
 
@@ -19,6 +46,11 @@ def split_heads(num_heads, groups):
         raise ValueError(f"{groups} groups need at least {groups} heads, not {num_heads}")
     heads, remainder = divmod(num_heads, groups)
     return [heads + (group >= groups - remainder) for group in range(groups)]
+
+
+def join(tensors, dim):
+    """Concatenation that leaves a single tensor as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)
 
 
 class FullAttention(nn.Module):
@@ -73,15 +105,19 @@ class HydraNeighborhoodAttention(nn.Module):
 
     The heads are split into len(kernel_sizes) groups (see `split_heads`), group i with kernel
     `kernel_sizes[i]`, dilation `dilations[i]` (one dilation serves all groups) and, when `rpb`,
-    a relative positional bias table `rpb.i` [heads, 2k-1, 2k-1]. Attention is not dropped out:
-    `attn_drop` other than 0 is refused, since a neighborhood's fused kernels have none.
+    a relative positional bias table `rpb.i` [heads, 2k-1, 2k-1]. With `rope`, queries and keys
+    carry axial rotary positions: relative like the bias, but natten's fused kernels can use them.
+    Groups of equal kernel and dilation are computed together, by `backend` (None: the fastest, see
+    `neighborhood_attention_2d`). Attention is not dropped out: `attn_drop` other than 0 is refused,
+    since fused kernels have none.
 
-    Raises ValueError for heads that do not divide `dim` or groups that do not match.
+    Raises ValueError for heads that do not divide `dim`, a head_dim that rotary positions cannot
+    split in four, or groups that do not match.
     """
 
     def __init__(
         self, dim, kernel_sizes, num_heads, qkv_bias=True, qk_scale=None, attn_drop=0.0,
-        proj_drop=0.0, dilations=(1,), rpb=True,
+        proj_drop=0.0, dilations=(1,), rpb=True, rope=False, backend=None,
     ):
         super().__init__()
         kernel_sizes, dilations = list(kernel_sizes), list(dilations)
@@ -91,6 +127,8 @@ class HydraNeighborhoodAttention(nn.Module):
             raise ValueError(f"{len(kernel_sizes)} kernel sizes but {len(dilations)} dilations")
         if dim % num_heads:
             raise ValueError(f"{num_heads} heads do not divide a width of {dim}")
+        if rope and dim // num_heads % 4:
+            raise ValueError(f"rotary positions need a head_dim of 4n, not {dim // num_heads}")
         if attn_drop:
             raise ValueError("hydra attention has no attention dropout: set attn_pdrop to 0")
         self.num_heads = num_heads
@@ -98,6 +136,8 @@ class HydraNeighborhoodAttention(nn.Module):
         self.kernel_sizes = kernel_sizes
         self.dilations = dilations
         self.group_heads = split_heads(num_heads, len(kernel_sizes))
+        self.rope = rope
+        self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.rpb = None
         if rpb:
@@ -110,17 +150,27 @@ class HydraNeighborhoodAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
+        self.neighborhoods = {}  # (kernel, dilation) to the groups that share it
+        for group, neighborhood in enumerate(zip(kernel_sizes, dilations)):
+            self.neighborhoods.setdefault(neighborhood, []).append(group)
+
     def forward(self, x):
         """Attend within x [B, H, W, C], any grid that the largest kernel x dilation fits into."""
         batch, height, width, dim = x.shape
         qkv = self.qkv(x).view(batch, height, width, 3, self.num_heads, -1)
-        groups = zip(*(part.split(self.group_heads, dim=3) for part in qkv.unbind(3)))
-        tables = self.rpb or [None] * len(self.kernel_sizes)
-        outs = [
-            neighborhood_attention_2d(*group, kernel, dilation, rpb=table, scale=self.scale)
-            for group, kernel, dilation, table in zip(
-                groups, self.kernel_sizes, self.dilations, tables
+        query, key, value = qkv.unbind(3)  # [B, H, W, h, e]
+        if self.rope:
+            angles = rotary_angles(height, width, query.shape[-1], x.device)
+            query, key = rotate(query, angles), rotate(key, angles)
+        parts = [part.split(self.group_heads, dim=3) for part in (query, key, value)]
+        outs = [None] * len(self.group_heads)
+        for (kernel, dilation), groups in self.neighborhoods.items():
+            together = [join([part[group] for group in groups], dim=3) for part in parts]
+            table = self.rpb and join([self.rpb[group] for group in groups], dim=0)
+            out = neighborhood_attention_2d(
+                *together, kernel, dilation, table, self.scale, self.backend
             )
-        ]
-        out = torch.cat(outs, dim=3)  # [B, H, W, h, d]
+            for group, part in zip(groups, out.split([self.group_heads[g] for g in groups], 3)):
+                outs[group] = part
+        out = join(outs, dim=3)  # [B, H, W, h, e]
         return self.proj_drop(self.proj(out.reshape(batch, height, width, dim)))

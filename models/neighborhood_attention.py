@@ -5,11 +5,20 @@ own modulo the dilation d, the k consecutive ones centred on it, shifted inward 
 The optional relative positional bias is a table [heads, 2k-1, 2k-1] whose entry
 [dy/d + k-1, dx/d + k-1] is added to the scaled score of the key at offset (dy, dx).
 
+Three backends compute it:
+
+- `natten`: the fused kernels of the natten package; no bias; on a CPU forward only, and slow;
+- `tiled`: plain PyTorch on any device, its time and memory linear in the number of tokens;
+- `dense`: one attention of the whole grid under a mask, the fastest on small grids.
+
 This is the only file that imports natten, and everything runs without it.
 
-Shapes: B batch, H W grid, h heads, d head_dim, N = H*W tokens.
+Shapes: B batch, H W grid, h heads, e head_dim, side = 2k-1. Along one axis a block is T queries
+of one dilation group, its window the S keys that they attend to between them, and there are A
+blocks: those of the rows give A T S, those of the columns A' T' S'.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -22,56 +31,151 @@ except Exception as error:  # a build for another torch fails with more than Imp
 else:
     NATTEN_PROBLEM = None
 
-BACKENDS = ("natten", "dense")
+BACKENDS = ("natten", "tiled", "dense")
+
+# Grids of at most so many tokens go to `dense`: measured by benchmarks/neighborhood_attention.py
+# on two CPU cores.
+DENSE_TOKENS = 256
 
 
-def axis_neighbors(length, kernel_size, dilation):
-    """Which keys each query of one axis attends to: bool [length, length], rows are queries."""
-    position = torch.arange(length)
-    group, order = position % dilation, position // dilation
-    members = (length - group + dilation - 1) // dilation  # how many positions share the group
-    start = (order - kernel_size // 2).clamp(min=0)
-    start = torch.minimum(start, members - kernel_size)
-    same_group = group[:, None] == group[None, :]
-    after_start = order[None, :] >= start[:, None]
-    before_end = order[None, :] < (start + kernel_size)[:, None]
-    return same_group & after_start & before_end
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """How one axis is cut into A = tiles * groups blocks; block a is tile a // groups.
 
-
-@lru_cache(maxsize=16)
-def neighborhood_mask(height, width, kernel_size, dilation, device):
-    """Which keys each query of the grid attends to: bool [N, N], rows are queries."""
-    rows = axis_neighbors(height, kernel_size, dilation)
-    columns = axis_neighbors(width, kernel_size, dilation)
-    mask = rows[:, None, :, None] & columns[None, :, None, :]  # [H, W, H, W]
-    return mask.reshape(height * width, height * width).to(device)
-
-
-@lru_cache(maxsize=16)
-def bias_index(height, width, kernel_size, dilation, device):
-    """Where in a flattened [2k-1, 2k-1] bias table each (query, key) looks: int64 [N, N].
-
-    Pairs outside the neighborhood point at the entry one past the table's end.
+    `keys` int64 [tiles * S * groups] are the positions that the windows hold, None when one window
+    holds the axis as it is. `offset` int64 [A, T, S] is the row (or column) of the bias table for
+    each query and key of a block, -1 where the query does not attend to the key.
     """
-    side = 2 * kernel_size - 1
 
-    def offsets(length):
-        position = torch.arange(length)
-        distance = position[None, :] - position[:, None]
-        return torch.div(distance, dilation, rounding_mode="floor") + kernel_size - 1
-
-    index = offsets(height)[:, None, :, None] * side + offsets(width)[None, :, None, :]
-    index = index.reshape(height * width, height * width)
-    outside = ~neighborhood_mask(height, width, kernel_size, dilation, torch.device("cpu"))
-    return index.masked_fill(outside, side * side).to(device)
+    tiles: int
+    groups: int
+    tile: int  # T
+    window: int  # S
+    keys: torch.Tensor | None
+    offset: torch.Tensor
 
 
-def neighborhood_bias(height, width, kernel_size, dilation, rpb):
-    """The additive mask of dense attention: [h, N, N], -inf outside the neighborhood."""
-    index = bias_index(height, width, kernel_size, dilation, rpb.device)
-    table = F.pad(rpb.flatten(1), (0, 1), value=float("-inf"))  # [h, side*side + 1]
-    tokens = height * width
-    return table.index_select(1, index.flatten()).view(-1, tokens, tokens)
+def table_offset(query, key, members, kernel_size):
+    """The bias table's entries for `query` [..., T] and `key` [..., S]: int64 [..., T, S].
+
+    Both are positions within a dilation group of `members` [..., 1 or T]; -1 where the query does
+    not attend to the key.
+    """
+    first = (query - kernel_size // 2).clamp(min=0)
+    first = torch.minimum(first, members - kernel_size)[..., None]
+    distance = key[..., None, :] - query[..., None]
+    attended = (key[..., None, :] >= first) & (key[..., None, :] < first + kernel_size)
+    return torch.where(attended, distance + kernel_size - 1, -1)
+
+
+def dense_axis(length, kernel_size, dilation, device):
+    """The axis as one block: every position against every position."""
+    position = torch.arange(length, device=device)
+    group, order = position % dilation, position // dilation
+    members = (length - group + dilation - 1) // dilation
+    offset = table_offset(order, order, members, kernel_size)
+    offset = offset.masked_fill(group[:, None] != group, -1)
+    return Axis(1, 1, length, length, None, offset[None])
+
+
+def tiled_axis(length, kernel_size, dilation, tile, device):
+    """The axis with each dilation group cut into tiles of at most `tile` queries.
+
+    Groups that are one position shorter than the longest are padded to its length, and the last
+    tile to a whole one: no query attends to that padding, and what it computes is cut off.
+    """
+    longest = -(-length // dilation)
+    tile = min(tile, longest)
+    tiles = -(-longest // tile)
+    window = min(tile + kernel_size - 1, longest)
+    start = torch.arange(tiles, device=device) * tile - kernel_size // 2
+    start = start.clamp(0, longest - window)
+    key = start[:, None] + torch.arange(window, device=device)  # [tiles, S]
+    group = torch.arange(dilation, device=device)
+    members = ((length - group + dilation - 1) // dilation)[:, None]  # [groups, 1]
+    query = torch.arange(tiles * tile, device=device).view(tiles, 1, tile)
+    query = torch.minimum(query, members - 1)  # [tiles, groups, T], padding as the last one
+    offset = table_offset(query, key[:, None], members, kernel_size)
+    keys = (key[:, :, None] * dilation + group).clamp(max=length - 1).flatten()
+    whole = tiles == dilation == 1
+    return Axis(tiles, dilation, tile, window, None if whole else keys, offset.flatten(0, 1))
+
+
+@lru_cache(maxsize=32)
+def cut_grid(height, width, kernel_size, dilation, tile, device):
+    """Both axes, and the mask bool [A*A', T*T', S*S'] of the keys that each query attends to.
+
+    `tile` is the (rows, columns) of a tile of `tiled`, or None for `dense`.
+    """
+    if tile is None:
+        rows = dense_axis(height, kernel_size, dilation, device)
+        columns = dense_axis(width, kernel_size, dilation, device)
+    else:
+        rows = tiled_axis(height, kernel_size, dilation, tile[0], device)
+        columns = tiled_axis(width, kernel_size, dilation, tile[1], device)
+    in_row, in_column = rows.offset >= 0, columns.offset >= 0
+    mask = in_row[:, None, :, None, :, None] & in_column[None, :, None, :, None, :]
+    return rows, columns, mask.flatten(4, 5).flatten(2, 3).flatten(0, 1)
+
+
+def neighborhood_bias(rows, columns, mask, rpb):
+    """The bias of every block, -inf where `mask` is False: [h, A*A', T*T', S*S'].
+
+    The table is looked up by products with one-hot matrices, whose gradients are products too:
+    faster and, on a GPU, more repeatable than scattering into so small a table.
+    """
+    heads, side, _ = rpb.shape
+    entries = torch.arange(side, device=rpb.device)
+    row = (rows.offset.flatten()[:, None] == entries).to(rpb.dtype)  # [A*T*S, side]
+    column = (columns.offset.flatten()[:, None] == entries).to(rpb.dtype)
+    bias = (row @ rpb) @ column.mT  # [h, A*T*S, A'*T'*S']
+    bias = bias.view(heads, *rows.offset.shape, *columns.offset.shape)  # [h, A, T, S, A', T', S']
+    bias = bias.permute(0, 1, 4, 2, 5, 3, 6).reshape(heads, *mask.shape)
+    return bias.masked_fill(~mask, float("-inf"))
+
+
+def masked_attention(query, key, value, rpb, scale, grid):
+    """Attention of each block of `query` to its window, on a `grid` cut by `cut_grid`.
+
+    One scaled_dot_product_attention. Without a bias its batch are the blocks, and the heads of
+    all images are its heads; with one its batch are the images, and the heads of all blocks are
+    its heads: so the mask need not be repeated for each image.
+    """
+    rows, columns, mask = grid
+    batch, height, width, heads, dim = query.shape
+    groups = rows.groups
+
+    def sizes(row_block, column_block):
+        return batch, rows.tiles, row_block, groups, columns.tiles, column_block, groups, heads, dim
+
+    if rpb is None:  # to [A, A', B, h, T, T', e]
+        order, leading = (1, 3, 4, 6, 0, 7, 2, 5, 8), (len(mask), batch * heads)
+        mask = mask[:, None]
+    else:  # to [B, h, A, A', T, T', e]
+        order, leading = (0, 7, 1, 3, 4, 6, 2, 5, 8), (batch, heads * len(mask))
+        mask = neighborhood_bias(rows, columns, mask, rpb.to(query.dtype)).flatten(0, 1)[None]
+
+    def blocks(tensor, *block):
+        tensor = tensor.reshape(sizes(*block)).permute(order)
+        return tensor.reshape(*leading, block[0] * block[1], dim)
+
+    def windows(tensor):
+        for axis, plan in ((1, rows), (2, columns)):
+            if plan.keys is not None:
+                tensor = tensor.index_select(axis, plan.keys)
+        return blocks(tensor, rows.window, columns.window)
+
+    missing_rows = rows.tiles * rows.tile * groups - height
+    missing_columns = columns.tiles * columns.tile * groups - width
+    if missing_rows or missing_columns:
+        query = F.pad(query, (0, 0, 0, 0, 0, missing_columns, 0, missing_rows))
+    out = F.scaled_dot_product_attention(
+        blocks(query, rows.tile, columns.tile), windows(key), windows(value), mask, scale=scale
+    )
+    shape = sizes(rows.tile, columns.tile)
+    out = out.reshape([shape[axis] for axis in order])
+    out = out.permute([order.index(axis) for axis in range(9)])
+    return out.reshape(query.shape)[:, :height, :width]
 
 
 def check_neighborhood(height, width, kernel_size, dilation):
@@ -102,21 +206,12 @@ def natten_problem(query, rpb, kernel_size):
     return None
 
 
-def dense_attention(query, key, value, kernel_size, dilation, rpb, scale):
-    """One scaled_dot_product_attention over the whole grid under the neighborhood mask."""
-    batch, height, width, heads, dim = query.shape
-    if rpb is None:
-        mask = neighborhood_mask(height, width, kernel_size, dilation, query.device)
-    else:
-        mask = neighborhood_bias(height, width, kernel_size, dilation, rpb).to(query.dtype)
+def tile_shape(kernel_size, with_bias):
+    """The (rows, columns) of a tile: the fastest on two CPU cores (benchmarks/).
 
-    def to_sequence(tensor):
-        return tensor.flatten(1, 2).transpose(1, 2)  # [B, h, N, d]
-
-    out = F.scaled_dot_product_attention(
-        to_sequence(query), to_sequence(key), to_sequence(value), attn_mask=mask, scale=scale
-    )
-    return out.transpose(1, 2).reshape(batch, height, width, heads, dim)
+    Wider tiles share more keys but score more that are masked; a bias is written out for each.
+    """
+    return (4, 8) if with_bias or kernel_size < 7 else (8, 8)
 
 
 def neighborhood_attention_2d(
@@ -125,8 +220,9 @@ def neighborhood_attention_2d(
     """Neighborhood attention of `query` over `key` and `value`, each [B, H, W, heads, head_dim].
 
     `kernel_size` is odd, `rpb` is [heads, 2*kernel_size-1, 2*kernel_size-1] or None, `scale`
-    defaults to head_dim ** -0.5. `backend` is one of BACKENDS; None takes natten's fused CUDA
-    kernels where they can do what is asked and dense attention elsewhere.
+    defaults to head_dim ** -0.5. `backend` is one of BACKENDS; None takes the fastest that can do
+    what is asked: natten's fused kernels on CUDA, where they can; else `dense` on grids of at most
+    DENSE_TOKENS tokens and `tiled` on larger ones.
 
     Returns [B, H, W, heads, head_dim]. Raises ValueError for a kernel that does not fit the grid,
     a bias of the wrong shape, or a backend that cannot do what is asked.
@@ -136,17 +232,19 @@ def neighborhood_attention_2d(
     side = 2 * kernel_size - 1
     if rpb is not None and rpb.shape != (heads, side, side):
         raise ValueError(f"rpb must be {(heads, side, side)} here, not {tuple(rpb.shape)}")
-    arguments = (query, key, value, kernel_size, dilation)
-    if backend in (None, "natten"):
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend == "natten" or (backend is None and query.device.type == "cuda"):
         problem = natten_problem(query, rpb, kernel_size)
-        worthwhile = backend == "natten" or query.device.type == "cuda"
-        if worthwhile and not problem:
+        if not problem:
             try:
-                return natten.na2d(*arguments[:4], dilation=dilation, scale=scale)
+                return natten.na2d(query, key, value, kernel_size, dilation=dilation, scale=scale)
             except NotImplementedError as error:  # shapes and types that no kernel of natten takes
                 problem = str(error)
         if backend == "natten":
             raise ValueError(f"backend 'natten' cannot do this call: {problem}")
-    if backend in (None, "dense"):
-        return dense_attention(*arguments, rpb, scale)
-    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    dense = backend == "dense" or (backend is None and height * width <= DENSE_TOKENS)
+    tile = None if dense else tile_shape(kernel_size, rpb is not None)
+    cut = cut_grid.__wrapped__ if torch.compiler.is_compiling() else cut_grid  # traced, not cached
+    grid = cut(height, width, kernel_size, dilation, tile, query.device)
+    return masked_attention(query, key, value, rpb, scale, grid)

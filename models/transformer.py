@@ -21,6 +21,7 @@ class Block(nn.Module):
             self.attn = HydraNeighborhoodAttention(
                 dim, H.kernel_sizes, H.bert_n_head, attn_drop=H.attn_pdrop,
                 proj_drop=H.resid_pdrop, dilations=H.dilations, rpb="rpb" in H.position,
+                rope="rope" in H.position,
             )
         else:
             self.attn = FullAttention(
@@ -47,7 +48,7 @@ class Transformer(nn.Module):
     As a denoiser (`H.sampler == "absorbing"`) it has one more input id, the mask, and is never
     told the time. As a causal prior its input is shifted right by a learned start token.
     Positions come from `H.position`: `absolute` adds a table to the embeddings and ties the
-    model to its grid; `rpb` lives in the attention and does not.
+    model to its grid; `rpb` and `rope` live in the attention and do not.
     """
 
     def __init__(self, H):

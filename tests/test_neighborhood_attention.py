@@ -1,5 +1,7 @@
 """Neighborhood attention against golden data, a brute-force definition, and natten itself."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,8 +10,10 @@ from hypothesis import strategies as st
 import models.neighborhood_attention as module
 from helpers import assert_close, golden
 from models import HydraNeighborhoodAttention
-from models.attention import split_heads
+from models.attention import rotary_angles, rotate, split_heads
 from models.neighborhood_attention import neighborhood_attention_2d
+
+OURS = ["tiled", "dense"]
 
 
 def brute_force(query, key, value, kernel_size, dilation, rpb, scale):
@@ -42,7 +46,7 @@ def brute_force(query, key, value, kernel_size, dilation, rpb, scale):
 def cases(draw):
     kernel = draw(st.sampled_from([1, 3, 5, 7]))
     dilation = draw(st.integers(1, 3))
-    side = st.integers(kernel * dilation, kernel * dilation + 5)
+    side = st.integers(kernel * dilation, kernel * dilation + 12)  # one tile to several
     height, width, heads = draw(side), draw(side), draw(st.integers(1, 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     qkv = torch.randn(3, 2, height, width, heads, 16, generator=generator)
@@ -50,36 +54,38 @@ def cases(draw):
     return *qkv, kernel, dilation, rpb
 
 
+@pytest.mark.parametrize("backend", OURS)
 @settings(max_examples=25, deadline=None)
-@given(cases(), st.booleans())
-def test_dense_is_the_definition(case, with_bias):
+@given(case=cases(), with_bias=st.booleans())
+def test_is_the_definition(backend, case, with_bias):
     *qkv, kernel, dilation, rpb = case
     rpb = rpb if with_bias else None
-    out = neighborhood_attention_2d(*qkv, kernel, dilation, rpb, scale=0.7, backend="dense")
+    out = neighborhood_attention_2d(*qkv, kernel, dilation, rpb, scale=0.7, backend=backend)
     assert_close(out, brute_force(*qkv, kernel, dilation, rpb, 0.7))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(cases())
-def test_dense_agrees_with_natten(case):
+def test_agrees_with_natten(case):
     natten = pytest.importorskip("natten")
     *qkv, kernel, dilation, _ = case
     if kernel == 1:
         return
     expected = natten.na2d(*qkv, kernel, dilation=dilation)
-    assert_close(neighborhood_attention_2d(*qkv, kernel, dilation, backend="dense"), expected)
-    assert_close(neighborhood_attention_2d(*qkv, kernel, dilation, backend="natten"), expected)
+    for backend in (*OURS, "natten"):
+        assert_close(neighborhood_attention_2d(*qkv, kernel, dilation, backend=backend), expected)
 
 
 @pytest.mark.parametrize("index", range(5))
 @pytest.mark.parametrize("kind", ["with_rpb", "without_rpb"])
-def test_golden_outputs_and_gradients(index, kind):
+@pytest.mark.parametrize("backend", OURS)
+def test_golden_outputs_and_gradients(index, kind, backend):
     case = golden("neighborhood_attention.pt")[index]
     tensors = {name: case[name].clone().requires_grad_() for name in ("q", "k", "v", "rpb")}
     rpb = tensors["rpb"] if kind == "with_rpb" else None
     out = neighborhood_attention_2d(
         tensors["q"], tensors["k"], tensors["v"], case["kernel_size"], case["dilation"], rpb,
-        case["scale"],
+        case["scale"], backend,
     )
     assert_close(out, case[kind]["out"])
     batch, height, width, heads, dim = out.shape
@@ -92,11 +98,79 @@ def test_golden_outputs_and_gradients(index, kind):
         assert_close(rpb.grad, case[kind]["grad_rpb"])
 
 
-def test_gradcheck_in_float64():
-    shape = (1, 5, 4, 2, 3)
+@pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_gradcheck_in_float64(backend, dilation):
+    shape = (1, 9, 10, 2, 2)  # more than one tile, of which the last is not whole
     qkv = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     rpb = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda *t: neighborhood_attention_2d(*t[:3], 3, 1, t[3]), (*qkv, rpb))
+
+    def attend(*tensors, table=None):
+        return neighborhood_attention_2d(*tensors, 3, dilation, table, backend=backend)
+
+    torch.autograd.gradcheck(attend, qkv, fast_mode=True)
+    torch.autograd.gradcheck(lambda *t: attend(*t[:3], table=t[3]), (*qkv, rpb), fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(backend, dtype):
+    torch.manual_seed(0)
+    qkv, rpb = torch.randn(3, 2, 18, 17, 2, 16), torch.randn(2, 9, 9)
+    expected = neighborhood_attention_2d(*qkv, 5, 2, rpb, backend=backend)
+    out = neighborhood_attention_2d(*qkv.to(dtype), 5, 2, rpb.to(dtype), backend=backend)
+    assert out.dtype == dtype
+    assert_close(out, expected, tolerance=0.02)
+
+
+@pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_compiles_without_graph_breaks(backend, with_bias):
+    """The graph is whole in both directions; that inductor's kernels run is in the slow tests."""
+    check_compiled(backend, with_bias, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", OURS)
+def test_compiles_with_inductor(backend):
+    check_compiled(backend, True, "inductor")
+
+
+def check_compiled(backend, with_bias, compiler):
+    qkv = torch.randn(3, 1, 18, 17, 2, 8, requires_grad=True)
+    rpb = torch.randn(2, 9, 9, requires_grad=True) if with_bias else None
+
+    def attend(qkv, rpb):
+        return neighborhood_attention_2d(*qkv, 5, 2, rpb, backend=backend)
+
+    inputs = [tensor for tensor in (qkv, rpb) if tensor is not None]
+    outs, gradients = [], []
+    for function in (attend, torch.compile(attend, backend=compiler, fullgraph=True)):
+        outs.append(function(qkv, rpb))
+        gradients.append(torch.autograd.grad(outs[-1].square().sum(), inputs))
+    assert_close(outs[1], outs[0])
+    for actual, expected in zip(gradients[1], gradients[0]):
+        assert_close(actual, expected)
+
+
+def test_what_is_cached_in_inference_mode_serves_training():
+    module.cut_grid.cache_clear()
+    qkv = torch.randn(3, 1, 6, 6, 1, 4, requires_grad=True)
+    rpb = torch.randn(1, 5, 5, requires_grad=True)
+    for table in (None, rpb):
+        for context in (torch.inference_mode(), contextlib.nullcontext()):
+            with context:
+                out = neighborhood_attention_2d(*qkv, 3, rpb=table)
+        out.sum().backward()
+
+
+def test_large_grids_go_to_tiles(monkeypatch):
+    seen = []
+    cut = module.cut_grid
+    monkeypatch.setattr(module, "cut_grid", lambda *a: seen.append(a[4]) or cut(*a))
+    for side in (16, 17):
+        neighborhood_attention_2d(*torch.randn(3, 1, side, side, 1, 4), 7)
+    assert seen == [None, (8, 8)]
 
 
 def test_refusals_say_why(monkeypatch):
@@ -141,3 +215,49 @@ def test_hydra_groups_are_independent_attentions():
     ]
     expected = hydra.proj(torch.cat(parts, dim=3).flatten(3))
     assert_close(hydra(x), expected)
+
+
+def test_hydra_computes_equal_groups_together(monkeypatch):
+    torch.manual_seed(0)
+    hydra = HydraNeighborhoodAttention(20, [3, 5, 3], 5, dilations=[1, 1, 1])
+    x = torch.randn(1, 6, 7, 20)
+    heads, calls = [], []
+    attend = neighborhood_attention_2d
+
+    def counted(query, key, value, kernel, *rest):
+        calls.append((kernel, query.shape[3]))
+        return attend(query, key, value, kernel, *rest)
+
+    monkeypatch.setattr("models.attention.neighborhood_attention_2d", counted)
+    out = hydra(x)
+    assert calls == [(3, 3), (5, 2)]  # groups of 1, 2 and 2 heads
+    q, k, v = hydra.qkv(x).view(1, 6, 7, 3, 5, 4).unbind(3)
+    for start, stop, kernel, table in zip((0, 1, 3), (1, 3, 5), (3, 5, 3), hydra.rpb):
+        group = [part[..., start:stop, :] for part in (q, k, v)]
+        heads.append(brute_force(*group, kernel, 1, table, 0.5))
+    assert_close(out, hydra.proj(torch.cat(heads, dim=3).flatten(3)))
+
+
+def test_rotary_products_depend_on_the_distance_only():
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 8, dtype=torch.float64)
+    angles = rotary_angles(9, 9, 8).double()
+    turned = [rotate(x.expand(1, 9, 9, 1, 8), angles)[0, :, :, 0] for x in (query, key)]
+    products = torch.einsum("yxe,vwe->yxvw", *turned)
+    assert_close(products[2, 3, 4, 1], products[5, 7, 7, 5])  # both (2, -2) apart
+    assert (products[2, 3, 4, 1] - products[2, 3, 4, 2]).abs() > 1e-3
+    assert_close(turned[0].norm(dim=-1), query.norm().expand(9, 9))
+    assert rotate(query.bfloat16().expand(1, 9, 9, 1, 8), angles).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("options", [dict(rpb=True), dict(rpb=False, rope=True)])
+def test_hydra_is_translation_equivariant_away_from_borders(options):
+    torch.manual_seed(0)
+    hydra = HydraNeighborhoodAttention(16, [3, 5], 2, dilations=[2, 1], **options).double()
+    x = torch.randn(1, 20, 20, 16, dtype=torch.float64)
+    shifted = x.roll((3, 2), dims=(1, 2))
+    expected = hydra(x).roll((3, 2), dims=(1, 2))
+    margin = slice(6, -6)  # the reach of 2 tokens, and what the roll brought round
+    assert_close(hydra(shifted)[:, margin, margin], expected[:, margin, margin])
+    with pytest.raises(ValueError, match="head_dim of 4n"):
+        HydraNeighborhoodAttention(12, [3], 2, rope=True)
