@@ -4,7 +4,7 @@
 # well, and sharper ones would take longer.
 DIGITS = dict(
     num_workers=0, img_size=32, n_channels=1, nf=32, ch_mult=[1, 1, 2], res_blocks=1,
-    attn_resolutions=[8], emb_dim=32, codebook_size=32, ndf=16, disc_layers=2,
+    attn_resolutions=[8], emb_dim=32, codebook_size=16, ndf=16, disc_layers=2,
     perceptual_weight=0.0, disc_start_step=100000001, batch_size=32, ema_beta=0.99,
     steps_per_update_ema=1, steps_per_eval=200, steps_per_display_output=500,
     steps_per_save_output=500, steps_per_checkpoint=500,
@@ -23,7 +23,7 @@ SAMPLER_DEFAULTS = {
     "bedrooms": dict(lr=2e-4, warmup_iters=10000),
     "digits": dict(
         DIGITS, bert_n_emb=128, bert_n_layers=4, optimizer="muon", lr=3e-3, warmup_iters=50,
-        t_sampling="low_discrepancy", sample_steps=512, temp=0.8,
+        embd_pdrop=0.1, resid_pdrop=0.1, t_sampling="low_discrepancy", sample_steps=512, temp=0.8,
     ),
 }
 

@@ -33,9 +33,10 @@ else:
 
 BACKENDS = ("natten", "tiled", "dense")
 
-# Grids of at most so many tokens go to `dense`: measured by benchmarks/neighborhood_attention.py
-# on two CPU cores.
-DENSE_TOKENS = 256
+# `dense` scores each query against the whole grid, `tiled` against the keys of a window: the
+# latter is faster where the grid is larger than so many windows. Measured on two CPU cores by
+# benchmarks/neighborhood_attention.py.
+WORTHWHILE_WINDOWS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +44,9 @@ class Axis:
     """How one axis is cut into A = tiles * groups blocks; block a is tile a // groups.
 
     `keys` int64 [tiles * S * groups] are the positions that the windows hold, None when one window
-    holds the axis as it is. `offset` int64 [A, T, S] is the row (or column) of the bias table for
-    each query and key of a block, -1 where the query does not attend to the key.
+    holds the axis as it is. `offset` int64 [K, T, S] is the row (or column) of the bias table for
+    each query and key of a block, -1 where the query does not attend to the key. Most blocks are
+    alike: the K kinds that differ are kept, and `kind` int64 [A] says which one a block is.
     """
 
     tiles: int
@@ -53,6 +55,7 @@ class Axis:
     window: int  # S
     keys: torch.Tensor | None
     offset: torch.Tensor
+    kind: torch.Tensor
 
 
 def table_offset(query, key, members, kernel_size):
@@ -75,7 +78,7 @@ def dense_axis(length, kernel_size, dilation, device):
     members = (length - group + dilation - 1) // dilation
     offset = table_offset(order, order, members, kernel_size)
     offset = offset.masked_fill(group[:, None] != group, -1)
-    return Axis(1, 1, length, length, None, offset[None])
+    return Axis(1, 1, length, length, None, offset[None], position[:1])
 
 
 def tiled_axis(length, kernel_size, dilation, tile, device):
@@ -95,15 +98,29 @@ def tiled_axis(length, kernel_size, dilation, tile, device):
     members = ((length - group + dilation - 1) // dilation)[:, None]  # [groups, 1]
     query = torch.arange(tiles * tile, device=device).view(tiles, 1, tile)
     query = torch.minimum(query, members - 1)  # [tiles, groups, T], padding as the last one
-    offset = table_offset(query, key[:, None], members, kernel_size)
+    offset = table_offset(query, key[:, None], members, kernel_size).flatten(0, 1)
+
+    full_groups = length - (longest - 1) * dilation  # the groups that have the longest's length
+    shortest = longest - (full_groups < dilation)
+    reach = kernel_size // 2
+    inner = [t for t in range(tiles) if reach <= t * tile <= shortest - tile - reach]
+    alike = [
+        inner[0] * dilation if t in inner
+        else t * dilation + (0 if g < full_groups else full_groups)
+        for t in range(tiles) for g in range(dilation)
+    ]  # the first block that is like each
+    kinds = sorted(set(alike))
+    kind = torch.tensor([kinds.index(block) for block in alike], device=device)
+
     keys = (key[:, :, None] * dilation + group).clamp(max=length - 1).flatten()
     whole = tiles == dilation == 1
-    return Axis(tiles, dilation, tile, window, None if whole else keys, offset.flatten(0, 1))
+    return Axis(tiles, dilation, tile, window, None if whole else keys, offset[kinds], kind)
 
 
 @lru_cache(maxsize=32)
 def cut_grid(height, width, kernel_size, dilation, tile, device):
-    """Both axes, and the mask bool [A*A', T*T', S*S'] of the keys that each query attends to.
+    """(rows, columns, kind, mask): both axes, the kind int64 [A*A'] of each block of the grid, and
+    the mask bool [A*A', T*T', S*S'] of the keys of its window that each query attends to.
 
     `tile` is the (rows, columns) of a tile of `tiled`, or None for `dense`.
     """
@@ -113,25 +130,33 @@ def cut_grid(height, width, kernel_size, dilation, tile, device):
     else:
         rows = tiled_axis(height, kernel_size, dilation, tile[0], device)
         columns = tiled_axis(width, kernel_size, dilation, tile[1], device)
-    in_row, in_column = rows.offset >= 0, columns.offset >= 0
-    mask = in_row[:, None, :, None, :, None] & in_column[None, :, None, :, None, :]
-    return rows, columns, mask.flatten(4, 5).flatten(2, 3).flatten(0, 1)
+    kind = (rows.kind[:, None] * len(columns.offset) + columns.kind).flatten()
+    return rows, columns, kind, attended(rows, columns)[kind]
 
 
-def neighborhood_bias(rows, columns, mask, rpb):
-    """The bias of every block, -inf where `mask` is False: [h, A*A', T*T', S*S'].
+def attended(rows, columns):
+    """Which keys the queries of each kind of block attend to: bool [K*K', T*T', S*S']."""
+    mask = (rows.offset >= 0)[:, None, :, None, :, None]
+    mask = mask & (columns.offset >= 0)[None, :, None, :, None, :]  # [K, K', T, T', S, S']
+    return mask.flatten(4, 5).flatten(2, 3).flatten(0, 1)
+
+
+def neighborhood_bias(rows, columns, kind, rpb):
+    """The bias of every block, -inf where a query does not attend: [h, A*A', T*T', S*S'].
 
     The table is looked up by products with one-hot matrices, whose gradients are products too:
     faster and, on a GPU, more repeatable than scattering into so small a table.
     """
     heads, side, _ = rpb.shape
     entries = torch.arange(side, device=rpb.device)
-    row = (rows.offset.flatten()[:, None] == entries).to(rpb.dtype)  # [A*T*S, side]
+    row = (rows.offset.flatten()[:, None] == entries).to(rpb.dtype)  # [K*T*S, side]
     column = (columns.offset.flatten()[:, None] == entries).to(rpb.dtype)
-    bias = (row @ rpb) @ column.mT  # [h, A*T*S, A'*T'*S']
-    bias = bias.view(heads, *rows.offset.shape, *columns.offset.shape)  # [h, A, T, S, A', T', S']
+    bias = (row @ rpb) @ column.mT  # [h, K*T*S, K'*T'*S']
+    bias = bias.view(heads, *rows.offset.shape, *columns.offset.shape)  # [h, K, T, S, K', T', S']
+    mask = attended(rows, columns)
     bias = bias.permute(0, 1, 4, 2, 5, 3, 6).reshape(heads, *mask.shape)
-    return bias.masked_fill(~mask, float("-inf"))
+    bias = bias.masked_fill(~mask, float("-inf"))
+    return bias if len(mask) == len(kind) == 1 else bias.index_select(1, kind)
 
 
 def masked_attention(query, key, value, rpb, scale, grid):
@@ -141,7 +166,7 @@ def masked_attention(query, key, value, rpb, scale, grid):
     all images are its heads; with one its batch are the images, and the heads of all blocks are
     its heads: so the mask need not be repeated for each image.
     """
-    rows, columns, mask = grid
+    rows, columns, kind, mask = grid
     batch, height, width, heads, dim = query.shape
     groups = rows.groups
 
@@ -153,7 +178,7 @@ def masked_attention(query, key, value, rpb, scale, grid):
         mask = mask[:, None]
     else:  # to [B, h, A, A', T, T', e]
         order, leading = (0, 7, 1, 3, 4, 6, 2, 5, 8), (batch, heads * len(mask))
-        mask = neighborhood_bias(rows, columns, mask, rpb.to(query.dtype)).flatten(0, 1)[None]
+        mask = neighborhood_bias(rows, columns, kind, rpb.to(query.dtype)).flatten(0, 1)[None]
 
     def blocks(tensor, *block):
         tensor = tensor.reshape(sizes(*block)).permute(order)
@@ -214,6 +239,15 @@ def tile_shape(kernel_size, with_bias):
     return (4, 8) if with_bias or kernel_size < 7 else (8, 8)
 
 
+def dense_is_faster(height, width, kernel_size, dilation, tile):
+    """Whether the grid is so small that cutting it into tiles is not worthwhile."""
+    window = [
+        min(side + kernel_size - 1, -(-length // dilation))
+        for length, side in zip((height, width), tile)
+    ]
+    return height * width < WORTHWHILE_WINDOWS * window[0] * window[1]
+
+
 def neighborhood_attention_2d(
     query, key, value, kernel_size, dilation=1, rpb=None, scale=None, backend=None
 ):
@@ -221,8 +255,8 @@ def neighborhood_attention_2d(
 
     `kernel_size` is odd, `rpb` is [heads, 2*kernel_size-1, 2*kernel_size-1] or None, `scale`
     defaults to head_dim ** -0.5. `backend` is one of BACKENDS; None takes the fastest that can do
-    what is asked: natten's fused kernels on CUDA, where they can; else `dense` on grids of at most
-    DENSE_TOKENS tokens and `tiled` on larger ones.
+    what is asked: natten's fused kernels on CUDA, where they can; else `dense` on grids that are
+    smaller than three windows (see `dense_is_faster`) and `tiled` on larger ones.
 
     Returns [B, H, W, heads, head_dim]. Raises ValueError for a kernel that does not fit the grid,
     a bias of the wrong shape, or a backend that cannot do what is asked.
@@ -243,8 +277,11 @@ def neighborhood_attention_2d(
                 problem = str(error)
         if backend == "natten":
             raise ValueError(f"backend 'natten' cannot do this call: {problem}")
-    dense = backend == "dense" or (backend is None and height * width <= DENSE_TOKENS)
-    tile = None if dense else tile_shape(kernel_size, rpb is not None)
+    tile = tile_shape(kernel_size, rpb is not None)
+    if backend is None and dense_is_faster(height, width, kernel_size, dilation, tile):
+        backend = "dense"
+    if backend == "dense":
+        tile = None
     cut = cut_grid.__wrapped__ if torch.compiler.is_compiling() else cut_grid  # traced, not cached
     grid = cut(height, width, kernel_size, dilation, tile, query.device)
     return masked_attention(query, key, value, rpb, scale, grid)

@@ -123,6 +123,7 @@ def test_refusals_of_the_autoencoder(flags, says, capsys):
     ("--kernel_sizes 3 3 3 3 3 3 3 3 3", "9 kernel_sizes need at least 9 heads"),
     ("--block_size 63", "block_size 63 is not the number of ids"),
     ("--attention full --position rpb", "absolute positions only"),
+    ("--position rope --bert_n_emb 24 --bert_n_head 4", "a multiple of 4, not 24 / 4"),
     ("--sampler autoregressive --attention hydra", "autoregressive needs --attention full"),
     ("--attn_pdrop 0.1", "attn_pdrop must be 0 with --attention hydra"),
     ("--temp 0", "temp must be more than 0"),

@@ -164,13 +164,13 @@ def test_what_is_cached_in_inference_mode_serves_training():
         out.sum().backward()
 
 
-def test_large_grids_go_to_tiles(monkeypatch):
+def test_grids_larger_than_three_windows_go_to_tiles(monkeypatch):
     seen = []
     cut = module.cut_grid
     monkeypatch.setattr(module, "cut_grid", lambda *a: seen.append(a[4]) or cut(*a))
-    for side in (16, 17):
-        neighborhood_attention_2d(*torch.randn(3, 1, side, side, 1, 4), 7)
-    assert seen == [None, (8, 8)]
+    for side, kernel, dilation in [(16, 7, 1), (32, 7, 1), (16, 3, 1), (16, 7, 2), (8, 3, 1)]:
+        neighborhood_attention_2d(*torch.randn(3, 1, side, side, 1, 4), kernel, dilation)
+    assert seen == [None, (8, 8), (4, 8), (8, 8), None]
 
 
 def test_refusals_say_why(monkeypatch):

@@ -190,10 +190,23 @@ def test_embed_lays_codes_out_row_by_row():
     assert torch.equal(grid[1, :, 2, 3], model.embedding_weight[ids[1, 2 * 8 + 3]])
 
 
-def test_relative_positions_alone_take_any_grid():
-    H = get_sampler_hparams([*FLAGS, "absorbing", "--position", "rpb"])
-    net = Transformer(H)
-    assert net(torch.zeros(1, 10 * 14, dtype=torch.long), grid=(10, 14)).shape == (1, 140, 12)
+@pytest.mark.parametrize("position", ["rpb", "rope", "rpb rope"])
+def test_relative_positions_run_at_twice_the_size(position):
+    """No table of positions: any grid, and logits that move with the ids away from borders."""
+    torch.manual_seed(0)
+    flags = f"absorbing --kernel_sizes 3 5 --position {position}"
+    net = Transformer(get_sampler_hparams([*FLAGS, *flags.split()])).eval().double()
+    assert net.grid == (8, 8)
+    ids = torch.randint(13, (1, 20, 20))
+    logits = net(ids.flatten(1), grid=(20, 20)).view(20, 20, 12)
+    moved = net(ids.roll((3, 2), dims=(1, 2)).flatten(1), grid=(20, 20)).view(20, 20, 12)
+    inner = slice(7, -5)  # two blocks that each reach 2 tokens, and what the roll brought round
+    assert torch.allclose(moved[inner, inner], logits.roll((3, 2), dims=(0, 1))[inner, inner])
+    corner = moved[:3, :3] - logits.roll((3, 2), dims=(0, 1))[:3, :3]
+    assert corner.abs().max() > 1e-6
+
+
+def test_a_table_of_positions_ties_to_its_grid():
     H = get_sampler_hparams([*FLAGS, "absorbing"])
     with pytest.raises(ValueError, match="absolute positions"):
         Transformer(H)(torch.zeros(1, 140, dtype=torch.long), grid=(10, 14))
