@@ -1,6 +1,7 @@
 """How the benchmarks measure time and memory, and how they print what they found."""
 
 import gc
+import math
 import platform
 import statistics
 import time
@@ -66,15 +67,11 @@ def machine(device):
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        for line in Path("/proc/cpuinfo").read_text().splitlines() if LINUX else ():
-            if line.startswith("model name"):
-                name = line.split(": ")[1]
-                break
+        if Path("/proc/cpuinfo").exists():
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            name = next((x.split(": ")[1] for x in lines if x.startswith("model name")), name)
         name += f", {torch.get_num_threads()} threads"
     return f"{name}; torch {torch.__version__}"
-
-
-LINUX = Path("/proc/cpuinfo").exists()
 
 
 def table(head, rows):
@@ -87,5 +84,5 @@ def number(value, digits=3):
     """A figure with so many significant digits; `-` for None."""
     if value is None:
         return "-"
-    decimals = max(0, digits - len(str(int(abs(value)))))
-    return f"{value:.{decimals}f}"
+    magnitude = math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:.{max(0, digits - 1 - magnitude)}f}"

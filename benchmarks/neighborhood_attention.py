@@ -11,9 +11,10 @@ cores; --quick measures a few cases in half a minute.
 import argparse
 import itertools
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import matplotlib
-import natten
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from hparams import get_sampler_hparams
 from measure import machine, milliseconds, number, peak_megabytes, table
 from models import AbsorbingDiffusion, Transformer
-from models.neighborhood_attention import natten_problem, neighborhood_attention_2d
+from models.neighborhood_attention import natten, natten_problem, neighborhood_attention_2d
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  after the choice of a backend that needs no screen
@@ -55,8 +56,8 @@ def dense_attention(query, key, value):
     return F.scaled_dot_product_attention(query, key, value)
 
 
-def attention(kernel, dilation, backend=None):
-    """The function (query, key, value, rpb=None) to measure; without a kernel, `dense_attention`."""
+def attention_function(kernel, dilation=1, backend=None):
+    """The function (query, key, value, rpb=None) to measure; `dense_attention` without a kernel."""
     if kernel is None:
         return dense_attention
     return lambda *tensors: neighborhood_attention_2d(
@@ -64,9 +65,9 @@ def attention(kernel, dilation, backend=None):
     )
 
 
-def inputs(side, arguments, kernel=None):
+def inputs(side, arguments, kernel=None, batch=None):
     """query, key and value [B, side, side, h, e], and a bias table when `kernel` is given."""
-    shape = (arguments.batch, side, side, HEADS, HEAD_DIM)
+    shape = (batch or arguments.batch, side, side, HEADS, HEAD_DIM)
     tensors = [torch.randn(shape, device=arguments.device) for _ in range(3)]
     if kernel:
         extent = 2 * kernel - 1
@@ -91,7 +92,7 @@ def costs(attend, tensors, arguments):
 def peak_of_case(side, kernel, backend, with_bias, arguments):
     """Megabytes of one forward and backward; to be called in a process of its own."""
     tensors = inputs(side, arguments, kernel if with_bias else None)
-    attend = attention(kernel, 1, backend)
+    attend = attention_function(kernel, backend=backend)
     return peak_megabytes(
         lambda: forward_and_backward(attend, tensors), torch.device(arguments.device)
     )
@@ -100,24 +101,43 @@ def peak_of_case(side, kernel, backend, with_bias, arguments):
 def memory_table(arguments):
     """Peak memory of kernel 7, forward and backward: rows.
 
-    Each case is measured in a fresh process, whose allocator has nothing to give out again.
+    Each case is measured in a fresh process, whose allocator has nothing to give out again; one
+    that the system kills for its memory is a dash.
     """
+    context = multiprocessing.get_context("spawn")
+    cases = [(7, None, False), (7, None, True), (7, "dense", False), (7, "dense", True)]
     rows = []
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for side in arguments.sides:
-            cases = [(7, None, False), (7, None, True), (7, "dense", False), (7, "dense", True)]
-            peaks = [
-                pool.apply(peak_of_case, (side, *case, arguments))
-                for case in [*cases, (None, None, False)]
-            ]
-            rows.append([f"{side}x{side}", *(number(peak, 2) for peak in peaks)])
-            print(*rows[-1], flush=True)
+    for side in arguments.sides:
+        peaks = []
+        for case in [*cases, (None, None, False)]:
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                try:
+                    peaks.append(pool.submit(peak_of_case, side, *case, arguments).result())
+                except BrokenProcessPool:
+                    peaks.append(None)
+        rows.append([f"{side}x{side}", *(number(peak, 2) for peak in peaks)])
+        print(*rows[-1], flush=True)
+    return rows
+
+
+def backend_table(arguments):
+    """Milliseconds of forward and backward of `tiled` and `dense` around where they cross: rows."""
+    rows = []
+    for side, kernel in itertools.product((8, 12, 16, 20, 24, 32), (3, 7)):
+        times = []
+        for with_bias in (False, True):
+            tensors = inputs(side, arguments, kernel if with_bias else None, batch=8)
+            for backend in ("tiled", "dense"):
+                attend = attention_function(kernel, backend=backend)
+                times.append(costs(attend, tensors, arguments)["both"])
+        rows.append([f"{side}x{side}", kernel, *map(number, times)])
+        print(*rows[-1], flush=True)
     return rows
 
 
 def natten_forward(tensors, kernel, dilation, arguments):
     """Milliseconds of natten's own call, forward; None where it has no kernel for this."""
-    if natten_problem(tensors[0], None, kernel):
+    if natten_problem(*tensors, None, kernel):
         return None
     device = torch.device(arguments.device)
     with torch.no_grad():
@@ -135,7 +155,7 @@ def operator_table(arguments):
         for kernel, dilation in itertools.product(arguments.kernel_sizes, arguments.dilations):
             if kernel * dilation > side:
                 continue
-            attend = attention(kernel, dilation)
+            attend = attention_function(kernel, dilation)
             plain = costs(attend, tensors, arguments)
             biased = costs(attend, inputs(side, arguments, kernel), arguments)
             other = natten_forward(tensors, kernel, dilation, arguments)
@@ -152,20 +172,24 @@ def operator_table(arguments):
 
 
 HEADINGS = [
-    "grid", "kernel", "dilation", "forward, ms", "dense", "natten", "natten / ours",
-    "forward + backward, ms", "with bias", "dense", "dense / ours",
+    "grid", "kernel", "dilation", "forward, ms", "forward, dense", "forward, natten",
+    "natten / ours", "both ways, ms", "both ways, with bias", "both ways, dense", "dense / ours",
+]
+BACKEND_HEADINGS = [
+    "grid", "kernel", "tiled, ms", "dense under the mask", "tiled with bias", "dense with bias",
 ]
 MEMORY_HEADINGS = [
-    "grid", "ours, MB", "with bias", "dense under the mask", "with bias", "dense, no mask",
+    "grid", "ours, MB", "ours with bias", "dense under the mask", "the same with bias",
+    "dense, no mask",
 ]
 
 
-def denoiser(side, attention, device):
+def denoiser(side, kind, device):
     """A denoiser of `side` x `side` ids, four blocks of width 256, and its settings."""
     H = get_sampler_hparams(
         f"--sampler absorbing --dataset custom --custom_dataset_path . --ae_load_dir none "
         f"--ae_load_step 1 --img_size {side * 16} --attn_resolutions {side} --latent_shape 1 {side} {side} "
-        f"--attention {attention} --bert_n_emb 256 --bert_n_head 8 --bert_n_layers 4".split()
+        f"--attention {kind} --bert_n_emb 256 --bert_n_head 8 --bert_n_layers 4".split()
     )
     torch.manual_seed(0)
     embedding = torch.zeros(H.codebook_size, H.emb_dim)
@@ -177,8 +201,8 @@ def training_step_table(arguments, device):
     """Milliseconds of one training step, hydra against full attention: rows and {...: ms}."""
     rows, times = [], {}
     for side in [side for side in arguments.sides if side <= 64]:
-        for attention in ("hydra", "full"):
-            H, model = denoiser(side, attention, device)
+        for kind in ("hydra", "full"):
+            H, model = denoiser(side, kind, device)
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
             ids = torch.randint(H.codebook_size, (arguments.batch, side * side), device=device)
 
@@ -187,7 +211,7 @@ def training_step_table(arguments, device):
                 model(ids)["loss"].backward()
                 optimizer.step()
 
-            times[side, attention] = milliseconds(step, device, 4 * arguments.seconds)
+            times[side, kind] = milliseconds(step, device, 4 * arguments.seconds)
         hydra, full = times[side, "hydra"], times[side, "full"]
         rows.append([f"{side}x{side}", number(hydra), number(full), number(full / hydra)])
         print(*rows[-1], flush=True)
@@ -216,12 +240,12 @@ def draw(path, arguments, measured, times):
                 [side**2 for side, _ in cases], [found[name] for _, found in cases], style,
                 color=f"C{arguments.kernel_sizes.index(kernel)}", label=f"kernel {kernel}{label}",
             )
-    left.set_title("attention, forward and backward")
+    left.set_title("attention, forward and backward, no dilation")
     sides = sorted({side for side, _ in times})
-    for attention, style in (("full", "k.-"), ("hydra", "C1.-")):
+    for kind, style in (("full", "k.-"), ("hydra", "C1.-")):
         right.plot(
-            [side**2 for side in sides], [times[side, attention] for side in sides], style,
-            label=attention,
+            [side**2 for side in sides], [times[side, kind] for side in sides], style,
+            label=kind,
         )
     right.set_title("a denoiser's training step")
     for axes in (left, right):
@@ -237,17 +261,18 @@ def main():
     arguments = parse_arguments()
     device = torch.device(arguments.device)
     torch.manual_seed(0)
-    print(f"{machine(device)}; natten {natten.__version__}; batch {arguments.batch}, "
+    print(f"{machine(device)}; natten {natten and natten.__version__}; batch {arguments.batch}, "
           f"{HEADS} heads of {HEAD_DIM}, float32")
     rows, measured = operator_table(arguments)
     print("\n" + table(HEADINGS, rows) + "\n")
+    print("\n" + table(BACKEND_HEADINGS, backend_table(arguments)) + "\n")
     print("\n" + table(MEMORY_HEADINGS, memory_table(arguments)) + "\n")
     step_rows, times = training_step_table(arguments, device)
     print("\n" + table(["grid", "hydra, ms", "full, ms", "full / hydra"], step_rows) + "\n")
-    for attention in ("hydra", "full"):
-        cases = [(side**2, time) for (side, kind), time in times.items() if kind == attention]
+    for kind in ("hydra", "full"):
+        cases = [(side**2, time) for (side, name), time in times.items() if name == kind]
         if len(cases) > 1:
-            print(f"{attention}: time grows with tokens to the power {exponent(*zip(*cases)):.2f}")
+            print(f"{kind}: time grows with tokens to the power {exponent(*zip(*cases)):.2f}")
     if arguments.out:
         draw(arguments.out, arguments, measured, times)
 

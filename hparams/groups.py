@@ -150,10 +150,23 @@ class Sampler(Settings):
                                  "number of them", choices=["random", "fixed"])
     t_sampling: str = setting("uniform", "times of a batch: independent, or spread evenly over "
                               "1..T", choices=["uniform", "low_discrepancy"])
-    sample_type: str = setting("diffusion", "diffusion: ancestral sampling; mlm: mask-predict "
-                               "with random re-masking", choices=["diffusion", "mlm"])
+    sample_type: str = setting(
+        "diffusion", "diffusion: ancestral sampling; first_hitting: its limit of ever shorter "
+        "steps, one token at a time; mlm: mask-predict with random re-masking; confidence: "
+        "MaskGIT, the surest tokens first; halton: tokens that lie far apart first; remdm: "
+        "ancestral with re-masking",
+        choices=["diffusion", "first_hitting", "mlm", "confidence", "halton", "remdm"],
+    )
     sample_steps: int = setting(256, "steps of sampling", minimum=1)
     temp: float = setting(1.0, "temperature of sampling; lower is safer, less diverse", above=0)
+    choice_temp: float = setting(4.5, "confidence: noise in the order of tokens, falling to 0",
+                                 minimum=0)
+    remask: float = setting(0.05, "remdm: share of the largest possible re-masking", minimum=0,
+                            maximum=1)
+    top_k: int = setting(0, "autoregressive: draw from the likeliest ids only; 0 for all",
+                         minimum=0)
+    top_p: float = setting(1.0, "autoregressive: draw from the likeliest ids that together have "
+                           "this probability", above=0, maximum=1)
     optimizer: str = setting("adam", "adam as published, or muon for the blocks' matrices with "
                              "AdamW for the rest", choices=["adam", "muon"])
     weight_decay: float = setting(0.0, "decoupled weight decay of muon and its AdamW", minimum=0)

@@ -207,5 +207,6 @@ def get_samples_hparams(
         borrow=frozenset({"dataset", "custom_dataset_path", "ae_load_dir", "ae_load_step", "ema"}),
     )
     return get_hparams(
-        SamplesSettings, argv, description, SAMPLER_DEFAULTS, [run, AUTOENCODER_RUN], must_load=True,
+        SamplesSettings, argv, description, SAMPLER_DEFAULTS, [run, AUTOENCODER_RUN],
+        must_load=True,
     )

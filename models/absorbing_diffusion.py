@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.quantizers import embed_grid
-from models.samplers import sample_ancestral, sample_mask_predict
+from models.samplers import (
+    sample_ancestral, sample_confidence, sample_first_hitting, sample_halton, sample_mask_predict,
+    sample_remdm,
+)
 
 
 def draw_times(batch, total_steps, low_discrepancy=False, generator=None, device=None):
@@ -78,6 +81,8 @@ class AbsorbingDiffusion(nn.Module):
         self.low_discrepancy = H.t_sampling == "low_discrepancy"
         self.sample_type = H.sample_type
         self.sample_steps = H.sample_steps
+        self.choice_temp = H.choice_temp
+        self.remask = H.remask
         self.register_buffer("Lt_history", torch.zeros(H.total_steps + 1))
         self.register_buffer("Lt_count", torch.zeros(H.total_steps + 1))
         self.register_buffer("loss_history", torch.zeros(H.total_steps + 1))
@@ -130,18 +135,33 @@ class AbsorbingDiffusion(nn.Module):
 
     def sample(
         self, n_samples, temp=1.0, sample_steps=None, sample_type=None, generator=None,
-        progress=None,
+        progress=None, known=None, grid=None, denoise=None,
     ):
-        """Draw ids [n_samples, N]; steps and type default to the model's settings."""
-        steps = sample_steps or self.sample_steps
-        options = dict(
-            temp=temp, generator=generator, device=self.Lt_count.device, progress=progress
-        )
-        if (sample_type or self.sample_type) == "mlm":
-            return sample_mask_predict(
-                self._denoise_fn, n_samples, self.tokens, self.mask_id, self.total_steps, steps,
-                **options,
-            )
-        return sample_ancestral(
-            self._denoise_fn, n_samples, self.tokens, self.mask_id, steps, **options
+        """Draw ids [n_samples, N]; steps and type default to the model's settings.
+
+        `known` ids [n_samples, N] are kept where they are not `mask_id`. `grid` (h, w) is another
+        one than the model's; `denoise` replaces the network as in `models.samplers`, by default
+        on that grid, which only a model without absolute positions can do.
+        """
+        kind, steps = sample_type or self.sample_type, sample_steps or self.sample_steps
+        grid = grid or self.shape
+        shape, device = (n_samples, math.prod(grid)), self.Lt_count.device
+        ids = torch.full(shape, self.mask_id, device=device) if known is None else known
+        if ids.shape != shape:
+            raise ValueError(f"known must be {shape}, not {tuple(ids.shape)}")
+        sample, options = {
+            "diffusion": (sample_ancestral, {}),
+            "first_hitting": (sample_first_hitting, {}),
+            "mlm": (sample_mask_predict, {"total_steps": self.total_steps}),
+            "confidence": (sample_confidence, {"choice_temp": self.choice_temp}),
+            "halton": (sample_halton, {"grid": grid}),
+            "remdm": (sample_remdm, {"remask": self.remask}),
+        }[kind]
+
+        def on_grid(ids, where):
+            return self._denoise_fn(ids, grid=grid, where=where)
+
+        return sample(
+            denoise or on_grid, ids, self.mask_id, steps, temp=temp, generator=generator,
+            progress=progress, **options,
         )

@@ -1,6 +1,6 @@
 """The two attentions of the transformer, both on grids [B, H, W, C] or sequences [B, N, C].
 
-Shapes: B batch, H W grid, N tokens, C channels, h heads, d head_dim = C / h.
+Shapes: B batch, H W grid, N tokens, C channels, h heads, e head_dim = C / h.
 """
 
 import torch
@@ -79,12 +79,12 @@ class FullAttention(nn.Module):
     def forward(self, x, cache=None):
         """Attend within x [B, N, C]; with `cache`, x holds the one token that follows it.
 
-        `cache` is a dict that keeps keys and values [B, h, N, d] between calls, empty at first.
+        `cache` is a dict that keeps keys and values [B, h, N, e] between calls, empty at first.
         """
         batch, tokens, dim = x.shape
 
         def heads(tensor):
-            return tensor.view(batch, tokens, self.num_heads, -1).transpose(1, 2)  # [B, h, N, d]
+            return tensor.view(batch, tokens, self.num_heads, -1).transpose(1, 2)  # [B, h, N, e]
 
         query, key, value = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
         if cache is not None:
@@ -166,7 +166,9 @@ class HydraNeighborhoodAttention(nn.Module):
         outs = [None] * len(self.group_heads)
         for (kernel, dilation), groups in self.neighborhoods.items():
             together = [join([part[group] for group in groups], dim=3) for part in parts]
-            table = self.rpb and join([self.rpb[group] for group in groups], dim=0)
+            table = None
+            if self.rpb is not None:
+                table = join([self.rpb[group] for group in groups], dim=0)
             out = neighborhood_attention_2d(
                 *together, kernel, dilation, table, self.scale, self.backend
             )

@@ -20,6 +20,7 @@ class AutoregressiveTransformer(nn.Module):
         self.tokens = math.prod(self.shape)
         self.register_buffer("embedding_weight", embedding_weight, persistent=False)
         self.net = Transformer(H)
+        self.top_k, self.top_p = H.top_k, H.top_p
 
     def embed(self, ids):
         """Codebook vectors of ids [B, N] as the generator's input [B, emb_dim, h, w]."""
@@ -56,5 +57,6 @@ class AutoregressiveTransformer(nn.Module):
 
         return sample_autoregressive(
             next_logits, n_samples, self.tokens, temp, generator,
-            device=self.net.start_tok.device, progress=progress,
+            device=self.net.start_tok.device, progress=progress, top_k=self.top_k,
+            top_p=self.top_p,
         )

@@ -34,8 +34,8 @@ else:
 BACKENDS = ("natten", "tiled", "dense")
 
 # `dense` scores each query against the whole grid, `tiled` against the keys of a window: the
-# latter is faster where the grid is larger than so many windows. Measured on two CPU cores by
-# benchmarks/neighborhood_attention.py.
+# latter is faster where the grid is larger than so many windows. Measured on two CPU cores (see
+# the columns `tiled` and `dense` of benchmarks/neighborhood_attention.py), taken over for GPUs.
 WORTHWHILE_WINDOWS = 3
 
 
@@ -67,8 +67,8 @@ def table_offset(query, key, members, kernel_size):
     first = (query - kernel_size // 2).clamp(min=0)
     first = torch.minimum(first, members - kernel_size)[..., None]
     distance = key[..., None, :] - query[..., None]
-    attended = (key[..., None, :] >= first) & (key[..., None, :] < first + kernel_size)
-    return torch.where(attended, distance + kernel_size - 1, -1)
+    near = (key[..., None, :] >= first) & (key[..., None, :] < first + kernel_size)
+    return torch.where(near, distance + kernel_size - 1, -1)
 
 
 def dense_axis(length, kernel_size, dilation, device):
@@ -78,7 +78,7 @@ def dense_axis(length, kernel_size, dilation, device):
     members = (length - group + dilation - 1) // dilation
     offset = table_offset(order, order, members, kernel_size)
     offset = offset.masked_fill(group[:, None] != group, -1)
-    return Axis(1, 1, length, length, None, offset[None], position[:1])
+    return Axis(1, 1, length, length, None, offset[None], position.new_zeros(1))
 
 
 def tiled_axis(length, kernel_size, dilation, tile, device):
@@ -120,7 +120,7 @@ def tiled_axis(length, kernel_size, dilation, tile, device):
 @lru_cache(maxsize=32)
 def cut_grid(height, width, kernel_size, dilation, tile, device):
     """(rows, columns, kind, mask): both axes, the kind int64 [A*A'] of each block of the grid, and
-    the mask bool [A*A', T*T', S*S'] of the keys of its window that each query attends to.
+    for the K*K' kinds which keys of its window each query attends to, bool [K*K', T*T', S*S'].
 
     `tile` is the (rows, columns) of a tile of `tiled`, or None for `dense`.
     """
@@ -131,21 +131,16 @@ def cut_grid(height, width, kernel_size, dilation, tile, device):
         rows = tiled_axis(height, kernel_size, dilation, tile[0], device)
         columns = tiled_axis(width, kernel_size, dilation, tile[1], device)
     kind = (rows.kind[:, None] * len(columns.offset) + columns.kind).flatten()
-    return rows, columns, kind, attended(rows, columns)[kind]
+    in_row, in_column = rows.offset >= 0, columns.offset >= 0
+    mask = in_row[:, None, :, None, :, None] & in_column[None, :, None, :, None, :]
+    return rows, columns, kind, mask.flatten(4, 5).flatten(2, 3).flatten(0, 1)
 
 
-def attended(rows, columns):
-    """Which keys the queries of each kind of block attend to: bool [K*K', T*T', S*S']."""
-    mask = (rows.offset >= 0)[:, None, :, None, :, None]
-    mask = mask & (columns.offset >= 0)[None, :, None, :, None, :]  # [K, K', T, T', S, S']
-    return mask.flatten(4, 5).flatten(2, 3).flatten(0, 1)
-
-
-def neighborhood_bias(rows, columns, kind, rpb):
+def neighborhood_bias(rows, columns, kind, mask, rpb):
     """The bias of every block, -inf where a query does not attend: [h, A*A', T*T', S*S'].
 
-    The table is looked up by products with one-hot matrices, whose gradients are products too:
-    faster and, on a GPU, more repeatable than scattering into so small a table.
+    The table is looked up by products with one-hot matrices, whose gradients are products too,
+    faster than scattering into so small a table.
     """
     heads, side, _ = rpb.shape
     entries = torch.arange(side, device=rpb.device)
@@ -153,10 +148,9 @@ def neighborhood_bias(rows, columns, kind, rpb):
     column = (columns.offset.flatten()[:, None] == entries).to(rpb.dtype)
     bias = (row @ rpb) @ column.mT  # [h, K*T*S, K'*T'*S']
     bias = bias.view(heads, *rows.offset.shape, *columns.offset.shape)  # [h, K, T, S, K', T', S']
-    mask = attended(rows, columns)
     bias = bias.permute(0, 1, 4, 2, 5, 3, 6).reshape(heads, *mask.shape)
     bias = bias.masked_fill(~mask, float("-inf"))
-    return bias if len(mask) == len(kind) == 1 else bias.index_select(1, kind)
+    return bias if len(kind) == 1 else bias.index_select(1, kind)
 
 
 def masked_attention(query, key, value, rpb, scale, grid):
@@ -174,11 +168,12 @@ def masked_attention(query, key, value, rpb, scale, grid):
         return batch, rows.tiles, row_block, groups, columns.tiles, column_block, groups, heads, dim
 
     if rpb is None:  # to [A, A', B, h, T, T', e]
-        order, leading = (1, 3, 4, 6, 0, 7, 2, 5, 8), (len(mask), batch * heads)
-        mask = mask[:, None]
+        order, leading = (1, 3, 4, 6, 0, 7, 2, 5, 8), (len(kind), batch * heads)
+        mask = (mask if len(kind) == 1 else mask[kind])[:, None]
     else:  # to [B, h, A, A', T, T', e]
-        order, leading = (0, 7, 1, 3, 4, 6, 2, 5, 8), (batch, heads * len(mask))
-        mask = neighborhood_bias(rows, columns, kind, rpb.to(query.dtype)).flatten(0, 1)[None]
+        order, leading = (0, 7, 1, 3, 4, 6, 2, 5, 8), (batch, heads * len(kind))
+        bias = neighborhood_bias(rows, columns, kind, mask, rpb.to(query.dtype))
+        mask = bias.flatten(0, 1)[None]
 
     def blocks(tensor, *block):
         tensor = tensor.reshape(sizes(*block)).permute(order)
@@ -205,6 +200,8 @@ def masked_attention(query, key, value, rpb, scale, grid):
 
 def check_neighborhood(height, width, kernel_size, dilation):
     """Raise ValueError when a kernel with this dilation does not fit the grid."""
+    if not (isinstance(kernel_size, int) and isinstance(dilation, int)):
+        raise ValueError(f"kernel_size {kernel_size} and dilation {dilation} must be integers")
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd and positive, not {kernel_size}")
     if dilation < 1:
@@ -216,7 +213,7 @@ def check_neighborhood(height, width, kernel_size, dilation):
         )
 
 
-def natten_problem(query, rpb, kernel_size):
+def natten_problem(query, key, value, rpb, kernel_size):
     """Why natten cannot do this call, as a sentence; None when it can."""
     if natten is None:
         return NATTEN_PROBLEM
@@ -224,15 +221,21 @@ def natten_problem(query, rpb, kernel_size):
         return "natten's fused kernels have no relative positional bias"
     if kernel_size == 1:
         return "natten has no kernel of size 1"
-    if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if query.device.type == "cpu" and differentiated:
         return "natten has no backward on the CPU"
     if query.device.type == "cuda" and not natten.HAS_LIBNATTEN:
         return "this natten was built without its CUDA library"
     return None
 
 
+def prefers_natten(device):
+    """Whether natten is the fastest where it can do what is asked: on GPUs, by its fused kernels."""
+    return device.type == "cuda"
+
+
 def tile_shape(kernel_size, with_bias):
-    """The (rows, columns) of a tile: the fastest on two CPU cores (benchmarks/).
+    """The (rows, columns) of a tile: the fastest of those from 4x4 to 16x16 on two CPU cores.
 
     Wider tiles share more keys but score more that are masked; a bias is written out for each.
     """
@@ -258,9 +261,17 @@ def neighborhood_attention_2d(
     what is asked: natten's fused kernels on CUDA, where they can; else `dense` on grids that are
     smaller than three windows (see `dense_is_faster`) and `tiled` on larger ones.
 
-    Returns [B, H, W, heads, head_dim]. Raises ValueError for a kernel that does not fit the grid,
-    a bias of the wrong shape, or a backend that cannot do what is asked.
+    Returns [B, H, W, heads, head_dim]. Raises ValueError for tensors that do not match, a kernel
+    that does not fit the grid, a bias of the wrong shape, or a backend that cannot do what is
+    asked. Compiles without graph breaks; grids of several sizes want `dynamic=False`.
     """
+    if query.dim() != 5 or not query.shape == key.shape == value.shape:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+        raise ValueError(f"query, key and value must be equal [B, H, W, h, e], not {shapes}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"query, key and value differ in type: {query.dtype}, {key.dtype}, {value.dtype}"
+        )
     _, height, width, heads, _ = query.shape
     check_neighborhood(height, width, kernel_size, dilation)
     side = 2 * kernel_size - 1
@@ -268,8 +279,8 @@ def neighborhood_attention_2d(
         raise ValueError(f"rpb must be {(heads, side, side)} here, not {tuple(rpb.shape)}")
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    if backend == "natten" or (backend is None and query.device.type == "cuda"):
-        problem = natten_problem(query, rpb, kernel_size)
+    if backend == "natten" or (backend is None and prefers_natten(query.device)):
+        problem = natten_problem(query, key, value, rpb, kernel_size)
         if not problem:
             try:
                 return natten.na2d(query, key, value, kernel_size, dilation=dilation, scale=scale)
@@ -282,6 +293,10 @@ def neighborhood_attention_2d(
         backend = "dense"
     if backend == "dense":
         tile = None
-    cut = cut_grid.__wrapped__ if torch.compiler.is_compiling() else cut_grid  # traced, not cached
-    grid = cut(height, width, kernel_size, dilation, tile, query.device)
+    cut = (height, width, kernel_size, dilation, tile, query.device)
+    if torch.compiler.is_compiling():
+        grid = cut_grid.__wrapped__(*cut)  # a part of the graph
+    else:
+        with torch.inference_mode(False):  # else what is cached would not serve training
+            grid = cut_grid(*cut)
     return masked_attention(query, key, value, rpb, scale, grid)

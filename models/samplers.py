@@ -1,8 +1,15 @@
-"""Draw grids of ids from a denoiser: pure mathematics over `denoise(ids [B, N]) -> logits`.
+"""Draw grids of ids from a denoiser: pure mathematics, no files and no devices.
 
-Every sampler starts from all-masked ids and calls `progress(done, total)` after each network
-call. Shapes: B batch, N tokens, K codebook size, S sample steps.
+A denoiser is any `denoise(ids [B, N], where bool [B, N]) -> logits [M, K]`: of the M positions that
+`where` asks for, row by row, and of no others. A sampler starts from ids [B, N] that hold `mask_id`
+where a token is to be drawn and known tokens elsewhere (none, in unconditional sampling), and
+returns them complete; `progress(done, total)` is called after each network call. Only `remdm` and
+`mask_predict` ever change a token that they have drawn, and nothing changes a known one.
+
+Shapes: B batch, N tokens, K codebook size, S steps.
 """
+
+import math
 
 import torch
 
@@ -17,72 +24,240 @@ def draw(logits, temp=1.0, generator=None):
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
+def truncate(logits, top_k=0, top_p=1.0):
+    """Logits [M, K] with all but the likeliest tokens at -inf: the `top_k` (0: all) likeliest, and
+    of those the fewest whose probabilities add up to `top_p` (nucleus, arXiv 1904.09751)."""
+    if top_k and top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.double().softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        outside = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(outside, float("-inf"))
+    return logits
+
+
 @torch.no_grad()
-def sample_ancestral(
-    denoise, n_samples, tokens, mask_id, sample_steps, temp=1.0, generator=None, device=None,
-    progress=None,
-):
-    """Ancestral sampling of the absorbing diffusion, event by event: ids int64 [B, N].
+def reveal(denoise, ids, call, temp, generator=None, progress=None):
+    """Draw each token of ids [B, N] at the network call numbered `call` [B, N]; -1 for known ones.
+
+    Each sample has a clock of its own: a call serves the samples that have tokens to draw at it,
+    and the network is asked for those tokens only. Each sample's calls are numbered 0, 1, 2, ...
+    """
+    ids = ids.clone()
+    last = call.amax(1)
+    calls = int(last.max()) + 1
+    for number in range(calls):
+        running = (last >= number).nonzero().squeeze(1)
+        now = call[running] == number
+        rows, columns = now.nonzero(as_tuple=True)
+        logits = denoise(ids[running], now)
+        ids[running[rows], columns] = draw(logits, temp, generator)
+        if progress:
+            progress(number + 1, calls)
+    return ids
+
+
+def rank(keys, masked):
+    """Position of each masked token of its row when `keys` [B, N] ascend: int64, -1 elsewhere."""
+    order = keys.masked_fill(~masked, float("inf")).argsort(dim=1).argsort(dim=1)
+    return order.masked_fill(~masked, -1)
+
+
+def sample_ancestral(denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None):
+    """Ancestral sampling of the absorbing diffusion, event by event.
 
     Step by step, for t = S..1 every masked token is unmasked with probability 1/t. The denoiser
     is not told t, so the same distribution arises when every token draws its time uniformly from
-    1..S and the network runs only at times that occur. Each sample keeps its own clock: one
-    network call serves the next event of every unfinished sample, whatever their times are.
+    1..S and the network runs only at the times that occur, each sample on a clock of its own.
     """
-    ids = torch.full((n_samples, tokens), mask_id, dtype=torch.long, device=device)
-    time = torch.randint(sample_steps, (n_samples, tokens), generator=generator, device=device)
-    # event[b, i]: how many later times occur in sample b before token i is unmasked
-    order = time.sort(dim=1, descending=True)
-    new_event = torch.ones_like(time)
-    new_event[:, 0] = 0
-    new_event[:, 1:] = order.values[:, 1:] != order.values[:, :-1]
-    event = torch.empty_like(time).scatter_(1, order.indices, new_event.cumsum(1))
-    last_event = event.amax(1)
-    calls = int(last_event.max()) + 1
-    for call in range(calls):
-        running = (last_event >= call).nonzero().squeeze(1)
-        logits = denoise(ids[running])  # [unfinished, N, K]
-        now = event[running] == call
-        rows, columns = now.nonzero(as_tuple=True)
-        ids[running[rows], columns] = draw(logits[rows, columns], temp, generator)
+    masked = ids == mask_id
+    time = torch.randint(steps, ids.shape, generator=generator, device=ids.device)
+    time = time.masked_fill(~masked, -1)
+    # call[b, i]: how many times later than its own occur in sample b
+    ordered, order = time.sort(dim=1, descending=True)
+    new = torch.zeros_like(time)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    call = torch.empty_like(time).scatter_(1, order, new.cumsum(1))
+    return reveal(denoise, ids, call.masked_fill(~masked, -1), temp, generator, progress)
+
+
+def sample_first_hitting(denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None):
+    """The continuous-time limit of ancestral sampling (Zheng et al., arXiv 2409.02908).
+
+    In that limit no two tokens are unmasked at once and their order is uniformly random: with at
+    least as many steps as tokens it is computed exactly, one token a call; with fewer, the tokens
+    are drawn in that order by as many at a call as S calls need.
+    """
+    masked = ids == mask_id
+    noise = torch.rand(ids.shape, generator=generator, device=ids.device, dtype=torch.float64)
+    each = (-(-masked.sum(1, keepdim=True) // steps)).clamp(min=1)
+    call = rank(noise, masked).div(each, rounding_mode="floor")
+    return reveal(denoise, ids, call, temp, generator, progress)
+
+
+def cosine_schedule(tokens, steps):
+    """How many of `tokens` [B] are still masked after each call: int64 [B, S], from MaskGIT.
+
+    Every call unmasks at least one token, until there are none.
+    """
+    done = torch.arange(1, steps + 1, device=tokens.device, dtype=torch.float64) / steps
+    left = (tokens[:, None] * torch.cos(math.pi / 2 * done) + 1e-9).floor().long()
+    at_most = tokens[:, None] - torch.arange(1, steps + 1, device=tokens.device)
+    return torch.minimum(left, at_most).clamp(min=0)
+
+
+def radical_inverse(index, base):
+    """The van der Corput sequence at `index` (int64): float64 in [0, 1)."""
+    value, scale = torch.zeros_like(index, dtype=torch.float64), 1.0
+    index = index.clone()
+    while int(index.max()) > 0:
+        scale /= base
+        value += scale * (index % base)
+        index = index.div(base, rounding_mode="floor")
+    return value
+
+
+def halton_order(height, width):
+    """Positions of a grid in the order in which a Halton sequence (bases 2, 3) first meets them:
+    int64 [H*W]. Early ones lie far apart (Besnier et al., arXiv 2503.17076)."""
+    tokens, found = height * width, torch.empty(0, dtype=torch.long)
+    points = 4 * tokens
+    while len(found) < tokens:
+        index = torch.arange(1, points + 1)
+        cell = (radical_inverse(index, 2) * height).long() * width
+        cell += (radical_inverse(index, 3) * width).long()
+        distinct, inverse = cell.unique(return_inverse=True)
+        first = torch.full_like(distinct, points).scatter_reduce(0, inverse, index, "amin")
+        found, points = distinct[first.argsort()], 4 * points
+    return found
+
+
+def sample_halton(denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None, *, grid):
+    """Draw in S calls tokens that lie far apart on `grid` (h, w): their order is a Halton sequence
+    (Besnier et al., arXiv 2503.17076), shifted at random for each sample; cosine schedule."""
+    height, width = grid
+    masked = ids == mask_id
+    order = halton_order(height, width).to(ids.device)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=ids.device)  # of each position in the order
+    shift = torch.rand((2, len(ids), 1, 1), generator=generator, device=ids.device)
+    rows = torch.arange(height, device=ids.device)[:, None] + (shift[0] * height).long()
+    columns = torch.arange(width, device=ids.device) + (shift[1] * width).long()
+    place = place[(rows % height * width + columns % width).flatten(1)]  # [B, N]
+    left = cosine_schedule(masked.sum(1), steps)  # [B, S]
+    unmasked_before = masked.sum(1, keepdim=True) - left
+    # token number r of a sample is drawn at the first call after which more than r are unmasked
+    call = torch.searchsorted(unmasked_before, rank(place.double(), masked), right=True)
+    return reveal(denoise, ids, call.masked_fill(~masked, -1), temp, generator, progress)
+
+
+@torch.no_grad()
+def sample_confidence(
+    denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None, choice_temp=4.5
+):
+    """MaskGIT (Chang et al., arXiv 2202.04200): every masked token is drawn at each of S calls,
+    and those are kept that the network was surest of; cosine schedule.
+
+    Sureness is the drawn token's log probability plus Gumbel noise, whose scale falls linearly
+    from `choice_temp` to 0.
+    """
+    ids = ids.clone()
+    left = cosine_schedule((ids == mask_id).sum(1), steps)
+    for number in range(steps):
+        running = (ids == mask_id).any(1).nonzero().squeeze(1)
+        if len(running) == 0:
+            break
+        masked = ids[running] == mask_id
+        logits = denoise(ids[running], masked)
+        tokens = draw(logits, temp, generator)
+        sure = logits.double().log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        uniform = torch.rand(
+            sure.shape, generator=generator, device=ids.device, dtype=torch.float64
+        )
+        gumbel = -(-uniform.clamp(min=1e-300).log()).log()
+        sure = sure + choice_temp * (1 - (number + 1) / steps) * gumbel
+        # keep those of each sample that stand first when sureness falls
+        keys = torch.zeros(masked.shape, dtype=torch.float64, device=ids.device)
+        keys[masked] = -sure
+        kept = masked & (rank(keys, masked) < (masked.sum(1) - left[running, number])[:, None])
+        rows, columns = kept.nonzero(as_tuple=True)
+        ids[running[rows], columns] = tokens[kept[masked]]
         if progress:
-            progress(call + 1, calls)
+            progress(number + 1, steps)
+    return ids
+
+
+@torch.no_grad()
+def sample_remdm(
+    denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None, remask=0.05
+):
+    """Ancestral sampling that masks tokens again (ReMDM, Wang et al., arXiv 2503.00307).
+
+    From t to t-1, with a = 1 - t/S the share unmasked, a drawn token is masked again with
+    probability s = `remask` * min(1, (1 - a') / a) (the paper's `rescale`, a' that of t-1), and a
+    masked one is drawn with probability (a' - (1 - s) a) / (1 - a), which keeps the shares. With
+    `remask` 0 this is ancestral sampling, step by step.
+    """
+    ids = ids.clone()
+    open_ = ids == mask_id
+    for number, t in enumerate(range(steps, 0, -1)):
+        share, following = 1 - t / steps, 1 - (t - 1) / steps
+        again = remask * min(1.0, (1 - following) / share) if share else 0.0
+        drawn = (following - (1 - again) * share) / (1 - share)
+        masked = ids == mask_id
+        coin = torch.rand(ids.shape, generator=generator, device=ids.device, dtype=torch.float64)
+        now = masked & (coin < drawn)
+        running = now.any(1).nonzero().squeeze(1)
+        tokens = None
+        if len(running):
+            tokens = draw(denoise(ids[running], now[running]), temp, generator)
+        ids[open_ & ~masked & (coin < again)] = mask_id
+        if tokens is not None:
+            ids[now] = tokens
+        if progress:
+            progress(number + 1, steps)
     return ids
 
 
 @torch.no_grad()
 def sample_mask_predict(
-    denoise, n_samples, tokens, mask_id, total_steps, sample_steps, temp=1.0, generator=None,
-    device=None, progress=None,
+    denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None, *, total_steps
 ):
-    """Mask-predict with random re-masking (the published `mlm` sampling): ids int64 [B, N].
+    """Mask-predict with random re-masking, the published `mlm` sampling.
 
-    At S times from `total_steps` down to 1, every token is masked again with probability
-    t / total_steps and all masked tokens are drawn at once.
+    At S times from T = `total_steps` down to 1, every token is masked again with probability t/T
+    and all masked tokens are drawn at once.
     """
-    ids = torch.full((n_samples, tokens), mask_id, dtype=torch.long, device=device)
-    times = torch.linspace(total_steps, 1, sample_steps).long().tolist()
-    for call, t in enumerate(times):
-        coin = torch.rand(ids.shape, generator=generator, device=device)
-        masked = (coin < t / total_steps) | (ids == mask_id)
-        logits = denoise(ids.masked_fill(masked, mask_id))
-        ids[masked] = draw(logits[masked], temp, generator)
+    ids = ids.clone()
+    open_ = ids == mask_id
+    times = torch.linspace(total_steps, 1, steps).long().tolist()
+    for number, t in enumerate(times):
+        coin = torch.rand(ids.shape, generator=generator, device=ids.device)
+        masked = open_ & ((coin < t / total_steps) | (ids == mask_id))
+        running = masked.any(1).nonzero().squeeze(1)
+        if len(running):
+            logits = denoise(ids.masked_fill(masked, mask_id)[running], masked[running])
+            ids[masked] = draw(logits, temp, generator)
         if progress:
-            progress(call + 1, len(times))
+            progress(number + 1, len(times))
     return ids
 
 
 @torch.no_grad()
 def sample_autoregressive(
-    next_logits, n_samples, tokens, temp=1.0, generator=None, device=None, progress=None
+    next_logits, n_samples, tokens, temp=1.0, generator=None, device=None, progress=None, top_k=0,
+    top_p=1.0,
 ):
     """Draw ids one by one, in raster order: int64 [B, N].
 
-    `next_logits(ids [B, i])` gives the logits [B, K] of token i.
+    `next_logits(ids [B, i])` gives the logits [B, K] of token i, which `truncate` may narrow.
     """
     ids = torch.empty((n_samples, 0), dtype=torch.long, device=device)
     for index in range(tokens):
-        token = draw(next_logits(ids), temp, generator)
+        token = draw(truncate(next_logits(ids), top_k, top_p), temp, generator)
         ids = torch.cat((ids, token[:, None]), dim=1)
         if progress:
             progress(index + 1, tokens)

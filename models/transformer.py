@@ -80,8 +80,10 @@ class Transformer(nn.Module):
                 depth = (2 * len(self.blocks)) ** -0.5 if last else 1.0
                 nn.init.normal_(parameter, std=0.02 * depth)
 
-    def forward(self, ids, grid=None, caches=None):
+    def forward(self, ids, grid=None, caches=None, where=None):
         """Logits [B, N, codebook_size] for ids [B, N] laid out row by row on `grid` (h, w).
+
+        With `where` bool [B, N] only those of its M positions, row by row: [M, codebook_size].
 
         `grid` defaults to the one trained on; another one needs a model without `absolute`.
         A causal model predicts token i from ids[:, :i], so N ids give N+1 predictions; with
@@ -99,7 +101,8 @@ class Transformer(nn.Module):
         x = self.drop(x).view(len(ids), height, width, -1)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.ln_f(x.flatten(1, 2)))
+        x = x.flatten(1, 2)
+        return self.head(self.ln_f(x if where is None else x[where]))
 
     def causal_forward(self, ids, caches=None):
         """Logits of the token after each of ids [B, N], the start included (see `forward`)."""

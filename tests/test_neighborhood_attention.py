@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import models.neighborhood_attention as module
@@ -69,8 +69,7 @@ def test_is_the_definition(backend, case, with_bias):
 def test_agrees_with_natten(case):
     natten = pytest.importorskip("natten")
     *qkv, kernel, dilation, _ = case
-    if kernel == 1:
-        return
+    assume(kernel > 1)
     expected = natten.na2d(*qkv, kernel, dilation=dilation)
     for backend in (*OURS, "natten"):
         assert_close(neighborhood_attention_2d(*qkv, kernel, dilation, backend=backend), expected)
@@ -114,13 +113,44 @@ def test_gradcheck_in_float64(backend, dilation):
 
 @pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(backend, dtype):
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_half_precision(backend, dtype, with_bias):
+    """Outputs and gradients near those of float32, with tables of float32 or of the same type."""
     torch.manual_seed(0)
     qkv, rpb = torch.randn(3, 2, 18, 17, 2, 16), torch.randn(2, 9, 9)
-    expected = neighborhood_attention_2d(*qkv, 5, 2, rpb, backend=backend)
-    out = neighborhood_attention_2d(*qkv.to(dtype), 5, 2, rpb.to(dtype), backend=backend)
-    assert out.dtype == dtype
-    assert_close(out, expected, tolerance=0.02)
+    results = []
+    for type_, table_type in [(torch.float32,) * 2, (dtype, dtype), (dtype, torch.float32)]:
+        inputs = [qkv.to(type_).requires_grad_()]
+        if with_bias:
+            inputs.append(rpb.to(table_type).requires_grad_())
+        out = neighborhood_attention_2d(*inputs[0], 5, 2, *inputs[1:], backend=backend)
+        assert out.dtype == type_
+        gradients = torch.autograd.grad(out.float().square().sum(), inputs)
+        results.append((out, *gradients))
+    for result in results[1:]:
+        for actual, expected in zip(result, results[0]):
+            assert_close(actual, expected, tolerance=0.03)
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+@pytest.mark.parametrize("tile", [2, 3, 4])
+def test_blocks_see_what_their_queries_attend_to(kernel, dilation, tile):
+    """Every length: what the few kinds of blocks say is what the definition says."""
+    for length in range(kernel * dilation, kernel * dilation + 26):
+        axis = module.tiled_axis(length, kernel, dilation, tile, torch.device("cpu"))
+        keys = torch.arange(length)[None] if axis.keys is None else axis.keys
+        keys = keys.view(axis.tiles, axis.window, axis.groups)
+        for position in range(length):
+            group = list(range(position % dilation, length, dilation))
+            first = min(max(group.index(position) - kernel // 2, 0), len(group) - kernel)
+            member, block = divmod(position, dilation)
+            offset = axis.offset[axis.kind[member // tile * dilation + block]][member % tile]
+            seen = offset >= 0
+            attended = keys[member // tile, seen, block].tolist()
+            assert attended == group[first : first + kernel]
+            distance = [(key - position) // dilation + kernel - 1 for key in attended]
+            assert offset[seen].tolist() == distance
 
 
 @pytest.mark.parametrize("backend", OURS)
@@ -153,15 +183,36 @@ def check_compiled(backend, with_bias, compiler):
         assert_close(actual, expected)
 
 
-def test_what_is_cached_in_inference_mode_serves_training():
+@pytest.mark.parametrize("backend", OURS)
+def test_what_is_cached_in_inference_mode_serves_training(backend):
     module.cut_grid.cache_clear()
-    qkv = torch.randn(3, 1, 6, 6, 1, 4, requires_grad=True)
+    qkv = torch.randn(3, 1, 12, 18, 1, 4, requires_grad=True)
     rpb = torch.randn(1, 5, 5, requires_grad=True)
     for table in (None, rpb):
         for context in (torch.inference_mode(), contextlib.nullcontext()):
             with context:
-                out = neighborhood_attention_2d(*qkv, 3, rpb=table)
+                out = neighborhood_attention_2d(*qkv, 3, rpb=table, backend=backend)
         out.sum().backward()
+
+
+def test_falls_back_where_natten_has_no_kernel(monkeypatch):
+    """What a GPU without the right kernel does, on a CPU: natten is asked and refuses."""
+    qkv = torch.randn(3, 1, 6, 6, 2, 16)
+    expected = neighborhood_attention_2d(*qkv, 3)
+
+    class Natten:
+        asked = 0
+
+        def na2d(self, *arguments, **options):
+            self.asked += 1
+            raise NotImplementedError("no kernel for this")
+
+    stand_in = Natten()
+    monkeypatch.setattr(module, "natten", stand_in)
+    monkeypatch.setattr(module, "prefers_natten", lambda device: True)
+    assert torch.equal(neighborhood_attention_2d(*qkv, 3), expected) and stand_in.asked == 1
+    with pytest.raises(ValueError, match="no kernel for this"):
+        neighborhood_attention_2d(*qkv, 3, backend="natten")
 
 
 def test_grids_larger_than_three_windows_go_to_tiles(monkeypatch):
@@ -174,9 +225,11 @@ def test_grids_larger_than_three_windows_go_to_tiles(monkeypatch):
 
 
 def test_refusals_say_why(monkeypatch):
+    pytest.importorskip("natten")
     qkv = torch.randn(3, 1, 6, 6, 2, 4)
     for arguments, says in [
         (dict(kernel_size=4), "must be odd"),
+        (dict(kernel_size=(3, 3)), "must be integers"),
         (dict(kernel_size=3, dilation=3), "larger than the grid"),
         (dict(kernel_size=3, dilation=0), "dilation must be"),
         (dict(kernel_size=3, rpb=torch.zeros(2, 3, 3)), "rpb must be"),
@@ -187,8 +240,13 @@ def test_refusals_say_why(monkeypatch):
             neighborhood_attention_2d(*qkv, **arguments)
     with pytest.raises(ValueError, match="backend 'natten' cannot"):  # no kernel for head_dim 4
         neighborhood_attention_2d(*qkv, 3, backend="natten")
+    query, key, value = qkv
+    value = value.clone().requires_grad_()
     with pytest.raises(ValueError, match="no backward on the CPU"):
-        neighborhood_attention_2d(*qkv.requires_grad_(), 3, backend="natten")
+        neighborhood_attention_2d(query, key, value, 3, backend="natten")
+    for key, says in [(qkv[1, :, :5], "must be equal"), (qkv[1].double(), "differ in type")]:
+        with pytest.raises(ValueError, match=says):
+            neighborhood_attention_2d(query, key, key, 3)
     monkeypatch.setattr(module, "natten", None)
     monkeypatch.setattr(module, "NATTEN_PROBLEM", "natten does not import (broken)")
     with pytest.raises(ValueError, match="broken"):
@@ -259,5 +317,20 @@ def test_hydra_is_translation_equivariant_away_from_borders(options):
     expected = hydra(x).roll((3, 2), dims=(1, 2))
     margin = slice(6, -6)  # the reach of 2 tokens, and what the roll brought round
     assert_close(hydra(shifted)[:, margin, margin], expected[:, margin, margin])
+
+
+def test_hydra_turns_queries_and_keys():
+    """Against complex numbers: pair i of the channels is turned by its angle."""
+    torch.manual_seed(0)
+    hydra = HydraNeighborhoodAttention(16, [3], 2, rpb=False, rope=True)
+    x = torch.randn(1, 6, 7, 16)
+    qkv = hydra.qkv(x).view(1, 6, 7, 3, 2, 8).unbind(3)
+    place = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(7), indexing="ij"), dim=-1)
+    angle = (place[..., None] * torch.tensor([1.0, 0.1])).flatten(2)  # frequencies 100^(-i/2)
+    turn = torch.polar(torch.ones_like(angle), angle)[:, :, None]
+    turned = [torch.complex(part[..., :4], part[..., 4:]) * turn for part in qkv[:2]]
+    query, key = (torch.cat((part.real, part.imag), dim=-1) for part in turned)
+    expected = brute_force(query, key, qkv[2], 3, 1, None, 8**-0.5)
+    assert_close(hydra(x), hydra.proj(expected.flatten(3)))
     with pytest.raises(ValueError, match="head_dim of 4n"):
         HydraNeighborhoodAttention(12, [3], 2, rope=True)

@@ -5,11 +5,15 @@ import math
 
 import pytest
 import torch
+from scipy.stats import chi2
 
 from hparams import get_sampler_hparams
 from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
 from models.absorbing_diffusion import diffusion_losses, draw_mask, draw_times
-from models.samplers import draw, sample_ancestral, sample_mask_predict
+from models.samplers import (
+    cosine_schedule, draw, halton_order, sample_ancestral, sample_confidence, sample_first_hitting,
+    sample_halton, sample_mask_predict, sample_remdm, truncate,
+)
 
 FLAGS = (
     "--dataset digits --ae_load_dir none --ae_load_step 1 --img_size 32 --codebook_size 12 "
@@ -25,57 +29,246 @@ class Toy:
         generator = torch.Generator().manual_seed(3)
         inputs = (CODES + 1,) * TOKENS
         self.table = torch.randn(*inputs, TOKENS, CODES, generator=generator) * 1.5
-        self.batches = []
+        self.calls = []  # (samples, tokens asked for) of each
 
-    def __call__(self, ids):
-        self.batches.append(len(ids))
-        return self.table[tuple(ids.T)]
+    def __call__(self, ids, where):
+        self.calls.append((len(ids), int(where.sum())))
+        return self.table[tuple(ids.T)][where]
+
+    def start(self, n, known=()):
+        """Masked ids [n, N], but for what `known` [(position, code)] says."""
+        ids = torch.full((n, TOKENS), CODES)
+        for position, code in known:
+            ids[:, position] = code
+        return ids
 
 
-def step_by_step(toy, steps):
-    """The exact output distribution of the plain loop t = S..1: {ids: probability}."""
-    states = {(CODES,) * TOKENS: 1.0}
+def step_by_step(toy, steps, start, remask=0.0):
+    """The exact output distribution of the plain loop t = S..1: {ids: probability}.
+
+    With `remask` that of ReMDM, computed from the marginals: the share a of unmasked tokens is
+    1 - t/S, a drawn token is masked again with probability s and a masked one drawn with
+    probability (a' - (1 - s) a) / (1 - a).
+    """
+    states = {start: 1.0}
+    known = [code != CODES for code in start]
     for t in range(steps, 0, -1):
+        share, after = 1 - t / steps, 1 - (t - 1) / steps
+        again = remask * min(1.0, (1 - after) / share) if share > 0 else 0.0
+        reveal = (after - (1 - again) * share) / (1 - share)
         following = {}
         for state, weight in states.items():
             probabilities = toy.table[state].softmax(-1).tolist()
             options = []
             for position, token in enumerate(state):
-                if token != CODES:
+                if known[position]:
                     options.append([(token, 1.0)])
-                    continue
-                drawn = [(code, probabilities[position][code] / t) for code in range(CODES)]
-                options.append([*drawn, (CODES, 1 - 1 / t)])
+                elif token != CODES:
+                    options.append([(token, 1 - again), (CODES, again)])
+                else:
+                    drawn = [p * reveal for p in probabilities[position]]
+                    options.append([*enumerate(drawn), (CODES, 1 - reveal)])
             for choice in itertools.product(*options):
                 key = tuple(token for token, _ in choice)
-                share = weight * math.prod(p for _, p in choice)
-                following[key] = following.get(key, 0.0) + share
+                share_of_choice = weight * math.prod(p for _, p in choice)
+                following[key] = following.get(key, 0.0) + share_of_choice
         states = following
     return states
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 8])
-def test_ancestral_has_the_distribution_of_the_plain_loop(steps):
-    toy = Toy()
-    exact = step_by_step(toy, steps)
-    n = 200_000
-    ids = sample_ancestral(
-        toy, n, TOKENS, CODES, steps, generator=torch.Generator().manual_seed(steps)
-    )
+def in_random_order(toy, start, each=1):
+    """The exact output distribution when masked tokens are drawn `each` at a time, any order."""
+    masked = [position for position, code in enumerate(start) if code == CODES]
+    found = {}
+    orders = list(itertools.permutations(masked))
+    for order in orders:
+        states = {start: 1 / len(orders)}
+        for first in range(0, len(order), each):
+            following = {}
+            for state, weight in states.items():
+                probabilities = toy.table[state].softmax(-1).tolist()
+                group = order[first : first + each]
+                for codes in itertools.product(range(CODES), repeat=len(group)):
+                    key, p = list(state), weight
+                    for position, code in zip(group, codes):
+                        key[position] = code
+                        p *= probabilities[position][code]
+                    following[tuple(key)] = following.get(tuple(key), 0.0) + p
+            states = following
+        for key, weight in states.items():
+            found[key] = found.get(key, 0.0) + weight
+    return found
+
+
+def assert_distributed(ids, exact):
+    """Chi-square test of ids [n, N] against {ids: probability}, rejecting at p = 0.001."""
+    n = len(ids)
     values, counts = ids.unique(dim=0, return_counts=True)
     found = {tuple(v): c for v, c in zip(values.tolist(), counts.tolist())}
-    outcomes = list(itertools.product(range(CODES), repeat=TOKENS))
-    assert sum(exact.get(o, 0) for o in outcomes) == pytest.approx(1)
-    statistic = sum((found.get(o, 0) - n * exact[o]) ** 2 / (n * exact[o]) for o in outcomes)
-    assert statistic < 24.3  # chi-square, 7 degrees of freedom: p = 0.001
+    exact = {outcome: p for outcome, p in exact.items() if p > 0}
+    assert sum(exact.values()) == pytest.approx(1) and set(found) <= set(exact)
+    statistic = sum((found.get(o, 0) - n * p) ** 2 / (n * p) for o, p in exact.items())
+    assert statistic < chi2.ppf(0.999, len(exact) - 1)
 
 
-def test_ancestral_wastes_no_call():
+KNOWN = [(), ((1, 0),)]
+DRAWS = 200_000
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+@pytest.mark.parametrize("known", KNOWN)
+def test_ancestral_has_the_distribution_of_the_plain_loop(steps, known):
+    toy = Toy()
+    start = toy.start(DRAWS, known)
+    generator = torch.Generator().manual_seed(steps)
+    ids = sample_ancestral(toy, start, CODES, steps, generator=generator)
+    assert_distributed(ids, step_by_step(toy, steps, tuple(start[0].tolist())))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+@pytest.mark.parametrize("known", KNOWN)
+def test_remdm_without_remasking_is_ancestral(steps, known):
+    toy = Toy()
+    start = toy.start(DRAWS, known)
+    generator = torch.Generator().manual_seed(steps)
+    ids = sample_remdm(toy, start, CODES, steps, generator=generator, remask=0.0)
+    assert_distributed(ids, step_by_step(toy, steps, tuple(start[0].tolist())))
+
+
+@pytest.mark.parametrize("known", KNOWN)
+def test_remdm_has_the_distribution_of_its_posterior(known):
+    toy = Toy()
+    start = toy.start(DRAWS, known)
+    ids = sample_remdm(
+        toy, start, CODES, 6, generator=torch.Generator().manual_seed(0), remask=0.7
+    )
+    exact = step_by_step(toy, 6, tuple(start[0].tolist()), remask=0.7)
+    assert_distributed(ids, exact)
+    plain = step_by_step(toy, 6, tuple(start[0].tolist()))
+    assert max(abs(exact[ids] - plain[ids]) for ids in exact if CODES not in ids) > 0.01
+
+
+@pytest.mark.parametrize("steps, each", [(100, 1), (3, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize("known", KNOWN)
+def test_first_hitting_has_its_analytic_distribution(steps, each, known):
+    toy = Toy()
+    start = toy.start(DRAWS, known)
+    each = -(-(TOKENS - len(known)) // steps)
+    generator = torch.Generator().manual_seed(steps)
+    ids = sample_first_hitting(toy, start, CODES, steps, generator=generator)
+    assert_distributed(ids, in_random_order(toy, tuple(start[0].tolist()), each))
+
+
+def test_known_tokens_condition_a_consistent_denoiser():
+    """With the conditionals of one joint distribution, the samples have its conditional."""
+    joint = torch.rand((CODES,) * TOKENS, generator=torch.Generator().manual_seed(1)) ** 2
+    joint = joint / joint.sum()
+    toy = Toy()
+    for state in itertools.product(range(CODES + 1), repeat=TOKENS):
+        agrees = joint[tuple(slice(None) if code == CODES else slice(code, code + 1)
+                             for code in state)]
+        for position, code in enumerate(state):
+            if code == CODES:
+                others = [axis for axis in range(TOKENS) if axis != position]
+                toy.table[state][position] = agrees.sum(others).log()
+    expected = joint[:, 0] / joint[:, 0].sum()
+    exact = {(a, 0, c): float(expected[a, c]) for a in range(CODES) for c in range(CODES)}
+    for sample, options in [(sample_first_hitting, {}), (sample_ancestral, {})]:
+        steps = 3 if sample is sample_first_hitting else 10**9  # never two at once
+        generator = torch.Generator().manual_seed(5)
+        start = toy.start(DRAWS, [(1, 0)])
+        ids = sample(toy, start, CODES, steps, generator=generator, **options)
+        assert_distributed(ids, exact)
+
+
+def test_no_call_and_no_logit_is_wasted():
     toy = Toy()
     torch.manual_seed(0)
-    sample_ancestral(toy, 50, TOKENS, CODES, 1000)
-    assert len(toy.batches) == TOKENS  # 1000 steps, but no more events than tokens
-    assert toy.batches == sorted(toy.batches, reverse=True)
+    sample_ancestral(toy, toy.start(50), CODES, 1000)
+    samples, tokens = zip(*toy.calls)
+    assert len(samples) == TOKENS  # 1000 steps, but no more events than tokens
+    assert list(samples) == sorted(samples, reverse=True)
+    assert sum(tokens) == 50 * TOKENS  # each token is asked for once
+    toy.calls.clear()
+    sample_ancestral(toy, toy.start(50, [(0, 1)]), CODES, 1000)
+    assert sum(tokens for _, tokens in toy.calls) == 50 * (TOKENS - 1)
+
+
+GRID = (4, 6)
+
+
+def uniform_denoiser(codes=5):
+    calls = []
+
+    def denoise(ids, where):
+        calls.append(where.sum(1))
+        return torch.zeros(int(where.sum()), codes)
+
+    return denoise, calls
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8, 24, 100])
+@pytest.mark.parametrize("sample, options", [
+    (sample_ancestral, {}), (sample_first_hitting, {}), (sample_confidence, {}),
+    (sample_halton, dict(grid=GRID)), (sample_remdm, {}),
+    (sample_mask_predict, dict(total_steps=16)),
+])
+def test_every_sampler_completes_and_keeps_what_is_known(sample, options, steps):
+    denoise, calls = uniform_denoiser()
+    start = torch.full((3, 24), 5)
+    start[1, :7], start[2] = 2, 3  # one sample has known tokens, one has nothing else
+    before = start.clone()
+    torch.manual_seed(0)
+    seen = []
+    ids = sample(denoise, start, 5, steps, progress=lambda *at: seen.append(at), **options)
+    assert torch.equal(start, before), "the caller's tensor is not written to"
+    assert ids.max() < 5 and (ids[1, :7] == 2).all() and (ids[2] == 3).all()
+    assert len(calls) <= steps and seen[-1][0] == len(seen)
+    if sample in (sample_first_hitting, sample_halton):
+        assert len(calls) == min(steps, 24)
+
+
+def test_cosine_schedule():
+    left = cosine_schedule(torch.tensor([16, 3, 0]), 8)
+    assert left[0].tolist() == [15, 14, 13, 11, 8, 6, 3, 0]
+    assert left[1].tolist() == [2, 1, 0, 0, 0, 0, 0, 0] and left[2].max() == 0
+
+
+def test_halton_order_spreads():
+    order = halton_order(8, 8)
+    assert sorted(order.tolist()) == list(range(64))
+    rows, columns = order // 8, order % 8
+    first = torch.stack((rows, columns), 1)[:16].double()
+    apart = torch.cdist(first, first).fill_diagonal_(99).amin(1)
+    assert apart.mean() > 1.5 and apart.min() > 1  # neighbours and random cells lie closer
+
+
+def test_confidence_keeps_the_surest():
+    def denoise(ids, where):  # the surer the further right; code 0 at a low temperature
+        sure = torch.linspace(1, 9, 24).expand(len(ids), 24)[where]
+        return torch.stack((sure, torch.zeros_like(sure)), dim=1)
+
+    kept = []
+    start = torch.full((1, 24), 2)
+
+    def watch(ids, where):
+        kept.append(set((~where[0]).nonzero().flatten().tolist()))
+        return denoise(ids, where)
+
+    ids = sample_confidence(watch, start, 2, 6, temp=0.01, choice_temp=0.0)
+    assert (ids == 0).all()
+    for earlier, later in zip(kept, kept[1:]):
+        assert earlier < later and later == set(range(24 - len(later), 24))
+
+
+def test_truncation_keeps_the_likeliest():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]).log()
+    kept = truncate(logits, top_k=2).isfinite()
+    assert kept.tolist() == [[True, True, False, False], [False, False, True, True]]
+    assert truncate(logits, top_p=0.79).isfinite().sum(1).tolist() == [2, 2]
+    assert truncate(logits, top_p=0.81).isfinite().sum(1).tolist() == [3, 3]
+    assert truncate(logits, top_p=0.01).isfinite().sum(1).tolist() == [1, 1]
+    assert torch.equal(truncate(logits), logits)
 
 
 def test_draws_follow_the_temperature():
@@ -84,11 +277,6 @@ def test_draws_follow_the_temperature():
         counts = torch.bincount(draw(logits, temp, torch.Generator().manual_seed(0)))
         expected = (logits[0] / temp).softmax(-1)
         assert torch.allclose(counts / 100_000, expected, atol=0.006)
-
-
-def test_mask_predict_fills_every_token():
-    ids = sample_mask_predict(Toy(), 64, TOKENS, CODES, total_steps=16, sample_steps=5)
-    assert ids.shape == (64, TOKENS) and ids.max() < CODES and len(ids.unique(dim=0)) > 1
 
 
 def test_times_are_uniform_and_spread():
@@ -117,7 +305,7 @@ def test_elbo_is_unbiased_for_the_exact_bound():
     log_probabilities = {}
     for pattern in itertools.product([False, True], repeat=TOKENS):
         mask = torch.tensor([pattern])
-        logits = toy(ids.masked_fill(mask, CODES))
+        logits = toy.table[tuple(ids.masked_fill(mask, CODES).T)]
         ce = -logits.log_softmax(-1)[0, range(TOKENS), ids[0]]
         log_probabilities[pattern] = float(ce[list(pattern)].sum())
     for t in range(1, total + 1):
@@ -128,7 +316,8 @@ def test_elbo_is_unbiased_for_the_exact_bound():
     many = ids.expand(200_000, -1)
     t = draw_times(len(many), total, True, generator)
     mask = draw_mask(t, TOKENS, total, "random", generator)
-    losses = diffusion_losses(toy(many.masked_fill(mask, CODES)), many, mask, t, total)
+    logits = toy.table[tuple(many.masked_fill(mask, CODES).T)]
+    losses = diffusion_losses(logits, many, mask, t, total)
     assert float(losses["elbo"].mean()) == pytest.approx(exact, rel=0.01)
 
 
@@ -196,7 +385,13 @@ def test_relative_positions_run_at_twice_the_size(position):
     torch.manual_seed(0)
     flags = f"absorbing --kernel_sizes 3 5 --position {position}"
     net = Transformer(get_sampler_hparams([*FLAGS, *flags.split()])).eval().double()
-    assert net.grid == (8, 8)
+    assert net.grid == (8, 8) and net.pos_emb is None
+    for block in net.blocks:
+        assert (block.attn.rpb is not None, block.attn.rope) == (
+            "rpb" in position, "rope" in position
+        )
+    for side in (8, 16):
+        assert net(torch.zeros(2, side**2, dtype=torch.long), grid=(side, side)).isfinite().all()
     ids = torch.randint(13, (1, 20, 20))
     logits = net(ids.flatten(1), grid=(20, 20)).view(20, 20, 12)
     moved = net(ids.roll((3, 2), dims=(1, 2)).flatten(1), grid=(20, 20)).view(20, 20, 12)

@@ -143,18 +143,18 @@ def prior(flags=""):
 
 def test_validation_of_the_sampler_is_repeatable_and_ignores_the_mask_schedule():
     H, model = prior()
-    ids = torch.randint(32, (10, 64))
+    ids = torch.randint(H.codebook_size, (10, 64))
     first = train_sampler.validate(model, ids, H, Precision(False, CPU))
     assert first == train_sampler.validate(model, ids, H, Precision(False, CPU))
     fixed, same_model = prior("--mask_schedule fixed")
     assert train_sampler.validate(same_model, ids, fixed, Precision(False, CPU)) == first
-    assert first["bits_per_token"] == pytest.approx(5, abs=0.4)  # untrained: log2(32)
+    assert first["bits_per_token"] == pytest.approx(4, abs=0.4)  # untrained: log2(16)
 
 
 @pytest.mark.parametrize("loss_type", ["elbo", "reweighted_elbo", "mlm"])
 def test_the_loss_asked_for_is_the_loss_trained(loss_type):
-    _, model = prior(f"--loss_type {loss_type}")
-    ids = torch.randint(32, (6, 64))
+    H, model = prior(f"--loss_type {loss_type}")
+    ids = torch.randint(H.codebook_size, (6, 64))
     seed_step(0, 1)
     stats = model(ids)
     seed_step(0, 1)
@@ -169,9 +169,10 @@ def test_the_loss_asked_for_is_the_loss_trained(loss_type):
 def test_mask_predict_masks_again_with_falling_probability():
     shares = []
 
-    def denoise(ids):
-        shares.append(float((ids == 4).float().mean()))
-        return torch.zeros(*ids.shape, 4)
+    def denoise(ids, where):
+        assert torch.equal(where, ids == 4)
+        shares.append(float(where.float().mean()))
+        return torch.zeros(int(where.sum()), 4)
 
-    sample_mask_predict(denoise, 200, 50, 4, total_steps=100, sample_steps=4)
+    sample_mask_predict(denoise, torch.full((200, 50), 4), 4, 4, total_steps=100)
     assert shares == pytest.approx([1.0, 0.67, 0.34, 0.01], abs=0.03)

@@ -1,0 +1,46 @@
+"""The benchmarks: what they would train parses, and a small one runs to its end."""
+
+import subprocess
+import sys
+from argparse import Namespace
+
+import denoiser_ablation
+import measure
+import pytest
+from helpers import ROOT
+
+from hparams import get_sampler_hparams
+
+
+@pytest.mark.parametrize("title", denoiser_ablation.VARIANTS)
+def test_every_variant_of_the_ablation_parses(title):
+    arguments = Namespace(
+        dataset="digits", ae_load_dir="none", ae_load_step=1, train_steps=50, kernels=(3, 7)
+    )
+    H = get_sampler_hparams(denoiser_ablation.variant_flags(arguments, title))
+    assert H.attention == ("full" if title.startswith("full") else "hydra")
+
+
+def test_time_to_reach():
+    points = [(1.0, 3.0), (2.0, 2.0), (3.0, 2.5)]
+    assert denoiser_ablation.time_to(points, 2.4) == 2.0
+    assert denoiser_ablation.time_to(points, 1.0) is None
+
+
+def test_numbers_and_tables():
+    values = [None, 0.0, 0.01234, 0.95, 1.234, 12.34, 1234.5]
+    assert [measure.number(value) for value in values] == [
+        "-", "0.00", "0.0123", "0.950", "1.23", "12.3", "1234"
+    ]
+    assert measure.table(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
+
+
+@pytest.mark.slow
+def test_attention_benchmark_runs(tmp_path):
+    picture = tmp_path / "plot.png"
+    command = [sys.executable, "benchmarks/neighborhood_attention.py", "--quick", "--seconds", "0"]
+    output = subprocess.run(
+        [*command, "--out", str(picture)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert output.returncode == 0, output.stderr
+    assert "| 32x32 | 7 | 1 |" in output.stdout and picture.stat().st_size > 10_000
