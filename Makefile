@@ -6,7 +6,7 @@ PYTHON ?= python3
 # Steps of the demo's two trainings, and flags of all its scripts: `make demo DEMO_FLAGS=` plots on
 # the server that `make visdom` starts.
 DEMO_VQGAN_STEPS ?= 300
-DEMO_SAMPLER_STEPS ?= 2000
+DEMO_SAMPLER_STEPS ?= 1600
 DEMO_FLAGS ?= --no_visdom
 
 VENV_PYTHON := .venv/bin/python
