@@ -4,6 +4,8 @@ from hparams.errors import SettingsError, UserError
 from hparams.scripts import (
     SamplerSettings,
     VQGANSettings,
+    get_big_samples_hparams,
+    get_inpaint_hparams,
     get_samples_hparams,
     get_sampler_hparams,
     get_vqgan_hparams,
@@ -14,6 +16,8 @@ __all__ = [
     "SettingsError",
     "UserError",
     "VQGANSettings",
+    "get_big_samples_hparams",
+    "get_inpaint_hparams",
     "get_samples_hparams",
     "get_sampler_hparams",
     "get_vqgan_hparams",

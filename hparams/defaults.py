@@ -10,9 +10,15 @@ DIGITS = dict(
     steps_per_save_output=500, steps_per_checkpoint=500,
 )
 
+# Photographs of surfaces, 16x16 ids; a prior without absolute positions, for larger canvases.
+TEXTURES = dict(
+    DIGITS, img_size=64, attn_resolutions=[], codebook_size=64, batch_size=8,
+)
+
 VQGAN_DEFAULTS = {
     "*": dict(batch_size=3),
     "digits": dict(DIGITS, lr=1e-3),
+    "textures": dict(TEXTURES, lr=1e-3),
 }
 
 # The denoiser is not told the time, so more steps of sampling than 64 ids cost no more network
@@ -24,6 +30,10 @@ SAMPLER_DEFAULTS = {
     "digits": dict(
         DIGITS, bert_n_emb=128, bert_n_layers=4, optimizer="muon", lr=3e-3, warmup_iters=50,
         embd_pdrop=0.1, resid_pdrop=0.1, t_sampling="low_discrepancy", sample_steps=512, temp=0.8,
+    ),
+    "textures": dict(
+        TEXTURES, bert_n_emb=128, bert_n_layers=4, optimizer="muon", lr=3e-3, warmup_iters=50,
+        position=["rpb"], t_sampling="low_discrepancy", sample_steps=256,
     ),
 }
 

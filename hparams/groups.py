@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from hparams.settings import Settings, setting
 
-DATASETS = ["digits", "ffhq", "churches", "bedrooms", "real_fake_faces", "custom"]
+DATASETS = ["digits", "textures", "ffhq", "churches", "bedrooms", "real_fake_faces", "custom"]
 
 
 @dataclass
 class Data(Settings):
     """Data."""
 
-    dataset: str = setting("", "what to learn from; digits needs no download, the others are "
-                           "found by datasets.yaml", choices=DATASETS, required=True)
+    dataset: str = setting("", "what to learn from; digits and textures need no download, the "
+                           "others are found by datasets.yaml", choices=DATASETS, required=True)
     custom_dataset_path: str | None = setting(None, "folder of images, nested or flat, for "
                                               "--dataset custom")
     horizontal_flip: bool = setting(False, "also learn from mirrored images")
@@ -154,8 +154,8 @@ class Sampler(Settings):
         "diffusion", "diffusion: ancestral sampling; first_hitting: its limit of ever shorter "
         "steps, one token at a time; mlm: mask-predict with random re-masking; confidence: "
         "MaskGIT, the surest tokens first; halton: tokens that lie far apart first; remdm: "
-        "ancestral with re-masking",
-        choices=["diffusion", "first_hitting", "mlm", "confidence", "halton", "remdm"],
+        "ancestral with re-masking; raster: one after another, row by row",
+        choices=["diffusion", "first_hitting", "mlm", "confidence", "halton", "remdm", "raster"],
     )
     sample_steps: int = setting(256, "steps of sampling", minimum=1)
     temp: float = setting(1.0, "temperature of sampling; lower is safer, less diverse", above=0)
@@ -182,3 +182,25 @@ class Samples(Settings):
     """Samples."""
 
     n_samples: int = setting(64, "how many samples", minimum=1)
+
+
+@dataclass
+class Inpainting(Settings):
+    """Inpainting."""
+
+    image: str | None = setting(None, "image file to fill in (none: one of the dataset)")
+    image_index: int = setting(0, "which image of the dataset", minimum=0)
+    mask: str | None = setting(None, "image file, white where the image is to be filled in")
+    box: list[int] | None = setting(None, "x0 y0 x1 y1: the pixels to be filled in, x1 and y1 "
+                                    "not included", minimum=0)
+
+
+@dataclass
+class Canvas(Settings):
+    """Canvas."""
+
+    shape: list[int] = setting([], "height and width of the canvas in ids", minimum=1,
+                               required=True)
+    canvas: str = setting("windows", "windows: average the denoiser over all windows of the size "
+                          "it was trained on; native: run it on the whole canvas, which needs "
+                          "--position without absolute", choices=["windows", "native"])

@@ -4,7 +4,9 @@ import dataclasses
 
 from hparams.defaults import SAMPLER_DEFAULTS, VQGAN_DEFAULTS, dataset_defaults
 from hparams.errors import SettingsError
-from hparams.groups import Autoencoder, Data, Logging, Sampler, Samples, Training
+from hparams.groups import (
+    Autoencoder, Canvas, Data, Inpainting, Logging, Sampler, Samples, Training,
+)
 from hparams.runs import RunFolder
 from hparams.settings import LoadedRun, build_parser, register, resolve, show
 
@@ -46,6 +48,47 @@ class SamplerSettings(Data, Sampler, Training, Logging, Autoencoder):
 @register
 class SamplesSettings(SamplerSettings, Samples):
     """experiments/get_samples.py and experiments/digits_report.py."""
+
+
+@register
+class InpaintSettings(SamplesSettings, Inpainting):
+    """experiments/inpaint.py."""
+
+    def validate(self):
+        super().validate()
+        if self.sampler != "absorbing":
+            raise SettingsError("inpainting needs --sampler absorbing: autoregressive draws in "
+                                "one order only")
+        if (self.mask is None) == (self.box is None):
+            raise SettingsError("say what is to be filled in, with either --mask or --box")
+        if self.box is not None:
+            inside = len(self.box) == 4 and max(self.box) <= self.img_size
+            if not inside or self.box[0] >= self.box[2] or self.box[1] >= self.box[3]:
+                raise SettingsError(
+                    f"--box is x0 y0 x1 y1 with x0 < x1 and y0 < y1 in an image of "
+                    f"{self.img_size} pixels, not {show(self.box)}"
+                )
+
+
+@register
+class BigSamplesSettings(SamplesSettings, Canvas):
+    """experiments/generate_big_samples.py."""
+
+    def validate(self):
+        super().validate()
+        trained = self.latent_shape[1:]
+        if self.sampler != "absorbing":
+            raise SettingsError("larger canvases need --sampler absorbing")
+        if len(self.shape) != 2:
+            raise SettingsError(f"--shape is height and width in ids, not {show(self.shape)}")
+        if any(side < least for side, least in zip(self.shape, trained)):
+            raise SettingsError(
+                f"--shape {show(self.shape)} is smaller than the {show(trained)} ids trained on"
+            )
+        if self.canvas == "native" and (self.attention == "full" or "absolute" in self.position):
+            raise SettingsError(
+                "--canvas native needs a model without absolute positions: use --canvas windows"
+            )
 
 
 def check_data(H):
@@ -199,7 +242,8 @@ def get_sampler_hparams(argv=None):
 
 
 def get_samples_hparams(
-    argv=None, description="Draw samples from a trained sampler and save them as PNG."
+    argv=None, description="Draw samples from a trained sampler and save them as PNG.",
+    settings_class=SamplesSettings,
 ):
     """Hyperparameters of experiments that draw samples, from `argv` (None: the command line)."""
     run = LoadedRun(
@@ -207,6 +251,18 @@ def get_samples_hparams(
         borrow=frozenset({"dataset", "custom_dataset_path", "ae_load_dir", "ae_load_step", "ema"}),
     )
     return get_hparams(
-        SamplesSettings, argv, description, SAMPLER_DEFAULTS, [run, AUTOENCODER_RUN],
+        settings_class, argv, description, SAMPLER_DEFAULTS, [run, AUTOENCODER_RUN],
         must_load=True,
+    )
+
+
+def get_inpaint_hparams(argv=None):
+    """Hyperparameters of experiments/inpaint.py from `argv` (None: the command line)."""
+    return get_samples_hparams(argv, "Fill in a part of an image.", InpaintSettings)
+
+
+def get_big_samples_hparams(argv=None):
+    """Hyperparameters of experiments/generate_big_samples.py from `argv`."""
+    return get_samples_hparams(
+        argv, "Draw samples larger than those trained on.", BigSamplesSettings
     )

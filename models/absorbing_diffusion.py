@@ -13,7 +13,7 @@ from torch import nn
 from models.quantizers import embed_grid
 from models.samplers import (
     sample_ancestral, sample_confidence, sample_first_hitting, sample_halton, sample_mask_predict,
-    sample_remdm,
+    sample_raster, sample_remdm,
 )
 
 
@@ -156,6 +156,7 @@ class AbsorbingDiffusion(nn.Module):
             "confidence": (sample_confidence, {"choice_temp": self.choice_temp}),
             "halton": (sample_halton, {"grid": grid}),
             "remdm": (sample_remdm, {"remask": self.remask}),
+            "raster": (sample_raster, {}),
         }[kind]
 
         def on_grid(ids, where):

@@ -98,6 +98,15 @@ def sample_first_hitting(denoise, ids, mask_id, steps, temp=1.0, generator=None,
     return reveal(denoise, ids, call, temp, generator, progress)
 
 
+def sample_raster(denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None):
+    """Row by row, as many tokens at a call as S calls need: one, with as many steps as tokens."""
+    masked = ids == mask_id
+    each = (-(-masked.sum(1, keepdim=True) // steps)).clamp(min=1)
+    place = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float64).expand(ids.shape)
+    call = rank(place, masked).div(each, rounding_mode="floor")
+    return reveal(denoise, ids, call, temp, generator, progress)
+
+
 def cosine_schedule(tokens, steps):
     """How many of `tokens` [B] are still masked after each call: int64 [B, S], from MaskGIT.
 

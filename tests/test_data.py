@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import lmdb
 import numpy as np
 import pytest
+import skimage
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -208,6 +209,22 @@ def test_digits_are_embedded_and_scaled_to_the_whole_range():
     torch.testing.assert_close(dataset.load(0)[0, 0], expected, rtol=0, atol=0.501 / 255)
     large = load_dataset(settings_for("digits", img_size=32, n_channels=3))
     assert large.load(5).shape == (3, 32, 32) and large.fingerprint() != dataset.fingerprint()
+
+
+def test_textures_are_embedded_crops_of_three_photographs():
+    dataset = load_dataset(settings_for("textures", img_size=64, n_channels=1))
+    assert len(dataset) == 3000 and dataset.embedded
+    images = torch.stack([dataset.load(index) for index in range(30)])
+    assert images.shape == (30, 1, 64, 64) and len(images.flatten(1).unique(dim=0)) == 30
+    again = load_dataset(settings_for("textures", img_size=64, n_channels=1))
+    assert torch.equal(again.load(7), images[7]) and again.fingerprint() == dataset.fingerprint()
+    brick = torch.from_numpy(skimage.data.brick())
+    top, left = (dataset.places[3] * (512 - 128 + 1)).astype(int)
+    crop = brick[top : top + 128, left : left + 128].float() / 255
+    reduced = torch.nn.functional.avg_pool2d(crop[None], 2)
+    assert (reduced - images[3]).abs().mean() < 0.02
+    large = load_dataset(settings_for("textures", img_size=1024, n_channels=3))
+    assert large.load(0).shape == (3, 1024, 1024)  # the whole photograph, enlarged
 
 
 def faces(tmp_path, below=""):

@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import train_sampler
 import train_vqgan
-from experiments import digits_report, get_samples
+from experiments import digits_report, generate_big_samples, get_samples, inpaint
 from helpers import ROOT, wait_until
+from hparams import get_vqgan_hparams
 from hparams.runs import RunFolder
 from utils import training
+from utils.data import load_dataset
+from utils.image_files import to_uint8
 from utils.scripts import run_script
 
 COMMON = "--no_visdom --steps_per_log 2 --steps_per_display_output 0 --steps_per_save_output 0"
@@ -250,6 +254,51 @@ def test_digits_report(workplace):
     assert picture.width > picture.height
 
 
+def test_inpaint(two_runs, workplace):
+    flags = "--load_dir prior --load_step 2 --n_samples 3 --no_visdom --image_index 4 --log_dir out"
+    inpaint.main([*flags.split(), "--box", "4", "2", "10", "9", "--save_individually"])
+    image = to_uint8(load_digits_at(16, 4))
+    singles = sorted((RunFolder("out").images / "inpaint_2").glob("*.png"))
+    assert len(singles) == 3
+    for path in singles:
+        result = torch.from_numpy(np.array(Image.open(path)))[None]
+        kept = torch.ones(16, 16, dtype=torch.bool)
+        kept[2:9, 4:10] = False
+        assert torch.equal(result[0][kept], image[0][kept]), "kept pixels stay as they are"
+        assert not torch.equal(result, image)
+    mask = np.zeros((16, 16), dtype=np.uint8)
+    mask[2:9, 4:10] = 255
+    Image.fromarray(mask).save("mask.png")
+    Image.fromarray(image[0].numpy()).save("image.png")
+    again = flags.replace("--image_index 4", "--image image.png").replace("out", "again")
+    inpaint.main([*again.split(), "--mask", "mask.png", "--save_individually"])
+    others = sorted((RunFolder("again").images / "inpaint_2").glob("*.png"))
+    assert [p.read_bytes() for p in singles] == [p.read_bytes() for p in others]
+
+
+def load_digits_at(img_size, index):
+    return load_dataset(get_vqgan_hparams(f"--dataset digits --img_size {img_size} --ch_mult 1 1 "
+                                          "--attn_resolutions 8".split())).load(index)
+
+
+def test_ids_outside_the_mask_are_kept():
+    hidden = torch.zeros(16, 16, dtype=torch.bool)
+    hidden[3, 5] = True
+    unknown = inpaint.hidden_ids(hidden, (8, 8)).view(8, 8)
+    assert unknown.nonzero().tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("canvas", ["windows", "native"])
+def test_big_samples(canvas, workplace):
+    vqgan("--log_dir ae --train_steps 2")
+    sampler("--log_dir prior --train_steps 2 --position rpb")
+    flags = f"--load_dir prior --load_step 2 --n_samples 2 --no_visdom --canvas {canvas}"
+    generate_big_samples.main([*flags.split(), "--shape", "10", "13", "--log_dir", "out",
+                               "--save_individually"])
+    singles = sorted((RunFolder("out").images / "big_2").glob("*.png"))
+    assert [Image.open(path).size for path in singles] == [(26, 20)] * 2
+
+
 # --- wrong input -------------------------------------------------------------------------------
 
 
@@ -285,9 +334,19 @@ def sentence(main, flags, capsys, monkeypatch):
     (get_samples, "--load_dir prior --load_step 2 --ema --no_visdom", "absorbing_ema_2.th"),
     (get_samples, "--load_dir prior --no_visdom", "--load_step must name the checkpoint"),
     (get_samples, "--load_dir none --load_step 2", "logs/none/hparams.yaml is not there"),
+    (inpaint, "--load_dir prior --load_step 2", "either --mask or --box"),
+    (inpaint, "--load_dir prior --load_step 2 --box 3 3 3 9", "--box is x0 y0 x1 y1"),
+    (inpaint, "--load_dir prior --load_step 2 --box 3 3 4 17", "an image of 16 pixels"),
+    (inpaint, "--load_dir prior --load_step 2 --mask no.png --no_visdom", "no.png"),
+    (inpaint, "--load_dir prior --load_step 2 --box 0 0 4 4 --image_index 1797 --no_visdom",
+     "there are 1797 images"),
+    (generate_big_samples, "--load_dir prior --load_step 2", "shape"),
+    (generate_big_samples, "--load_dir prior --load_step 2 --shape 7 9", "smaller than the 8 8"),
+    (generate_big_samples, "--load_dir prior --load_step 2 --shape 9 9 --canvas native",
+     "without absolute positions"),
 ])
 def test_wrong_input_is_one_sentence(script, flags, says, capsys, monkeypatch, two_runs):
-    if script is not get_samples and "--train_steps" not in flags:
+    if script in (train_vqgan, train_sampler) and "--train_steps" not in flags:
         flags += " --train_steps 20"  # a refusal that does not come must not train for ever
     assert says in sentence(script.main, flags, capsys, monkeypatch)
 

@@ -86,6 +86,40 @@ class Digits(ImageDataset):
         yield self.images.tobytes()
 
 
+class Textures(ImageDataset):
+    """Crops at random places of the photographs of brick, grass and gravel (512x512, grey) that
+    scikit-image ships: 1,000 of each, twice `img_size` wide and reduced to it."""
+
+    embedded = True
+    photographs = ("brick", "grass", "gravel")
+    crops = 1000
+
+    def __init__(self, name, img_size, n_channels):
+        super().__init__(name, img_size, n_channels)
+        from skimage import data  # slow to import, and needed by this class only
+
+        self.images = [np.asarray(getattr(data, photograph)()) for photograph in self.photographs]
+        self.side = min(2 * img_size, *(side for image in self.images for side in image.shape))
+        # RandomState, unlike numpy's newer generators, promises the same numbers in every version.
+        self.places = np.random.RandomState(0).uniform(size=(len(self), 2))
+
+    def __len__(self):
+        return self.crops * len(self.photographs)
+
+    def open(self, index):
+        image = self.images[index % len(self.images)]
+        top, left = (self.places[index] * (np.array(image.shape) - self.side + 1)).astype(int)
+        return Image.fromarray(image[top : top + self.side, left : left + self.side])
+
+    def identity(self):
+        yield f"{self.crops} {self.side}\n".encode()
+        for image in self.images:
+            yield image.tobytes()
+
+
+EMBEDDED = {"digits": Digits, "textures": Textures}
+
+
 class ImageFiles(ImageDataset):
     """The image files `found` = [(relative path, size, mtime_ns)] below the folder `root`."""
 
@@ -233,8 +267,8 @@ def load_dataset(H, registry=DATASETS_YAML):
     if H.n_channels not in (1, 3):
         raise SettingsError(f"--n_channels {H.n_channels} is neither 1 (grey) nor 3 (RGB)")
     shape = H.img_size, H.n_channels
-    if H.dataset == "digits":
-        return Digits(H.dataset, *shape)
+    if H.dataset in EMBEDDED:
+        return EMBEDDED[H.dataset](H.dataset, *shape)
     if H.dataset == "custom":
         if not H.custom_dataset_path:
             raise SettingsError("--dataset custom needs --custom_dataset_path, a folder of images")
