@@ -43,6 +43,7 @@ VARIANTS = {
     "adam 1e-3": "--kernel_sizes {small} {large} --optimizer adam --lr 1e-3",
     "full attention": "--attention full",
     "full attention, lr 1.5e-3": "--attention full --lr 1.5e-3",
+    "full attention, lr 6e-3": "--attention full --lr 6e-3",
     FULL_ADAM: "--attention full --optimizer adam --lr 1e-3",
     PUBLISHED: "--attention full --optimizer adam --lr 2e-4 --lr_schedule constant "
                "--t_sampling uniform --embd_pdrop 0 --resid_pdrop 0",

@@ -188,7 +188,8 @@ def denoiser(side, kind, device):
     """A denoiser of `side` x `side` ids, four blocks of width 256, and its settings."""
     H = get_sampler_hparams(
         f"--sampler absorbing --dataset custom --custom_dataset_path . --ae_load_dir none "
-        f"--ae_load_step 1 --img_size {side * 16} --attn_resolutions {side} --latent_shape 1 {side} {side} "
+        f"--ae_load_step 1 --img_size {side * 16} --attn_resolutions {side} "
+        f"--latent_shape 1 {side} {side} "
         f"--attention {kind} --bert_n_emb 256 --bert_n_head 8 --bert_n_layers 4".split()
     )
     torch.manual_seed(0)

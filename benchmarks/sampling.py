@@ -3,10 +3,10 @@
     python benchmarks/sampling.py --load_dir demo_absorbing --load_step 1600 --ema \
         --n_samples 500 --log_dir sampling --out assets/sampling.png
 
-Quality is the Fréchet distance (the formula of FID) between samples and held-out digits in the space
-of their 8x8 pixels, and the samples' bits per token under the model itself. `plain loop` is ancestral
-sampling as published: every step runs the network on the whole batch. Prints a Markdown table and
-draws distance against seconds. Flags are those of experiments/get_samples.py, and --out.
+Quality is the Fréchet distance (the formula of FID) between samples and held-out digits in the
+space of their 8x8 pixels, and the samples' bits per token under the model itself. `plain loop` is
+ancestral sampling as published: every step runs the network on the whole batch. Prints a Markdown
+table and draws distance against seconds. Flags are those of experiments/get_samples.py, and --out.
 """
 
 import sys

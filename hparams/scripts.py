@@ -211,6 +211,11 @@ def get_hparams(settings_class, argv, description, defaults, loaded_runs, must_l
     if must_load and not (given.get("load_dir") and given.get("load_step")):
         parser.error("--load_dir and --load_step must name the checkpoint to load")
     try:
+        if must_load and not RunFolder(given["load_dir"]).path.is_dir():
+            raise SettingsError(
+                f"there is no run folder {RunFolder(given['load_dir']).path}: --load_dir is the "
+                f"name of a run below logs/ of the folder you are in"
+            )
         return resolve(
             settings_class, given, lambda dataset: dataset_defaults(defaults, dataset),
             loaded_runs, lambda run: RunFolder(run).hparams,

@@ -117,7 +117,7 @@ def tiled_axis(length, kernel_size, dilation, tile, device):
     return Axis(tiles, dilation, tile, window, None if whole else keys, offset[kinds], kind)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=16)
 def cut_grid(height, width, kernel_size, dilation, tile, device):
     """(rows, columns, kind, mask): both axes, the kind int64 [A*A'] of each block of the grid, and
     for the K*K' kinds which keys of its window each query attends to, bool [K*K', T*T', S*S'].
@@ -230,7 +230,7 @@ def natten_problem(query, key, value, rpb, kernel_size):
 
 
 def prefers_natten(device):
-    """Whether natten is the fastest where it can do what is asked: on GPUs, by its fused kernels."""
+    """Whether natten is tried first: on GPUs, where its kernels are fused; on CPUs it is slow."""
     return device.type == "cuda"
 
 

@@ -224,6 +224,33 @@ def test_grids_larger_than_three_windows_go_to_tiles(monkeypatch):
     assert seen == [None, (8, 8), (4, 8), (8, 8), None]
 
 
+def test_memory_of_tiles_is_linear():
+    """The largest tensors, scores and bias, grow with the tokens; what is cached hardly grows."""
+    scores, cached = [], []
+    for side in (32, 64, 128):
+        _, _, kind, mask = module.cut_grid(side, side, 7, 2, (4, 8), torch.device("cpu"))
+        scores.append(len(kind) * mask[0].numel())
+        cached.append(mask.numel())
+    assert scores[2] == 4 * scores[1] and scores[1] <= 4 * scores[0]
+    assert cached[2] == cached[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", [None, "tiled", "dense"])
+def test_on_a_gpu(backend):
+    """With natten's kernels where they are (None), and without."""
+    torch.manual_seed(0)
+    qkv = torch.randn(3, 2, 20, 24, 2, 32)
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = qkv.to(device).requires_grad_()
+        chosen = "tiled" if device == "cpu" else backend
+        out = neighborhood_attention_2d(*leaf, 7, 2, backend=chosen)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+    for actual, expected in zip(results[1], results[0]):
+        assert_close(actual.cpu(), expected, tolerance=1e-3)
+
+
 def test_refusals_say_why(monkeypatch):
     pytest.importorskip("natten")
     qkv = torch.randn(3, 1, 6, 6, 2, 4)

@@ -333,7 +333,7 @@ def sentence(main, flags, capsys, monkeypatch):
     (get_samples, "--load_dir prior --load_step 9 --no_visdom", "absorbing is there at steps 2"),
     (get_samples, "--load_dir prior --load_step 2 --ema --no_visdom", "absorbing_ema_2.th"),
     (get_samples, "--load_dir prior --no_visdom", "--load_step must name the checkpoint"),
-    (get_samples, "--load_dir none --load_step 2", "logs/none/hparams.yaml is not there"),
+    (get_samples, "--load_dir none --load_step 2", "there is no run folder logs/none"),
     (inpaint, "--load_dir prior --load_step 2", "either --mask or --box"),
     (inpaint, "--load_dir prior --load_step 2 --box 3 3 3 9", "--box is x0 y0 x1 y1"),
     (inpaint, "--load_dir prior --load_step 2 --box 3 3 4 17", "an image of 16 pixels"),

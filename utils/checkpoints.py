@@ -38,8 +38,11 @@ def load_file(path):
             f"{path} is refused: it is no file of tensors, or holds code that would be run"
         ) from None
     except Exception as error:  # what a broken or foreign file makes the reader raise is open
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read as a model file: {reason}") from None
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{path} cannot be read as a model file: it is cut short, or another kind of file "
+            f"({type(error).__name__}: {reason})"
+        ) from None
 
 
 def steps_there(path):
