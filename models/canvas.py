@@ -45,8 +45,8 @@ class WindowedDenoiser:
         def cut(tensor):
             return tensor.view(-1, height, width).unfold(1, h, 1).unfold(2, w, 1)
 
-        sums, parts = None, (torch.arange(len(batch), device=ids.device).split(self.batch_size))
-        for part in parts:
+        sums = None
+        for part in torch.arange(len(batch), device=ids.device).split(self.batch_size):
             at = batch[part], top[part], left[part]
             asked = cut(where)[at].flatten(1)  # [n, h*w]
             logits = self.denoise(cut(ids)[at].flatten(1), asked)

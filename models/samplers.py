@@ -66,6 +66,14 @@ def rank(keys, masked):
     return order.masked_fill(~masked, -1)
 
 
+def reveal_in_order(denoise, ids, mask_id, steps, keys, *arguments):
+    """Draw the masked tokens as `keys` [B, N] ascend, as many at a call as S calls need."""
+    masked = ids == mask_id
+    each = (-(-masked.sum(1, keepdim=True) // steps)).clamp(min=1)
+    call = rank(keys, masked).div(each, rounding_mode="floor")
+    return reveal(denoise, ids, call, *arguments)
+
+
 def sample_ancestral(denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None):
     """Ancestral sampling of the absorbing diffusion, event by event.
 
@@ -91,20 +99,14 @@ def sample_first_hitting(denoise, ids, mask_id, steps, temp=1.0, generator=None,
     least as many steps as tokens it is computed exactly, one token a call; with fewer, the tokens
     are drawn in that order by as many at a call as S calls need.
     """
-    masked = ids == mask_id
     noise = torch.rand(ids.shape, generator=generator, device=ids.device, dtype=torch.float64)
-    each = (-(-masked.sum(1, keepdim=True) // steps)).clamp(min=1)
-    call = rank(noise, masked).div(each, rounding_mode="floor")
-    return reveal(denoise, ids, call, temp, generator, progress)
+    return reveal_in_order(denoise, ids, mask_id, steps, noise, temp, generator, progress)
 
 
 def sample_raster(denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None):
     """Row by row, as many tokens at a call as S calls need: one, with as many steps as tokens."""
-    masked = ids == mask_id
-    each = (-(-masked.sum(1, keepdim=True) // steps)).clamp(min=1)
     place = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float64).expand(ids.shape)
-    call = rank(place, masked).div(each, rounding_mode="floor")
-    return reveal(denoise, ids, call, temp, generator, progress)
+    return reveal_in_order(denoise, ids, mask_id, steps, place, temp, generator, progress)
 
 
 def cosine_schedule(tokens, steps):

@@ -148,9 +148,9 @@ def test_remdm_has_the_distribution_of_its_posterior(known):
     assert max(abs(exact[ids] - plain[ids]) for ids in exact if CODES not in ids) > 0.01
 
 
-@pytest.mark.parametrize("steps, each", [(100, 1), (3, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize("steps", [100, 3, 2, 1])
 @pytest.mark.parametrize("known", KNOWN)
-def test_first_hitting_has_its_analytic_distribution(steps, each, known):
+def test_first_hitting_has_its_analytic_distribution(steps, known):
     toy = Toy()
     start = toy.start(DRAWS, known)
     each = -(-(TOKENS - len(known)) // steps)
