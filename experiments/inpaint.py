@@ -4,8 +4,8 @@
         --image_index 3 --box 8 8 24 24 --n_samples 8 --log_dir inpaint
 
 The image is encoded, ids whose pixels are hidden are drawn again given all others, and the result
-is decoded and laid into the hidden part: kept pixels stay exactly as they are. Writes
-logs/<log_dir>/images/inpaint_<step>.png: the image, the mask, the completions.
+is decoded and laid into the hidden part without a seam: kept pixels stay exactly as they are.
+Writes logs/<log_dir>/images/inpaint_<step>.png: the image, the mask, the completions.
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 
 from hparams import UserError, get_inpaint_hparams
 from utils.assemble import load_autoencoder, load_sampler
+from utils.blending import lay_in
 from utils.data import load_dataset
 from utils.decoding import decode as decode_file
 from utils.decoding import to_square
@@ -61,7 +62,7 @@ def complete(H, sampler, autoencoder, precision, image, hidden, count, log):
     seed_step(H.seed, 0, "inpaint")
     with precision.autocast():
         drawn = sampler.sample(count, H.temp, known=known)
-    return torch.where(hidden, decode(sampler, autoencoder, drawn), image)
+    return lay_in(image, decode(sampler, autoencoder, drawn), hidden)
 
 
 def main(argv=None):

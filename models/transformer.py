@@ -32,13 +32,17 @@ class Block(nn.Module):
             nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim), nn.Dropout(H.resid_pdrop)
         )
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, where=None):
+        """Transform x [B, h, w, C]; with `where` bool [B, h*w] return those positions only, [M, C],
+        and spend no more on the others than the attention to them takes."""
         h = self.ln1(x)
         if isinstance(self.attn, HydraNeighborhoodAttention):
             h = self.attn(h)
         else:
             h = self.attn(h.flatten(1, 2), cache).view_as(x)
         x = x + h
+        if where is not None:
+            x = x.flatten(1, 2)[where]
         return x + self.mlp(self.ln2(x))
 
 
@@ -99,10 +103,10 @@ class Transformer(nn.Module):
         if self.pos_emb is not None:
             x = x + self.pos_emb
         x = self.drop(x).view(len(ids), height, width, -1)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        x = x.flatten(1, 2)
-        return self.head(self.ln_f(x if where is None else x[where]))
+        x = self.blocks[-1](x, where=where)
+        return self.head(self.ln_f(x.flatten(1, 2) if where is None else x))
 
     def causal_forward(self, ids, caches=None):
         """Logits of the token after each of ids [B, N], the start included (see `forward`)."""

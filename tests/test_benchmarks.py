@@ -44,3 +44,14 @@ def test_attention_benchmark_runs(tmp_path):
     )
     assert output.returncode == 0, output.stderr
     assert "| 32x32 | 7 | 1 |" in output.stdout and picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_sampling_speed_benchmark_runs():
+    command = [sys.executable, "benchmarks/sampling_speed.py", "--width", "32", "--layers", "1"]
+    output = subprocess.run(
+        [*command, "--canvases", "18", "--repeats", "1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert output.returncode == 0, output.stderr
+    assert "canvas of 18x18 ids, native" in output.stdout
+    assert "100% of the ids equal" in output.stdout
