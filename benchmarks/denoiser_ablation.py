@@ -42,8 +42,8 @@ VARIANTS = {
     "gradients clipped to norm 1": "--kernel_sizes {small} {large} --clip_grad_norm 1",
     "adam 1e-3": "--kernel_sizes {small} {large} --optimizer adam --lr 1e-3",
     "full attention": "--attention full",
-    "full attention, lr 1.5e-3": "--attention full --lr 1.5e-3",
     "full attention, lr 6e-3": "--attention full --lr 6e-3",
+    "full attention, lr 1.2e-2": "--attention full --lr 1.2e-2",
     FULL_ADAM: "--attention full --optimizer adam --lr 1e-3",
     PUBLISHED: "--attention full --optimizer adam --lr 2e-4 --lr_schedule constant "
                "--t_sampling uniform --embd_pdrop 0 --resid_pdrop 0",

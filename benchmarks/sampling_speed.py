@@ -5,7 +5,7 @@
 With one denoiser for 16x16 ids (random weights: what it costs does not depend on them): eight
 samples in 256 steps; canvases of 32x32 and 64x64 ids, one id a call, by windows and natively; and
 an autoregressive prior with and without its cache. Prints a Markdown table. A canvas is timed at
-some ids spread over it, since the plain loop would take hours. About four minutes on two cores.
+some ids spread over it, since the plain loop would take hours. Eight minutes on two cores.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import time
 import torch
 
 from hparams import get_sampler_hparams
-from measure import machine, number, table
+from measure import machine, number, table, wait_for
 from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
 from models.canvas import WindowedDenoiser
 from models.samplers import draw
@@ -47,16 +47,17 @@ def settings(arguments, *flags):
     ])
 
 
+def run_seconds(function, device):
+    """Seconds that `function()` takes."""
+    began = time.perf_counter()
+    function()
+    wait_for(device)
+    return time.perf_counter() - began
+
+
 def median_seconds(function, device, repeats):
     """Median seconds of `function()` after one call to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    return statistics.median([run_seconds(function, device) for _ in range(repeats + 1)][1:])
 
 
 @torch.no_grad()
@@ -105,9 +106,10 @@ def raster_states(canvas, mask_id, count, device):
 
 
 def seconds_a_call(draw_one, canvas, mask_id, count, device):
-    """Mean seconds of drawing one id of the schedule."""
+    """Mean seconds of drawing one id of the schedule, at `count` places of it."""
     states = list(raster_states(canvas, mask_id, count, device))
-    return median_seconds(lambda: [draw_one(*state) for state in states], device, 1) / count
+    draw_one(*states[0])  # warms up
+    return run_seconds(lambda: [draw_one(*state) for state in states], device) / count
 
 
 def same_size_rows(model, arguments, device):
@@ -151,7 +153,7 @@ def canvas_rows(model, canvas, device):
     rows = []
     for name, denoise in (("windows", windowed), ("native", native)):
         ours = seconds_a_call(
-            lambda ids, position: one_id(denoise, ids, position), canvas, mask_id, 61, device
+            lambda ids, position: one_id(denoise, ids, position), canvas, mask_id, 23, device
         )
         rows.append([f"canvas of {canvas}x{canvas} ids, {name}", plain, ours, "a call"])
     return rows

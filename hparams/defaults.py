@@ -12,7 +12,7 @@ DIGITS = dict(
 
 # Photographs of surfaces, 16x16 ids; a prior without absolute positions, for larger canvases.
 TEXTURES = dict(
-    DIGITS, img_size=64, attn_resolutions=[], codebook_size=64, batch_size=8,
+    DIGITS, img_size=64, attn_resolutions=[], codebook_size=256, batch_size=8,
 )
 
 VQGAN_DEFAULTS = {

@@ -31,7 +31,7 @@ def seam_system(hidden):
     neighbours = np.bincount(np.hstack((inside[0], outside[0])), minlength=count)
     between = scipy.sparse.coo_matrix((np.ones(inside.shape[1]), inside), (count, count))
     border = scipy.sparse.coo_matrix((np.ones(outside.shape[1]), outside), (count, hidden.size))
-    return (scipy.sparse.diags(neighbours) - between).tocsc(), border.tocsr()
+    return (scipy.sparse.diags(neighbours.astype(float)) - between).tocsc(), border.tocsr()
 
 
 def lay_in(image, completions, hidden):

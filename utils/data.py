@@ -88,7 +88,7 @@ class Digits(ImageDataset):
 
 class Textures(ImageDataset):
     """Crops at random places of the photographs of brick, grass and gravel (512x512, grey) that
-    scikit-image ships: 1,000 of each, twice `img_size` wide and reduced to it."""
+    scikit-image ships: 1,000 of each, `img_size` wide."""
 
     embedded = True
     photographs = ("brick", "grass", "gravel")
@@ -99,7 +99,7 @@ class Textures(ImageDataset):
         from skimage import data  # slow to import, and needed by this class only
 
         self.images = [np.asarray(getattr(data, photograph)()) for photograph in self.photographs]
-        self.side = min(2 * img_size, *(side for image in self.images for side in image.shape))
+        self.side = min(img_size, *(side for image in self.images for side in image.shape))
         # RandomState, unlike numpy's newer generators, promises the same numbers in every version.
         self.places = np.random.RandomState(0).uniform(size=(len(self), 2))
 
