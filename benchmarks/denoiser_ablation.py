@@ -5,7 +5,7 @@
 
 Trains one denoiser after another with train_sampler.py, into logs/ablation_*, and prints a
 Markdown table: validation bits per token (mean and range over the seeds), milliseconds a step (of
-the fastest seed). The last lines say in how much training time the first variant reaches what full
+the fastest 50). The last lines say in how much training time the first variant reaches what full
 attention with Adam ends at. Flags that this script has not are handed on to every training. A run
 that is already there, with the same flags and the same autoencoder, is not trained again.
 """
@@ -103,22 +103,22 @@ def train(arguments, flags):
 
 
 def curve(name):
-    """[(training seconds, validation bits per token)] of a run; validation time is not counted."""
+    """(seconds a step, [(step, validation bits per token)]) of a run.
+
+    The speed is that of its fastest EVERY steps: what else the machine did does not count, nor
+    does validation.
+    """
     run = RunFolder(name)
     batch_size = yaml.safe_load(run.hparams.read_text())["batch_size"]
-    points, seconds, last = [], 0.0, 0
-    for line in map(json.loads, run.metrics.read_text().splitlines()):
-        if line["group"] == "train":
-            seconds += (line["step"] - last) * batch_size / line["images_per_second"]
-            last = line["step"]
-        elif line["group"] == "validation":
-            points.append((seconds, line["bits_per_token"]))
-    return points
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    speed = max(line["images_per_second"] for line in lines if line["group"] == "train")
+    points = [(x["step"], x["bits_per_token"]) for x in lines if x["group"] == "validation"]
+    return batch_size / speed, points
 
 
-def time_to(points, bits):
-    """Training seconds after which a curve first is at `bits` or lower; None if it never is."""
-    return next((seconds for seconds, value in points if value <= bits), None)
+def step_of(points, bits):
+    """The step at which a curve first is at `bits` or lower; None if it never is."""
+    return next((step for step, value in points if value <= bits), None)
 
 
 def main():
@@ -133,8 +133,8 @@ def main():
         runs = curves[title] = [
             curve(train(arguments, [*flags, "--seed", str(seed)])) for seed in arguments.seeds
         ]
-        bits = [points[-1][1] for points in runs]
-        milliseconds = min(1e3 * points[-1][0] / arguments.train_steps for points in runs)
+        bits = [points[-1][1] for _, points in runs]
+        milliseconds = 1e3 * min(seconds for seconds, _ in runs)
         rows.append([
             title.format(small=small, large=large), number(statistics.mean(bits), 4),
             f"{min(bits):.3f} to {max(bits):.3f}", number(milliseconds),
@@ -146,11 +146,13 @@ def main():
         if first not in curves or baseline not in curves:
             continue
         for seed, chosen, other in zip(arguments.seeds, curves[first], curves[baseline]):
-            seconds, bits = other[-1]
-            reached = time_to(chosen, bits)
-            when = "never" if reached is None else f"after {reached:.0f} s"
-            print(f"seed {seed}: {baseline} ends at {bits:.3f} bits per token after {seconds:.0f} "
-                  f"s of training; the first variant is there {when}")
+            (pace, points), (other_pace, other_points) = chosen, other
+            last, bits = other_points[-1]
+            print(f"seed {seed}: {baseline} ends at {bits:.3f} bits per token after step {last}, "
+                  f"{last * other_pace:.0f} s of training;", end=" ")
+            step = step_of(points, bits)
+            print("the first variant never is there" if step is None else
+                  f"the first variant is there at step {step}, after {step * pace:.0f} s")
 
 
 if __name__ == "__main__":

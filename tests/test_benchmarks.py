@@ -21,10 +21,10 @@ def test_every_variant_of_the_ablation_parses(title):
     assert H.attention == ("full" if title.startswith("full") else "hydra")
 
 
-def test_time_to_reach():
-    points = [(1.0, 3.0), (2.0, 2.0), (3.0, 2.5)]
-    assert denoiser_ablation.time_to(points, 2.4) == 2.0
-    assert denoiser_ablation.time_to(points, 1.0) is None
+def test_step_that_reaches():
+    points = [(50, 3.0), (100, 2.0), (150, 2.5)]
+    assert denoiser_ablation.step_of(points, 2.4) == 100
+    assert denoiser_ablation.step_of(points, 1.0) is None
 
 
 def test_numbers_and_tables():
