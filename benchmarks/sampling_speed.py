@@ -19,6 +19,7 @@ from measure import machine, number, table, wait_for
 from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
 from models.canvas import WindowedDenoiser
 from models.samplers import draw
+from sampling import plain_loop
 from utils.training import Precision
 
 SIDE, STEPS, SAMPLES = 16, 256, 8
@@ -58,17 +59,6 @@ def run_seconds(function, device):
 def median_seconds(function, device, repeats):
     """Median seconds of `function()` after one call to warm up."""
     return statistics.median([run_seconds(function, device) for _ in range(repeats + 1)][1:])
-
-
-@torch.no_grad()
-def plain_loop(network, ids, mask_id, steps):
-    """Ancestral sampling as published: the whole network on every sample at every step."""
-    ids = ids.clone()
-    for t in range(steps, 0, -1):
-        now = (ids == mask_id) & (torch.rand(ids.shape, device=ids.device) < 1 / t)
-        logits = network(ids)
-        ids[now] = draw(logits[now])
-    return ids
 
 
 @torch.no_grad()
@@ -117,7 +107,7 @@ def same_size_rows(model, arguments, device):
     network = model._denoise_fn
     start = torch.full((SAMPLES, model.tokens), model.mask_id, device=device)
     plain = median_seconds(
-        lambda: plain_loop(network, start, model.mask_id, STEPS), device, arguments.repeats
+        lambda: plain_loop(network, start, model.mask_id, STEPS, 1.0), device, arguments.repeats
     )
     rows = []
     for amp in (False, True):
