@@ -41,9 +41,12 @@ VARIANTS = {
     "uniform t": "--kernel_sizes {small} {large} --t_sampling uniform",
     "gradients clipped to norm 1": "--kernel_sizes {small} {large} --clip_grad_norm 1",
     "adam 1e-3": "--kernel_sizes {small} {large} --optimizer adam --lr 1e-3",
+    "lr 6e-3": "--kernel_sizes {small} {large} --lr 6e-3",
+    "lr 1.2e-2": "--kernel_sizes {small} {large} --lr 1.2e-2",
     "full attention": "--attention full",
     "full attention, lr 6e-3": "--attention full --lr 6e-3",
     "full attention, lr 1.2e-2": "--attention full --lr 1.2e-2",
+    "full attention, lr 2.4e-2": "--attention full --lr 2.4e-2",
     FULL_ADAM: "--attention full --optimizer adam --lr 1e-3",
     PUBLISHED: "--attention full --optimizer adam --lr 2e-4 --lr_schedule constant "
                "--t_sampling uniform --embd_pdrop 0 --resid_pdrop 0",
