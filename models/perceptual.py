@@ -37,12 +37,12 @@ class PerceptualDistance(lpips.LPIPS):
             own[name].copy_(weight)
 
     def vectors(self, x):
-        """Images [B, 3, H, W] -> vectors [B, M] whose squared distances are LPIPS, M about 122 H W.
+        """Images [B, 3, H, W] -> vectors [B, M] whose squared distances are LPIPS.
 
         LPIPS is the sum over layers of mean over pixels of sum over channels of w (a - b)^2, with
-        a and b unit vectors over the channels (eq. 1): |u - v|^2 for u = a sqrt(w / pixels). It
-        needs one pass of the network for each image instead of two for each pair. Raises
-        ValueError where a head has weights below 0, of which there is no root.
+        a and b unit vectors over the channels (eq. 1): |u - v|^2 for u = a sqrt(w / pixels). One
+        pass of the network for each image thus replaces two for each pair. M is about 122 H W.
+        Raises ValueError where a head has weights below 0, which have no root.
         """
         vectors = []
         for features, head in zip(self.net(self.scaling_layer(x)), self.lins):

@@ -285,8 +285,8 @@ def bits_per_dim(nats, n_dims, levels):
 def gaussian_level_nll(x, mu, logsigma, levels=256):
     """-log of the probability that a Gaussian gives to each image's levels: nats, float64 [B].
 
-    x holds k / (levels - 1), k = 0, 1, ... The level k is the interval of that width around it, the
-    first and the last reaching to infinity: the probabilities of a pixel's levels add up to 1.
+    x holds k / (levels - 1), k = 0, 1, ... The level k is the interval of that width around it,
+    the first and the last reaching to infinity: a pixel's probabilities add up to 1.
     Unlike that of a density this is never negative, however narrow the Gaussian.
     """
     mu, logsigma = mu.double(), logsigma.double()
