@@ -118,10 +118,14 @@ def check_autoencoder(autoencoder, stats, path):
         )
 
 
+def sampler_path(H):
+    """The file of the sampler of `--load_dir`: its EMA with `--ema`."""
+    return RunFolder(H.load_dir).model(f"{H.sampler}_ema" if H.ema else H.sampler, H.load_step)
+
+
 def load_sampler(H, autoencoder, device, log):
     """The trained sampler of `--load_dir`: its EMA with `--ema`, which must then be there."""
-    run = RunFolder(H.load_dir)
-    path = run.model(f"{H.sampler}_ema" if H.ema else H.sampler, H.load_step)
+    run, path = RunFolder(H.load_dir), sampler_path(H)
     sampler = build_sampler(H, autoencoder)
     load_weights(sampler, load_file(path), path)
     if run.stats(H.load_step).exists():

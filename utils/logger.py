@@ -11,7 +11,9 @@ import torch
 from tqdm import tqdm
 
 from hparams.errors import UserError
-from utils.image_files import image_grid, save_image, save_images_individually, to_uint8
+from utils.image_files import (
+    image_grid, remove_images, save_image, save_images_individually, to_uint8,
+)
 
 LINE_KEYS = ("step", "group", "time")  # what a line of metrics.jsonl holds beside the metrics
 
@@ -109,8 +111,7 @@ class RunLogger:
         images = to_uint8(images)
         if save and individually:
             singles = self.folder.images / f"{name}_{step}"
-            for earlier in singles.glob("[0-9]*.png"):  # or they would be counted as this run's
-                earlier.unlink()
+            remove_images(singles)  # or they would be counted as this run's
             save_images_individually(images, singles)
         if (save and not individually) or (display and self._board is not None):
             grid = image_grid(images)
@@ -119,10 +120,10 @@ class RunLogger:
         if display and self._board is not None:
             self._board.image(name, int(step), grid)
 
-    def hyperparameters(self, values):
-        """Show a dict of settings as a table on the board."""
+    def table(self, name, values):
+        """Show a dict as a table of two columns on the board."""
         if self._board is not None:
-            self._board.table("hyperparameters", values)
+            self._board.table(name, values)
 
     def rewind(self, step):
         """Drop the lines of metrics.jsonl after `step`, for a run that resumes from there.

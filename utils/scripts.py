@@ -62,7 +62,7 @@ def record_settings(H, log):
         keep_earlier_records(log)
     log.rewind(H.load_step or -1)
     H.save(log.folder.hparams)
-    log.hyperparameters(dataclasses.asdict(H))
+    log.table("hyperparameters", dataclasses.asdict(H))
 
 
 def keep_earlier_records(log):
