@@ -71,19 +71,19 @@ def download_vgg16(without):
 
 
 def autoencoder_path(H):
-    """The file of the autoencoder in `--ae_load_dir`: its EMA where it has one."""
+    """The file of the autoencoder in `--ae_load_dir`: its EMA where it has one.
+
+    Whether the sampler has an EMA does not matter: all that is done with a sampler must use the
+    autoencoder whose ids it learned.
+    """
     run, step = RunFolder(H.ae_load_dir), H.ae_load_step
     average = run.model("vqgan_ema", step)
     return average if average.exists() else run.model("vqgan", step)
 
 
-def load_autoencoder(H, device, log):
-    """The trained autoencoder of `--ae_load_dir`, frozen: its EMA where it has one.
-
-    Whether the sampler has an EMA does not matter: all that is done with a sampler must use the
-    autoencoder whose ids it learned.
-    """
-    path = autoencoder_path(H)
+def load_autoencoder(H, device, log, path=None):
+    """The trained autoencoder in `path` (None: in `autoencoder_path`), frozen."""
+    path = path or autoencoder_path(H)
     state = load_file(path)
     autoencoder = VQAutoEncoder(H)
     others = ("disc.", "perceptual.")
