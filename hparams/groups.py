@@ -258,10 +258,14 @@ class ELBO(Settings):
     train_steps: int = setting(10000, "steps to fine-tune the generator's sigma for", minimum=1)
     steps_per_eval: int = setting(5000, "steps between evaluations on the validation set; 0 for "
                                   "one at the end", minimum=0)
+    logsigma_lr: float = setting(1e-3, "learning rate of the generator's sigma", above=0)
 
 
 @dataclass
 class NearestNeighbours(Settings):
     """Nearest neighbours."""
 
+    n_samples: int = setting(16, "how many samples", minimum=1)
     k_nearest: int = setting(10, "training images shown for each sample", minimum=1)
+    spaces: list[str] = setting(["lpips", "pixels"], "distances: lpips, which needs VGG16's "
+                                "weights, and Euclidean between pixels", choices=["lpips", "pixels"])

@@ -112,7 +112,7 @@ class ELBOSettings(ELBO, ExperimentSettings):
 
 
 @register
-class NearestNeighboursSettings(Samples, NearestNeighbours, ExperimentSettings):
+class NearestNeighboursSettings(NearestNeighbours, ExperimentSettings):
     """experiments/calc_nearest_neighbours.py."""
 
     without_flag = TRAINING_ONLY - {"perceptual_range", "vgg_weights"}
@@ -325,7 +325,10 @@ def get_vqgan_hparams(argv=None):
     )
 
 
-AUTOENCODER_RUN = LoadedRun("ae_load_dir", "ae_load_step", names_of(Autoencoder))
+AUTOENCODER_RUN = LoadedRun(
+    "ae_load_dir", "ae_load_step", names_of(Autoencoder),
+    borrow=frozenset({"perceptual_range", "vgg_weights"}),
+)
 SAMPLER_ARCHITECTURE = architecture(Sampler, "sampler")
 
 

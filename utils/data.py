@@ -243,6 +243,10 @@ class Subset:
         """The image at `index` as float32 [C, S, S] in [0, 1]; raises UnreadableImage."""
         return self.dataset.load(int(self.indices[index]))
 
+    def path(self, index):
+        """Where the image at `index` is found, in words."""
+        return self.dataset.path(int(self.indices[index]))
+
     def fingerprint(self):
         """Hex SHA-256 that changes with the whole dataset's, or with the choice of indices."""
         digest = hashlib.sha256(self.dataset.fingerprint().encode())

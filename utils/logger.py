@@ -101,12 +101,14 @@ class RunLogger:
         if self._board is not None:
             self._board.bars(name, int(step), [_number(value) for value in values])
 
-    def images(self, step, name, images, save=True, display=True, individually=False):
+    def images(
+        self, step, name, images, save=True, display=True, individually=False, columns=None
+    ):
         """Images [N, C, H, W], floats in [0, 1], as a grid `images/<name>_<step>.png`.
 
         `save` writes the file, `display` shows the grid on the board. `individually` writes one
-        file for each image in the folder `images/<name>_<step>` instead of the grid. Raises
-        UserError where the disk does not take them.
+        file for each image in the folder `images/<name>_<step>` instead of the grid, which has
+        `columns` columns or as many as rows. Raises UserError where the disk does not take them.
         """
         images = to_uint8(images)
         if save and individually:
@@ -114,7 +116,7 @@ class RunLogger:
             remove_images(singles)  # or they would be counted as this run's
             save_images_individually(images, singles)
         if (save and not individually) or (display and self._board is not None):
-            grid = image_grid(images)
+            grid = image_grid(images, columns)
         if save and not individually:
             save_image(grid, self.folder.images / f"{name}_{step}.png")
         if display and self._board is not None:
