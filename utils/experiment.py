@@ -63,10 +63,20 @@ class Experiment:
         self.note_checkpoint("autoencoder", path, step)
 
     def load_sampler(self):
-        """Load the sampler that `--load_dir` names, and its autoencoder."""
+        """Load the sampler that `--load_dir` names, and its autoencoder.
+
+        From then on the manifest says what `samples` are made of: settings of sampling, or the
+        file of `--latents_path` where the script has that flag.
+        """
+        H, path, latents = self.H, sampler_path(self.H), getattr(self.H, "latents_path", None)
         self.load_autoencoder()
-        self.sampler = load_sampler(self.H, self.autoencoder, self.device, self.log)
-        self.note_checkpoint("sampler", sampler_path(self.H), self.H.load_step)
+        self.sampler = load_sampler(H, self.autoencoder, self.device, self.log)
+        self.note_checkpoint("sampler", path, H.load_step)
+        if latents:
+            self.facts["samples"] = {"latents": latents, "sha256": file_hash(latents)}
+        else:
+            checkpoint = self.facts["checkpoints"]["sampler"]["sha256"]
+            self.facts["samples"] = sampling_settings(H, checkpoint, self.precision)
 
     def note_checkpoint(self, name, path, step):
         """Put a model's file into the manifest."""
@@ -81,20 +91,14 @@ class Experiment:
         }
 
     def sample_ids(self):
-        """Iterator of ids int64 [b, N], `n_samples` in all: those of `--latents_path` where the
-        script has that flag and it is given, or else drawn, or kept from an earlier start."""
-        H, latents = self.H, getattr(self.H, "latents_path", None)
-        if latents:
-            ids = read_ids(latents, H.n_samples, self.sampler.tokens, H.codebook_size)
-            self.facts["samples"] = {"latents": latents, "sha256": file_hash(latents)}
+        """Iterator of ids int64 [b, N], `n_samples` in all: read from `--latents_path`, or else
+        drawn, or kept from an earlier start."""
+        H, facts = self.H, self.facts["samples"]
+        if "latents" in facts:
+            ids = read_ids(H.latents_path, H.n_samples, self.sampler.tokens, H.codebook_size)
             return iter(ids.split(CHUNK))
-        settings = sampling_settings(
-            H, self.facts["checkpoints"]["sampler"]["sha256"], self.precision
-        )
-        self.facts["samples"] = settings
         return sample_ids(
-            H, self.sampler, self.precision, settings, H.n_samples, self.log.folder.samples,
-            self.log,
+            H, self.sampler, self.precision, facts, H.n_samples, self.log.folder.samples, self.log
         )
 
     def samples(self):
