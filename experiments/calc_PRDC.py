@@ -71,6 +71,9 @@ def main(argv=None):
         if real.shape[1] != fake.shape[1]:
             raise UserError(f"--real_feats hold {real.shape[1]} numbers an image, --fake_feats "
                             f"{fake.shape[1]}: they are of different extractors")
+        fewest = min(len(real), len(fake))
+        if fewest <= H.nearest_k:
+            raise UserError(f"--nearest_k {H.nearest_k} needs more images than {fewest}")
         blocks = prdc_blocks(len(real), len(fake))
         with tqdm(total=blocks, desc="distances", unit="block", dynamic_ncols=True) as bar:
             figures = prdc(

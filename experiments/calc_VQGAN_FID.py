@@ -27,7 +27,8 @@ def reconstructions(run, dataset, quality):
     the list `quality`."""
     H, done = run.H, 0
     folder = run.log.folder.images / f"reconstructions_{H.load_step}"
-    remove_images(folder)
+    if H.save_individually:
+        remove_images(folder)  # those of an earlier command
     for images in rebatch(dataset_images(dataset, H, run.device, run.log), DECODED):
         decoded = to_uint8(run.autoencoder(images.to(run.device) / 255)[0])
         quality.append(psnr(images / 255, decoded / 255))

@@ -98,10 +98,6 @@ class PRDCSettings(SamplesToMeasure, Features, PRDC, ExperimentSettings):
         check_features(self)
         if self.fake_images_path and self.latents_path:
             raise SettingsError("--fake_images_path and --latents_path exclude each other")
-        if self.nearest_k >= self.n_samples:
-            raise SettingsError(
-                f"--nearest_k {self.nearest_k} needs more than {self.n_samples} samples"
-            )
 
 
 @register

@@ -108,7 +108,8 @@ class Experiment:
         """
         H, done = self.H, 0
         folder = self.log.folder.images / f"samples_{H.load_step}"
-        remove_images(folder)
+        if H.save_individually:
+            remove_images(folder)  # those of an earlier command
         for images in decoded(self.sampler, self.autoencoder, self.sample_ids(), H.n_samples):
             if H.save_individually:
                 save_images_individually(images, folder, done)

@@ -93,7 +93,8 @@ class Extractor:
         self.network.requires_grad_(False).eval().to(device)
         self.device = device
         self.facts = {
-            "extractor": NAMES[name], "weights": weights_hash(self.network), "precision": "float32"
+            "extractor": NAMES[name], "weights": weights_hash(self.network),
+            "precision": f"float32 on {device.type}",  # GPUs may convolve in TF32
         }
 
     @torch.no_grad()
@@ -133,18 +134,14 @@ def build_network(kind, name, layers, weights):
 
 def rebatch(batches, batch_size):
     """The images of a stream of [b, C, S, S] in batches of `batch_size`, the last one shorter."""
-    waiting, count = [], 0
+    waiting = None
     for images in batches:
-        while len(images):
-            part, images = images.split([min(len(images), batch_size - count),
-                                         max(0, len(images) - batch_size + count)])
-            waiting.append(part)
-            count += len(part)
-            if count == batch_size:
-                yield torch.cat(waiting)
-                waiting, count = [], 0
-    if waiting:
-        yield torch.cat(waiting)
+        waiting = images if waiting is None else torch.cat((waiting, images))
+        while len(waiting) >= batch_size:
+            yield waiting[:batch_size]
+            waiting = waiting[batch_size:]
+    if waiting is not None and len(waiting):
+        yield waiting
 
 
 def features_of(batches, extractor, batch_size):

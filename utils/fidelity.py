@@ -18,7 +18,9 @@ def fid_figures(run, dataset, batches, n):
     H = run.H
     most = min(n, len(dataset))
     if H.kid and H.kid_subset_size > most:
-        raise UserError(f"--kid_subset_size {H.kid_subset_size} is more than {most} images")
+        raise UserError(
+            f"--kid_subset_size {H.kid_subset_size} is more than the {most} images there are"
+        )
     extractor = Extractor(
         H.feature_extractor, H.feature_extractor_weights, run.device,
         ["fid", "isc"] if H.isc else ["fid"],
