@@ -73,6 +73,13 @@ def test_measures_equal_torch_fidelitys_on_png_files(tiny, tmp_path, channels):
         assert (ours["images"], ours["real images"]) == (50, 60)
 
 
+def test_few_images_are_said_to_be_few(tiny, tmp_path):
+    real = folder_of(random_images(0, 30), tmp_path / "real")
+    for count, few in ((16, True), (17, False)):
+        lines = figures(real, random_images(1, count))[1].log.lines
+        assert any(f"{count} images are few for 16 features" in line for line in lines) == few
+
+
 def test_kid_and_precision_equal_torch_fidelitys(tiny, tmp_path):
     real_images, fake = random_images(0, 50), random_images(1, 50) // 2 + 60
     real = folder_of(real_images, tmp_path / "real")

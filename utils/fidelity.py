@@ -39,11 +39,12 @@ def fid_figures(run, dataset, batches, n):
             vectors.append(features["fid"])
         if H.isc:
             logits.append(features["isc"])
-    width = len(reference.mean)
+    moments = statistics.finish()
+    width = len(moments[0])
     if statistics.count <= width:
         run.log.warning(f"{statistics.count} images are few for {width} features: compare this "
                         f"FID with those of as many images only")
-    distance = frechet_distance(*reference.finish(), *statistics.finish())
+    distance = frechet_distance(*reference.finish(), *moments)
     figures = {"FID": distance, "images": statistics.count, "real images": reference.count}
     if H.kid:
         kid = metric_kid.kid_features_to_metric(
