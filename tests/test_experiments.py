@@ -182,8 +182,8 @@ def test_results_are_kept_apart_and_tell_how_they_came_about():
     run(calc_FID, flags)  # the same measurement again
     results = read_results(RunFolder("out").results)
     assert len(results) == 2
-    manifest = list(results.values())[0]["manifest"]
-    assert list(results.values())[0]["figures"] == first
+    manifest = list(results.values())[-1]["manifest"]
+    assert list(results.values())[-1]["figures"] == first
     sampler = manifest["checkpoints"]["sampler"]
     assert sampler["path"].endswith("absorbing_ema_2.th") and sampler["step"] == 2
     assert sampler["sha256"] == file_hash(sampler["path"])

@@ -140,6 +140,7 @@ class Experiment:
         }
         path = self.log.folder.results
         results = read_results(path)
+        results.pop(key, None)  # the newest comes last
         results[key] = {"figures": figures, **details, "manifest": manifest}
         write_json(results, path)
         self.log.info(f"{self.name}\n\n{markdown_table(figures)}\n")
