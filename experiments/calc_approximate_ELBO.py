@@ -3,12 +3,12 @@
     python experiments/calc_approximate_ELBO.py --load_dir absorbing_digits --load_step 1500 \
         --ema --steps_per_eval 500 --train_steps 2000 --log_dir elbo_digits
 
--log p(x) <= -log p(ids) - log p(x | ids), ids those of the encoder (Bond-Taylor et al., 2111.12701).
-The ids' part is the sampler's: the diffusion's bound, summed over all T times or estimated by
-`--elbo_samples` of them; the autoregressive prior's exact likelihood. The pixels' part is a
-Gaussian a pixel around the decoded image, whose log sigma, a head of the generator, is first
-fitted to the training images while everything else stays frozen. The whole validation set is
-measured every `--steps_per_eval` and at the end.
+-log p(x) <= -log p(ids) - log p(x | ids), with the encoder's ids (2111.12701). The ids' part is
+the sampler's: the diffusion's bound, summed over all T times or estimated by `--elbo_samples` of
+them, or the autoregressive prior's exact likelihood. The pixels' part is a Gaussian for each pixel
+around the decoded image; its log sigma, a head of the generator, is first fitted to the training
+images, everything else frozen. The whole validation set is measured every `--steps_per_eval` and
+at the end.
 
 "5 bits" and "8 bits" are the density of x in [0, 1] over levels 1/32 and 1/256 wide, as such
 figures are published. That takes a density to be constant within a level; a Gaussian narrower than
@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from hparams import get_elbo_hparams
 from hparams.runs import RunFolder
-from hparams.settings import read_settings
 from models.vqgan import bits_per_dim, gaussian_level_nll, gaussian_nll
 from utils.checkpoints import load_file, save_file, weights_hash
 from utils.data import load_dataset, train_validation_split
@@ -188,6 +187,8 @@ def main(argv=None):
             on_unreadable,
         )
         if reached == H.train_steps:
+            path = run.log.folder.model("logsigma", reached)
+            run.note_checkpoint("logsigma", path, reached)
             run.report(evaluate(), held_out=held_out)
 
 

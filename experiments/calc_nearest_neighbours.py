@@ -9,7 +9,7 @@ LPIPS' network once, and training images go by in blocks of `--batch_size`, so t
 not matter for memory. Its VGG16 comes from `--vgg_weights`, the autoencoder's own file, or a
 download; `--spaces pixels` does without.
 
-Writes logs/<log_dir>/images/neighbours_<space>_<step>.png, in each row a sample and its neighbours,
+Writes logs/<log_dir>/images/neighbours_<space>_<step>.png, each row a sample and its neighbours,
 and into results.json their distances, their indices in the dataset and where they lie.
 """
 

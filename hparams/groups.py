@@ -101,7 +101,8 @@ class Autoencoder(Settings):
     perceptual_weight: float = setting(1.0, "weight of LPIPS; 0 needs and downloads nothing",
                                        minimum=0)
     perceptual_range: str = setting("0_1", "range of the images LPIPS sees: 0_1 as the published "
-                                    "models were trained, or -1_1 as LPIPS was fitted",
+                                    "models were trained, or, typed --perceptual_range=-1_1, that "
+                                    "on which LPIPS was fitted",
                                     choices=["0_1", "-1_1"])
     vgg_weights: str | None = setting(None, "local file of torchvision's VGG16 weights for LPIPS "
                                       "(none: torchvision downloads them once)")
@@ -267,5 +268,5 @@ class NearestNeighbours(Settings):
 
     n_samples: int = setting(16, "how many samples", minimum=1)
     k_nearest: int = setting(10, "training images shown for each sample", minimum=1)
-    spaces: list[str] = setting(["lpips", "pixels"], "distances: lpips, which needs VGG16's "
-                                "weights, and Euclidean between pixels", choices=["lpips", "pixels"])
+    spaces: list[str] = setting(["lpips", "pixels"], "lpips, which needs VGG16's weights, and "
+                                "pixels, the Euclidean distance", choices=["lpips", "pixels"])

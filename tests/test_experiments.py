@@ -1,6 +1,7 @@
 """The measuring scripts from end to end on tiny runs: samples that go on, results that tell."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,16 +10,26 @@ import sys
 
 import numpy as np
 import pytest
+import scipy
 import torch
+import torchvision
+from PIL import Image
 
 import train_sampler
 import train_vqgan
-from experiments import calc_FID, calc_PRDC, calc_VQGAN_FID, get_samples
+from experiments import (
+    calc_approximate_ELBO, calc_FID, calc_nearest_neighbours, calc_PRDC, calc_VQGAN_FID,
+    get_samples,
+)
 from helpers import ROOT, wait_until
 from hparams import UserError, get_samples_hparams
 from hparams.runs import RunFolder
+from models import AutoregressiveTransformer
+from models.perceptual import build_perceptual, load_vgg16
+from models.vqgan import VQAutoEncoder
 from utils import sampling
 from utils.checkpoints import file_hash, save_file
+from utils.data import Digits, train_validation_split
 from utils.experiment import experiment, read_results
 
 VQGAN = (
@@ -253,3 +264,164 @@ def test_an_experiment_reports_what_is_unknown():
     [result] = read_results(RunFolder("out").results).values()
     assert result["figures"] == {"known": 0.5, "not": None} and result["distances"] == [1, 2]
     assert "| not | unknown |" in RunFolder("out").log.read_text()
+
+
+ELBO = f"{PUBLISHED} --steps_per_eval 2 --train_steps 4"
+
+
+def fitted_gaussians(images, step=4):
+    """(mu, logsigma) of images by the autoencoder `ae` with the head that was fitted in `out`."""
+    H = get_samples_hparams([*LOAD.split(), "--log_dir", "out"])
+    autoencoder = VQAutoEncoder(H).eval()
+    state = torch.load(RunFolder("ae").model("vqgan_ema", 2))
+    state = {key.removeprefix("ae."): value for key, value in state.items() if "ae." in key}
+    autoencoder.load_state_dict(state)
+    head = torch.load(RunFolder("out").model("logsigma", step))["logsigma"]
+    autoencoder.generator.logsigma.load_state_dict(head)
+    with torch.no_grad():
+        z_q, _, _, ids = autoencoder.encode(images)
+        return *autoencoder.generator.probabilistic(z_q), ids
+
+
+@pytest.mark.parametrize("sampler", ["prior", "causal"])
+def test_the_elbo_is_that_of_the_whole_validation_set(sampler):
+    flags = ELBO
+    if sampler == "causal":
+        flags = "--load_dir causal --load_step 2 --no_visdom --steps_per_eval 2 --train_steps 4"
+    figures = run(calc_approximate_ELBO, flags)
+    assert figures["validation images"] == 179
+    dataset = train_validation_split(Digits("digits", 16, 1))[1]
+    images = torch.stack([dataset.load(index) for index in range(179)])
+    mu, logsigma, ids = fitted_gaussians(images)
+    nats = -torch.distributions.Normal(mu, logsigma.exp()).log_prob(images).sum((1, 2, 3))
+    bits = nats.double() / 256 / math.log(2)
+    part = "pixels given ids, density: bits per dimension"
+    assert figures[part] == pytest.approx(bits.mean().item(), rel=1e-5)
+    error = scipy.stats.sem(bits.numpy())
+    assert figures[f"{part} (standard error)"] == pytest.approx(error, rel=1e-5)
+    total = figures[part] + figures["ids: bits per token"] * 64 / 256
+    assert figures["total, 5 bits: bits per dimension"] == pytest.approx(total + 5)
+    assert figures["total, 8 bits: bits per dimension"] == pytest.approx(total + 8)
+    whole = figures["pixels given ids, whole levels: bits per dimension"]
+    whole += figures["ids: bits per dimension"]
+    assert figures["total, 8 bits, whole levels: bits per dimension"] == pytest.approx(whole)
+    if sampler == "causal":
+        H = get_samples_hparams(["--load_dir", "causal", "--load_step", "2"])
+        model = AutoregressiveTransformer(H, torch.zeros(16, 8)).eval()
+        model.load_state_dict(torch.load(RunFolder("causal").model("autoregressive", 2)))
+        exact = model.bits_per_token(ids).mean().item()
+        assert figures["ids: bits per token"] == pytest.approx(exact, rel=1e-5)
+    lines = [json.loads(line) for line in RunFolder("out").metrics.read_text().splitlines()]
+    validation = [line for line in lines if line["group"] == "validation"]
+    assert [line["step"] for line in validation] == [2]
+    assert validation[0]["validation images"] == 179 and validation[0][part] > figures[part]
+
+
+def test_draws_of_t_agree_with_the_sum_over_all():
+    draws = "--elbo_samples 3"
+    exact, few, again, small = (
+        run(calc_approximate_ELBO, f"{ELBO} {flags}")
+        for flags in ("", draws, draws, f"{draws} --batch_size 5")
+    )
+    name = "ids: bits per token"
+    errors = [figures[f"{name} (standard error)"] for figures in (exact, few)]
+    assert 0 < abs(exact[name] - few[name]) < 4 * math.hypot(*errors)
+    assert errors[1] > errors[0] and few == again
+    assert small[name] == pytest.approx(few[name], rel=1e-6)
+
+
+def test_the_fit_of_sigma_goes_on_to_the_bit():
+    flags = ELBO.replace("--train_steps 4", "--train_steps")
+    whole = run(calc_approximate_ELBO, f"{flags} 5", "whole")
+    run(calc_approximate_ELBO, f"{flags} 3", "parts")
+    assert run(calc_approximate_ELBO, f"{flags} 5", "parts") == whole
+    log = RunFolder("parts").log.read_text()
+    assert "goes on from logs/parts/saved_models/logsigma_3.th" in log
+    heads = [torch.load(RunFolder(name).model("logsigma", 5)) for name in ("whole", "parts")]
+    assert heads[0]["key"] == heads[1]["key"]
+    for name, value in heads[0]["logsigma"].items():
+        assert torch.equal(value, heads[1]["logsigma"][name])
+    assert run(calc_approximate_ELBO, f"{flags} 5", "parts") == whole  # nothing left to fit
+    other = run(calc_approximate_ELBO, f"{flags} 5 --logsigma_lr 0.01", "parts")
+    assert other != whole  # another fit begins afresh
+    assert other == run(calc_approximate_ELBO, f"{flags} 5 --logsigma_lr 0.01", "afresh")
+
+
+def test_images_that_were_trained_on_are_no_validation(workplace):
+    settings = RunFolder("prior").hparams.read_text()
+    folder = RunFolder("seen").create()
+    folder.hparams.write_text(settings.replace("steps_per_eval: 200", "steps_per_eval: 0"))
+    for path in RunFolder("prior").models.iterdir():
+        (folder.models / path.name).symlink_to(path.resolve())
+    run(calc_approximate_ELBO, ELBO.replace("prior", "seen"))
+    log = RunFolder("out").log.read_text()
+    assert "seen may have been trained on the validation images too" in log
+    assert "ae may have been" not in log
+    [result] = read_results(RunFolder("out").results).values()
+    assert result["held_out"] == {"ae": True, "seen": False}
+
+
+@pytest.fixture
+def vgg_weights(workplace):
+    """A file as torchvision's VGG16, with random weights."""
+    torch.manual_seed(0)
+    state = build_perceptual().net.state_dict()
+    names = {f"features.{name.split('.', 1)[1]}": value for name, value in state.items()}
+    save_file(names, workplace / "vgg16.pth")
+    return f"--vgg_weights {workplace / 'vgg16.pth'}"
+
+
+def test_nearest_neighbours(vgg_weights):
+    flags = f"{PUBLISHED} {vgg_weights} --n_samples 5 --k_nearest 3 --save_individually"
+    figures = run(calc_nearest_neighbours, flags)
+    [result] = read_results(RunFolder("out").results).values()
+    train_set = train_validation_split(Digits("digits", 16, 1))[0]
+    images = torch.stack([train_set.load(index) for index in range(len(train_set))])
+    paths = sorted((RunFolder("out").images / "samples_2").iterdir())
+    samples = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in paths])
+    samples = samples[:, None] / 255
+    distances = torch.cdist(samples.flatten(1).double(), images.flatten(1).double())
+    expected = distances.sort(dim=1, stable=True)
+    found = result["neighbours"]["pixels"]
+    assert [[each["index"] for each in row] for row in found] == [
+        train_set.indices[row[:3]].tolist() for row in expected.indices.numpy()
+    ]
+    first = [row[0]["distance"] for row in found]
+    assert first == pytest.approx(expected.values[:, 0].tolist())
+    assert figures["pixels: distance to the nearest (smallest)"] == min(first)
+
+    perceptual = build_perceptual()
+    load_vgg16(perceptual, torch.load("vgg16.pth"))
+    for sample, row in zip(samples, result["neighbours"]["lpips"]):
+        near = torch.stack([train_set.dataset.load(each["index"]) for each in row])
+        with torch.no_grad():
+            pairs = perceptual(sample.expand(3, 3, -1, -1), near.expand(-1, 3, -1, -1)).flatten()
+            others = perceptual(sample.expand(90, 3, -1, -1), images[:90].expand(-1, 3, -1, -1))
+        assert [each["distance"] for each in row] == pytest.approx(pairs.tolist(), rel=1e-5)
+        assert pairs.tolist() == sorted(pairs.tolist()) and others.min() >= pairs[0] * (1 - 1e-5)
+        assert row[0]["path"] == f"digits:{row[0]['index']}"
+    picture = Image.open(RunFolder("out").images / "neighbours_lpips_2.png")
+    assert picture.size == (4 * 66 + 2, 5 * 66 + 2)  # a sample and three neighbours in each row
+    other = run(calc_nearest_neighbours, f"{flags} --perceptual_range=-1_1 --batch_size 100")
+    name = "{}: distance to the nearest (median)".format
+    assert other[name("lpips")] != figures[name("lpips")]
+    assert other[name("pixels")] == figures[name("pixels")]
+
+
+def test_neighbours_in_a_small_folder_without_lpips(workplace, monkeypatch):
+    run(get_samples, f"{LOAD} --n_samples 4 --save_individually", "photos")
+    photos = RunFolder("photos").images / "samples_2"
+    flags = f"{LOAD} --dataset custom --custom_dataset_path {photos} --n_samples 4"
+    run(calc_nearest_neighbours, f"{flags} --spaces pixels")
+    [result] = read_results(RunFolder("out").results).values()
+    found = result["neighbours"]
+    assert found.keys() == {"pixels"} and [len(row) for row in found["pixels"]] == [3] * 4
+    copy = found["pixels"][1][0]  # one of the four is held out, but the others are copies
+    assert copy == {"distance": 0.0, "index": 1, "path": str(photos / "000001.png")}
+
+    def refuse(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models.VGG16_Weights, "get_state_dict", refuse)
+    with pytest.raises(UserError, match="--vgg_weights.*--spaces pixels"):
+        run(calc_nearest_neighbours, flags)
