@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from hparams import UserError, get_prdc_hparams
+from utils.checkpoints import file_hash
 from utils.data import ImageFiles, load_dataset, scan
 from utils.experiment import experiment
 from utils.features import (
@@ -37,23 +38,26 @@ def images_of_folder(H):
     )
 
 
-def fake_features(H, run, extractor):
-    """Features [n_samples, D] of what is measured: a folder's images, or samples."""
-    if H.fake_images_path:
-        folder = images_of_folder(H)
-        run.facts["samples"] = {"folder": H.fake_images_path, "fingerprint": folder.fingerprint()}
-
-        def batches():
-            return dataset_images(folder, H, run.device, run.log)
-    else:
+def measured_images(run):
+    """Function that gives a stream of images uint8 [b, C, S, S]: a folder's, or samples."""
+    H = run.H
+    if not H.fake_images_path:
         run.load_sampler()
-        batches = run.samples
-    what = {"n": H.n_samples, **run.facts["samples"], **run.facts["checkpoints"]}
+        return run.samples
+    folder = images_of_folder(H)
+    run.facts["samples"] = {"folder": H.fake_images_path, "fingerprint": folder.fingerprint()}
+    return lambda: dataset_images(folder, H, run.device, run.log)
+
+
+def fake_features(run, extractor, images):
+    """Features [n_samples, D] of what `images()` gives, kept in `--fake_feats` where that is."""
+    H = run.H
     if H.fake_feats is None:
-        parts = features_of(batches(), extractor, H.batch_size)
+        parts = features_of(images(), extractor, H.batch_size)
         return torch.cat([part["prc"] for part in parts])
+    what = {"n": H.n_samples, **run.facts["samples"], **run.facts["checkpoints"]}
     key = features_key(what, extractor, "prc")
-    return kept_features(H.fake_feats, key, batches, extractor, "prc", H.batch_size, run.log)
+    return kept_features(H.fake_feats, key, images, extractor, "prc", H.batch_size, run.log)
 
 
 def main(argv=None):
@@ -61,13 +65,18 @@ def main(argv=None):
     with experiment(H, "PRDC") as run:
         dataset = load_dataset(H)
         run.note_data(dataset)
+        images = measured_images(run)
         extractor = Extractor(
             H.feature_extractor, H.feature_extractor_weights, run.device, ["prc"]
         )
         run.facts["extractor"] = extractor.facts
         real = real_subset(dataset, H.n_samples)
         real = reference_features(real, extractor, "prc", H, run.device, run.log, H.real_feats)
-        fake = fake_features(H, run, extractor)
+        fake = fake_features(run, extractor, images)
+        # such a file may be somebody's own, of which nothing else is known
+        run.facts["features"] = {
+            path: file_hash(path) for path in (H.real_feats, H.fake_feats) if path
+        }
         if real.shape[1] != fake.shape[1]:
             raise UserError(f"--real_feats hold {real.shape[1]} numbers an image, --fake_feats "
                             f"{fake.shape[1]}: they are of different extractors")

@@ -243,6 +243,8 @@ def test_prdc_of_samples_of_a_folder_and_of_kept_features():
     np.save("mine.npy", np.load("real.npy"))
     same = run(calc_PRDC, f"{flags} --real_feats real.npy --fake_feats mine.npy")
     assert same["recall"] == same["coverage"] == 1
+    result = list(read_results(RunFolder("out").results).values())[-1]
+    assert result["manifest"]["features"]["mine.npy"] == file_hash("mine.npy")
     np.save("mine.npy", np.zeros((70, 3), dtype=np.float32))
     with pytest.raises(UserError, match="different extractors"):
         run(calc_PRDC, f"{flags} --fake_feats mine.npy")
