@@ -39,9 +39,9 @@ demo: .venv/installed ## train both stages on the digits and report on them: min
 visdom: .venv/installed ## start the visdom server that the training scripts draw on
 	$(VENV_PYTHON) -m utils.visdom_server
 
-clean: ## remove .venv and what tools left behind, but nothing under logs/ and latents/
+clean: ## remove .venv and what tools left behind, but nothing under logs/, latents/, statistics/
 	rm -rf .venv build *.egg-info .pytest_cache .hypothesis
-	find . \( -name .git -o -path ./logs -o -path ./latents \) -prune -o \
+	find . \( -name .git -o -path ./logs -o -path ./latents -o -path ./statistics \) -prune -o \
 	  -name __pycache__ -prune -exec rm -rf {} +
 
 # Both stamps are written last: what was interrupted is run again, and pip goes on from what is

@@ -16,13 +16,11 @@ from sklearn.svm import SVC
 
 from hparams import UserError, get_samples_hparams
 from hparams.runs import RunFolder
-from utils.assemble import load_autoencoder, load_sampler
 from utils.data import load_dataset, train_validation_split
+from utils.experiment import experiment
 from utils.image_files import image_grid, save_image, to_uint8
 from utils.metrics import psnr
-from utils.sampling import draw_samples
-from utils.scripts import run_script, start_run
-from utils.training import Precision, resolve_device
+from utils.scripts import run_script
 
 SIDE = 8  # the pixels of scikit-learn's digits, to which images are reduced again
 CONFIDENT = 0.8
@@ -124,26 +122,21 @@ def main(argv=None):
     H = get_samples_hparams(argv, "Judge a sampler that was trained on the digits.")
     if H.dataset != "digits":
         raise UserError(f"digits_report judges runs on the digits, not on {H.dataset}")
-    device = resolve_device(H.device)
-    with start_run(H, device) as log:
-        train_set, validation_set = train_validation_split(load_dataset(H))
+    with experiment(H, "digits") as run:
+        dataset = load_dataset(H)
+        train_set, validation_set = train_validation_split(dataset)
         targets = load_digits().target
         labels = [targets[part.indices] for part in (train_set, validation_set)]
         real, held_out = all_images(train_set), all_images(validation_set)
-        autoencoder = load_autoencoder(H, device, log)
-        sampler = load_sampler(H, autoencoder, device, log)
+        run.note_data(dataset)
+        run.load_sampler()
         with torch.no_grad():
-            reconstructions = autoencoder(held_out.to(device))[0].clamp(0, 1).cpu()
-        samples = draw_samples(H, sampler, autoencoder, Precision(H.amp, device))
-        table = measure(H, real, held_out, labels, reconstructions, samples)
-        for name, value in table.items():
-            log.info(f"{name:64} {'unknown' if value is None else format(value, '.4g')}")
-        path = log.folder.images / f"report_{H.load_step}.png"
+            reconstructions = run.autoencoder(held_out.to(run.device))[0].clamp(0, 1).cpu()
+        samples = torch.cat(list(run.samples())) / 255
+        run.report(measure(H, real, held_out, labels, reconstructions, samples))
+        path = run.log.folder.images / f"report_{H.load_step}.png"
         save_image(picture(*map(to_uint8, (held_out, reconstructions, samples))), path)
-        results = log.folder.path / "results.json"
-        results.write_text(json.dumps(table, indent=1))
-        log.info(f"the table is kept in {results}")
-        log.info(f"real digits | reconstructions | samples: {path}")
+        run.log.info(f"real digits | reconstructions | samples: {path}")
 
 
 if __name__ == "__main__":

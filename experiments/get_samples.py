@@ -5,26 +5,35 @@
 
 Everything else (dataset, autoencoder, architecture) is read from the run's hparams.yaml; runs
 without one, such as published checkpoints, need the flags that train_sampler.py was given.
+Writes logs/<log_dir>/images/samples_<step>.png, the first hundred side by side, and
+logs/<log_dir>/ids_<step>.pt, the ids of all, which --latents_path of the measuring scripts takes.
+An interrupted command goes on where it stopped when it is given again.
 """
 
+import torch
+
 from hparams import get_samples_hparams
-from utils.assemble import load_autoencoder, load_sampler
-from utils.sampling import draw_samples
-from utils.scripts import run_script, start_run
-from utils.training import Precision, resolve_device
+from utils.checkpoints import save_file
+from utils.experiment import experiment
+from utils.scripts import run_script
+
+SHOWN = 100
 
 
 def main(argv=None):
     H = get_samples_hparams(argv)
-    device = resolve_device(H.device)
-    with start_run(H, device) as log:
-        autoencoder = load_autoencoder(H, device, log)
-        sampler = load_sampler(H, autoencoder, device, log)
-        images = draw_samples(H, sampler, autoencoder, Precision(H.amp, device))
-        log.images(H.load_step, "samples", images)
-        if H.save_individually:
-            log.images(H.load_step, "samples", images, display=False, individually=True)
-        log.info(f"{len(images)} samples are in {log.folder.images}")
+    with experiment(H, "samples") as run:
+        run.load_sampler()
+        shown, count = [], 0
+        for images in run.samples():
+            shown.append(images[: max(0, SHOWN - count)])
+            count += len(images)
+        run.log.images(H.load_step, "samples", torch.cat(shown))
+        ids = torch.cat(list(run.sample_ids()))  # from where the stream kept them
+        path = run.log.folder.path / f"ids_{H.load_step}.pt"
+        save_file(ids.int(), path)
+        run.log.info(f"samples are in {run.log.folder.images}, their ids in {path}")
+        run.report({"samples": count, "of them different": len(ids.unique(dim=0))})
 
 
 if __name__ == "__main__":

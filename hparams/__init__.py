@@ -5,9 +5,14 @@ from hparams.scripts import (
     SamplerSettings,
     VQGANSettings,
     get_big_samples_hparams,
+    get_elbo_hparams,
+    get_fid_hparams,
     get_inpaint_hparams,
+    get_nearest_neighbours_hparams,
+    get_prdc_hparams,
     get_samples_hparams,
     get_sampler_hparams,
+    get_vqgan_fid_hparams,
     get_vqgan_hparams,
 )
 
@@ -17,8 +22,13 @@ __all__ = [
     "UserError",
     "VQGANSettings",
     "get_big_samples_hparams",
+    "get_elbo_hparams",
+    "get_fid_hparams",
     "get_inpaint_hparams",
+    "get_nearest_neighbours_hparams",
+    "get_prdc_hparams",
     "get_samples_hparams",
     "get_sampler_hparams",
+    "get_vqgan_fid_hparams",
     "get_vqgan_hparams",
 ]

@@ -101,7 +101,8 @@ class Autoencoder(Settings):
     perceptual_weight: float = setting(1.0, "weight of LPIPS; 0 needs and downloads nothing",
                                        minimum=0)
     perceptual_range: str = setting("0_1", "range of the images LPIPS sees: 0_1 as the published "
-                                    "models were trained, or -1_1 as LPIPS was fitted",
+                                    "models were trained, or, typed --perceptual_range=-1_1, that "
+                                    "on which LPIPS was fitted",
                                     choices=["0_1", "-1_1"])
     vgg_weights: str | None = setting(None, "local file of torchvision's VGG16 weights for LPIPS "
                                       "(none: torchvision downloads them once)")
@@ -204,3 +205,68 @@ class Canvas(Settings):
     canvas: str = setting("windows", "windows: average the denoiser over all windows of the size "
                           "it was trained on; native: run it on the whole canvas, which needs "
                           "--position without absolute", choices=["windows", "native"])
+
+
+@dataclass
+class SamplesToMeasure(Settings):
+    """Samples to measure."""
+
+    n_samples: int = setting(0, "how many samples are measured, exactly; the published figures "
+                             "are of 50000", minimum=2, required=True)
+    latents_path: str | None = setting(None, "file of ids, an integer tensor [n, N] saved by "
+                                       "torch.save, to decode and measure instead of sampling")
+
+
+@dataclass
+class Features(Settings):
+    """Features."""
+
+    feature_extractor: str = setting(
+        "inception", "network whose features are compared; efficientnet_lite0 is installed with "
+        "its weights, the others download theirs once",
+        choices=["inception", "vgg16", "clip", "dinov2", "efficientnet_lite0"],
+    )
+    feature_extractor_weights: str | None = setting(None, "local file of the extractor's weights")
+
+
+@dataclass
+class FID(Settings):
+    """Measures beside FID."""
+
+    kid: bool = setting(False, "also the kernel inception distance")
+    kid_subset_size: int = setting(1000, "samples in each of the 100 subsets of KID", minimum=2)
+    isc: bool = setting(False, "also the inception score")
+    prc: bool = setting(False, "also precision and recall, with 3 neighbours")
+
+
+@dataclass
+class PRDC(Settings):
+    """Precision, recall, density, coverage."""
+
+    nearest_k: int = setting(3, "neighbour whose distance is the radius of a ball", minimum=1)
+    real_feats: str | None = setting(None, ".npy file that features of real images are kept in, "
+                                     "and read from where it is there")
+    fake_feats: str | None = setting(None, "the same for the samples")
+    fake_images_path: str | None = setting(None, "folder of images to measure instead of samples")
+
+
+@dataclass
+class ELBO(Settings):
+    """Bound on the likelihood."""
+
+    elbo_samples: int = setting(0, "times drawn for each image, spread evenly; 0 sums over all of "
+                                "them", minimum=0)
+    train_steps: int = setting(10000, "steps to fine-tune the generator's sigma for", minimum=1)
+    steps_per_eval: int = setting(5000, "steps between evaluations on the validation set; 0 for "
+                                  "one at the end", minimum=0)
+    logsigma_lr: float = setting(1e-3, "learning rate of the generator's sigma", above=0)
+
+
+@dataclass
+class NearestNeighbours(Settings):
+    """Nearest neighbours."""
+
+    n_samples: int = setting(16, "how many samples", minimum=1)
+    k_nearest: int = setting(10, "training images shown for each sample", minimum=1)
+    spaces: list[str] = setting(["lpips", "pixels"], "lpips, which needs VGG16's weights, and "
+                                "pixels, the Euclidean distance", choices=["lpips", "pixels"])

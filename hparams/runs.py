@@ -24,6 +24,8 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.hparams = self.path / "hparams.yaml"
         self.images = self.path / "images"
+        self.results = self.path / "results.json"
+        self.samples = self.path / "samples"
         self.models = self.path / "saved_models"
         self.saved_stats = self.path / "saved_stats"
 

@@ -5,7 +5,8 @@ import dataclasses
 from hparams.defaults import SAMPLER_DEFAULTS, VQGAN_DEFAULTS, dataset_defaults
 from hparams.errors import SettingsError
 from hparams.groups import (
-    Autoencoder, Canvas, Data, Inpainting, Logging, Sampler, Samples, Training,
+    ELBO, FID, PRDC, Autoencoder, Canvas, Data, Features, Inpainting, Logging, NearestNeighbours,
+    Sampler, Samples, SamplesToMeasure, Training,
 )
 from hparams.runs import RunFolder
 from hparams.settings import LoadedRun, build_parser, register, resolve, show
@@ -29,6 +30,7 @@ class VQGANSettings(Data, Autoencoder, Training, Logging):
     def validate(self):
         super().validate()
         check_data(self)
+        check_training(self)
         check_autoencoder(self)
         if self.lr is None:
             self.lr = self.base_lr * self.batch_size
@@ -41,13 +43,88 @@ class SamplerSettings(Data, Sampler, Training, Logging, Autoencoder):
     def validate(self):
         super().validate()
         check_data(self)
+        check_training(self)
+        check_autoencoder(self)
+        check_sampler(self)
+
+
+# What training reads and experiments do not, though their models are built with some of it.
+TRAINING_ONLY = (
+    (names_of(Data) - {"dataset", "custom_dataset_path", "num_workers"})
+    | (names_of(Training)
+       - {"batch_size", "amp", "ema", "load_dir", "load_step", "seed", "device"})
+    | (names_of(Logging)
+       - {"log_dir", "save_individually", "visdom_server", "visdom_port", "no_visdom"})
+    | (names_of(Autoencoder) - architecture(Autoencoder, "autoencoder"))
+    | (names_of(Sampler) - architecture(Sampler, "sampler")
+       - {"ae_load_dir", "ae_load_step", "sample_type", "sample_steps", "temp", "choice_temp",
+          "remask", "top_k", "top_p"})
+)
+
+
+@register
+class ExperimentSettings(Data, Sampler, Training, Logging, Autoencoder):
+    """What all experiments on a sampler read."""
+
+    without_flag = TRAINING_ONLY
+
+    def validate(self):
+        super().validate()
+        check_data(self)
         check_autoencoder(self)
         check_sampler(self)
 
 
 @register
-class SamplesSettings(SamplerSettings, Samples):
+class SamplesSettings(Samples, ExperimentSettings):
     """experiments/get_samples.py and experiments/digits_report.py."""
+
+
+@register
+class FIDSettings(SamplesToMeasure, Features, FID, ExperimentSettings):
+    """experiments/calc_FID.py."""
+
+    def validate(self):
+        super().validate()
+        check_features(self)
+
+
+@register
+class PRDCSettings(SamplesToMeasure, Features, PRDC, ExperimentSettings):
+    """experiments/calc_PRDC.py."""
+
+    def validate(self):
+        super().validate()
+        check_features(self)
+        if self.fake_images_path and self.latents_path:
+            raise SettingsError("--fake_images_path and --latents_path exclude each other")
+
+
+@register
+class ELBOSettings(ELBO, ExperimentSettings):
+    """experiments/calc_approximate_ELBO.py."""
+
+    without_flag = TRAINING_ONLY - names_of(ELBO)
+
+
+@register
+class NearestNeighboursSettings(NearestNeighbours, ExperimentSettings):
+    """experiments/calc_nearest_neighbours.py."""
+
+    without_flag = TRAINING_ONLY - {"perceptual_range", "vgg_weights"}
+
+
+@register
+class VQGANFIDSettings(Features, FID, Data, Autoencoder, Training, Logging):
+    """experiments/calc_VQGAN_FID.py."""
+
+    without_flag = TRAINING_ONLY
+
+    def validate(self):
+        super().validate()
+        check_data(self)
+        check_autoencoder(self)
+        check_features(self)
 
 
 @register
@@ -99,10 +176,21 @@ def check_data(H):
         raise SettingsError("--dataset custom needs --custom_dataset_path, a folder of images")
     if H.custom_dataset_path and H.dataset != "custom":
         raise SettingsError(f"--custom_dataset_path is for --dataset custom, not {H.dataset}")
+
+
+def check_training(H):
+    """There are steps left to train."""
     if H.load_step >= H.train_steps:
         raise SettingsError(
             f"load_step {H.load_step} leaves nothing to train: train_steps is {H.train_steps}"
         )
+
+
+def check_features(H):
+    """What the feature extractors of torch-fidelity can do."""
+    if H.feature_extractor == "dinov2" and H.feature_extractor_weights:
+        raise SettingsError("dinov2 comes by torch.hub, code and weights together: leave "
+                            "--feature_extractor_weights out, or take another extractor")
 
 
 def check_autoencoder(H):
@@ -233,7 +321,10 @@ def get_vqgan_hparams(argv=None):
     )
 
 
-AUTOENCODER_RUN = LoadedRun("ae_load_dir", "ae_load_step", names_of(Autoencoder))
+AUTOENCODER_RUN = LoadedRun(
+    "ae_load_dir", "ae_load_step", names_of(Autoencoder),
+    borrow=frozenset({"perceptual_range", "vgg_weights"}),
+)
 SAMPLER_ARCHITECTURE = architecture(Sampler, "sampler")
 
 
@@ -270,4 +361,45 @@ def get_big_samples_hparams(argv=None):
     """Hyperparameters of experiments/generate_big_samples.py from `argv`."""
     return get_samples_hparams(
         argv, "Draw samples larger than those trained on.", BigSamplesSettings
+    )
+
+
+def get_fid_hparams(argv=None):
+    """Hyperparameters of experiments/calc_FID.py from `argv`."""
+    return get_samples_hparams(
+        argv, "Fréchet distance between samples and the dataset's images.", FIDSettings
+    )
+
+
+def get_prdc_hparams(argv=None):
+    """Hyperparameters of experiments/calc_PRDC.py from `argv`."""
+    return get_samples_hparams(
+        argv, "Precision, recall, density and coverage of samples.", PRDCSettings
+    )
+
+
+def get_elbo_hparams(argv=None):
+    """Hyperparameters of experiments/calc_approximate_ELBO.py from `argv`."""
+    return get_samples_hparams(
+        argv, "A bound on the likelihood of the validation images.", ELBOSettings
+    )
+
+
+def get_nearest_neighbours_hparams(argv=None):
+    """Hyperparameters of experiments/calc_nearest_neighbours.py from `argv`."""
+    return get_samples_hparams(
+        argv, "The training images nearest to samples.", NearestNeighboursSettings
+    )
+
+
+def get_vqgan_fid_hparams(argv=None):
+    """Hyperparameters of experiments/calc_VQGAN_FID.py from `argv`."""
+    run = LoadedRun(
+        "load_dir", "load_step", names_of(Autoencoder),
+        borrow=frozenset({"dataset", "custom_dataset_path", "ema"}),
+    )
+    return get_hparams(
+        VQGANFIDSettings, argv,
+        "Fréchet distance between the dataset's images and their reconstructions.",
+        VQGAN_DEFAULTS, [run], must_load=True,
     )

@@ -47,7 +47,13 @@ HOLDS = {
 
 @dataclasses.dataclass
 class Settings:
-    """Base of all hyperparameter objects: unknown names raise, values can be checked and saved."""
+    """Base of all hyperparameter objects: unknown names raise, values can be checked and saved.
+
+    `without_flag` names settings that a script's models are built with and that nothing it does
+    depends on: they keep their defaults.
+    """
+
+    without_flag = frozenset()
 
     def __setattr__(self, name, value):
         if name not in self.__dataclass_fields__:
@@ -172,10 +178,14 @@ def build_parser(settings_class, defaults, description):
     """The argparse parser of a settings class: one argument group per group of settings.
 
     `defaults` maps datasets to the defaults they change, "*" standing for all; help shows them.
+    A setting that two groups declare is the first one's.
     """
     parser = Parser(description=description, allow_abbrev=False)
+    done = set(settings_class.without_flag)
     for group_class in settings_class.__mro__:
-        names = list(vars(group_class).get("__annotations__", {}))
+        declared = vars(group_class).get("__annotations__", {})
+        names = [name for name in declared if name not in done]
+        done.update(names)
         if names:
             group = parser.add_argument_group(group_class.__doc__.rstrip("."))
         for name in names:

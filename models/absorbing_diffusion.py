@@ -93,9 +93,8 @@ class AbsorbingDiffusion(nn.Module):
         """Codebook vectors of ids [B, N] as the generator's input [B, emb_dim, h, w]."""
         return embed_grid(self.embedding_weight, ids, grid or self.shape)
 
-    def losses(self, ids, t, schedule, generator=None):
-        """Mask ids [B, N] at times t, denoise, and return `diffusion_losses`."""
-        mask = draw_mask(t, ids.shape[1], self.total_steps, schedule, generator)
+    def losses(self, ids, t, mask):
+        """Hide ids [B, N] where `mask` says, denoise, and return `diffusion_losses` at times t."""
         logits = self._denoise_fn(ids.masked_fill(mask, self.mask_id))
         return diffusion_losses(logits, ids, mask, t, self.total_steps)
 
@@ -107,7 +106,8 @@ class AbsorbingDiffusion(nn.Module):
         t = draw_times(
             len(ids), self.total_steps, self.low_discrepancy, generator, device=ids.device
         )
-        losses = self.losses(ids, t, self.mask_schedule, generator)
+        mask = draw_mask(t, ids.shape[1], self.total_steps, self.mask_schedule, generator)
+        losses = self.losses(ids, t, mask)
         loss = losses[self.loss_type]
         if self.training:
             self.update_histories(t, loss.detach(), losses["elbo"].detach())
@@ -131,7 +131,32 @@ class AbsorbingDiffusion(nn.Module):
         The bound is that of the `random` schedule, whichever the model trains with.
         """
         t = draw_times(len(ids), self.total_steps, True, generator, device=ids.device)
-        return self.losses(ids, t, "random", generator)["elbo"]
+        mask = draw_mask(t, ids.shape[1], self.total_steps, "random", generator)
+        return self.losses(ids, t, mask)["elbo"]
+
+    @torch.no_grad()
+    def nats(self, ids, draws=0, generator=None, batch_size=64):
+        """Unbiased estimate of the bound on -log p(ids) of each sample, in nats: float64 [B].
+
+        The bound is the sum over t = 1..T of E[CE_t] / t. Every t is visited once, under one
+        random mask; with `draws` K, K times are, spread evenly over 1..T from a random start,
+        each counting T/K times. The masks are those of the `random` schedule, whichever the
+        model trains with: 1/t is the weight of tokens that are masked independently, and with
+        the numbers of `fixed` the sum bounds nothing. `batch_size` does not change the draws.
+        """
+        samples, tokens = ids.shape
+        if draws:
+            times = [
+                draw_times(draws, self.total_steps, True, generator, ids.device) for _ in ids
+            ]
+            t = torch.cat(times)  # [B * K]
+        else:
+            t = torch.arange(1, self.total_steps + 1, device=ids.device).repeat(samples)
+        rows = ids.repeat_interleave(len(t) // samples, dim=0)  # [B * K, N]
+        mask = draw_mask(t, tokens, self.total_steps, "random", generator)
+        parts = zip(*(each.split(batch_size) for each in (rows, t, mask)))
+        bits = torch.cat([self.losses(*part)["elbo"] for part in parts])
+        return bits.view(samples, -1).double().mean(1) * tokens * math.log(2)
 
     def sample(
         self, n_samples, temp=1.0, sample_steps=None, sample_type=None, generator=None,

@@ -42,6 +42,15 @@ class AutoregressiveTransformer(nn.Module):
         """-log2 p(ids) / N of each sample, exact: [B]."""
         return self.bits(ids).mean(1)
 
+    @torch.no_grad()
+    def nats(self, ids, draws=0, generator=None, batch_size=64):
+        """-log p(ids) of each sample, in nats and exact: float64 [B].
+
+        `draws` and `generator` belong to the diffusion and are not looked at.
+        """
+        bits = torch.cat([self.bits(part).double().sum(1) for part in ids.split(batch_size)])
+        return bits * math.log(2)
+
     def sample(
         self, n_samples, temp=1.0, sample_steps=None, sample_type=None, generator=None,
         progress=None,

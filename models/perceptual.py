@@ -36,9 +36,35 @@ class PerceptualDistance(lpips.LPIPS):
         for name, weight in torch.load(HEADS, map_location=device, weights_only=True).items():
             own[name].copy_(weight)
 
+    def vectors(self, x):
+        """Images [B, 3, H, W] -> vectors [B, M] whose squared distances are LPIPS.
+
+        LPIPS is the sum over layers of mean over pixels of sum over channels of w (a - b)^2, with
+        a and b unit vectors over the channels (eq. 1): |u - v|^2 for u = a sqrt(w / pixels). One
+        pass of the network for each image thus replaces two for each pair. M is about 122 H W.
+        Raises ValueError where a head has weights below 0, which have no root.
+        """
+        vectors = []
+        for features, head in zip(self.net(self.scaling_layer(x)), self.lins):
+            weight = head.model[-1].weight  # [1, C, 1, 1]
+            if (weight < 0).any():
+                raise ValueError("LPIPS' heads hold weights below 0.")
+            scale = (weight / features[0, 0].numel()).sqrt()
+            vectors.append((lpips.normalize_tensor(features) * scale).flatten(1))
+        return torch.cat(vectors, dim=1)
+
     def train(self, mode=True):
         # The heads hold dropout, which `train()` of a model that owns this one would switch on.
         return super().train(False)
+
+
+def lpips_input(images, value_range):
+    """Images [B, 1 or 3, H, W] in [0, 1] as LPIPS takes them, [B, 3, H, W].
+
+    `value_range` is "-1_1", on which LPIPS was fitted, or "0_1", which the published models fed.
+    """
+    images = images.expand(-1, 3, -1, -1)
+    return 2 * images - 1 if value_range == "-1_1" else images
 
 
 def build_perceptual():

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from models.diffaug import diff_augment
 from models.discriminator import Discriminator
+from models.perceptual import lpips_input
 from models.quantizers import GumbelQuantizer, NearestQuantizer
 
 NORM_GROUPS = 32
@@ -281,6 +282,27 @@ def bits_per_dim(nats, n_dims, levels):
     return nats / (n_dims * math.log(2)) + math.log2(levels)
 
 
+def gaussian_level_nll(x, mu, logsigma, levels=256):
+    """-log of the probability that a Gaussian gives to each image's levels: nats, float64 [B].
+
+    x holds k / (levels - 1), k = 0, 1, ... The level k is the interval of that width around it,
+    the first and the last reaching to infinity: a pixel's probabilities add up to 1.
+    Unlike that of a density this is never negative, however narrow the Gaussian.
+    """
+    mu, logsigma = mu.double(), logsigma.double()
+    level = (x.double() * (levels - 1)).round()
+    lower = ((level - 0.5) / (levels - 1) - mu) * torch.exp(-logsigma)
+    upper = ((level + 0.5) / (levels - 1) - mu) * torch.exp(-logsigma)
+    lower = lower.masked_fill(level == 0, -math.inf)
+    upper = upper.masked_fill(level == levels - 1, math.inf)
+    # In the left tail logarithms of both ends are exact; the right one is its mirror image.
+    mirror = lower + upper > 0
+    lower, upper = torch.where(mirror, -upper, lower), torch.where(mirror, -lower, upper)
+    log_lower, log_upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)
+    nats = -(log_upper + torch.log(-torch.expm1(log_lower - log_upper)))
+    return nats.flatten(1).sum(1)
+
+
 def gaussian_nll_bits(x, mu, logsigma, levels):
     """`gaussian_nll` of images with values in [0, 1], in bits per dimension: [B, ...] x 3 -> [B].
 
@@ -325,11 +347,7 @@ class VQGAN(nn.Module):
         """Mean LPIPS between images [B, C, S, S] in [0, 1], 0-d; zero without `perceptual`."""
         if self.perceptual is None:
             return x.new_zeros(())
-        if x.shape[1] == 1:
-            x, x_hat = x.expand(-1, 3, -1, -1), x_hat.expand(-1, 3, -1, -1)
-        # The published models fed [0, 1], though LPIPS was fitted on [-1, 1].
-        if self.perceptual_range == "-1_1":
-            x, x_hat = 2 * x - 1, 2 * x_hat - 1
+        x, x_hat = (lpips_input(images, self.perceptual_range) for images in (x, x_hat))
         return self.perceptual(x, x_hat).float().mean()
 
     def reconstruction_losses(self, x, x_hat):

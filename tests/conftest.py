@@ -1,8 +1,10 @@
 """Fixtures of several test files."""
 
 import pytest
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from helpers import VisdomServer
+from helpers import TinyExtractor, VisdomServer
+from utils import features
 
 
 @pytest.fixture
@@ -13,3 +15,11 @@ def server(tmp_path):
         yield server
     finally:
         server.kill()
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """In an empty folder, where --feature_extractor inception is a `TinyExtractor`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(FEATURE_EXTRACTORS_REGISTRY, "tiny", TinyExtractor)
+    monkeypatch.setitem(features.NAMES, "inception", "tiny")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import visdom
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -72,3 +73,28 @@ class VisdomServer:
             "http://127.0.0.1", port=self.port, env=env, use_incoming_socket=False
         )
         return json.loads(client.get_window_data(env=env))
+
+
+class TinyExtractor(FeatureExtractorBase):
+    """Sixteen features and five classes of images of any size, with weights drawn from a seed."""
+
+    seed = 0
+
+    def __init__(self, name, features_list, **options):
+        super().__init__(name, features_list)
+        generator = torch.Generator().manual_seed(self.seed)
+        for part, shape in (("filters", (16, 3, 3, 3)), ("classes", (5, 16))):
+            self.register_buffer(part, torch.randn(shape, generator=generator))
+
+    @staticmethod
+    def get_provided_features_list():
+        return "16", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "logits" if metric == "isc" else "16"
+
+    def forward(self, images):
+        x = torch.conv2d(images.float() / 255, self.filters).relu().mean((2, 3))
+        outputs = {"16": x, "logits": x @ self.classes.T}
+        return tuple(outputs[layer] for layer in self.features_list)

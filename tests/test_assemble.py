@@ -4,10 +4,10 @@ import pytest
 import torch
 import torchvision
 
-from hparams import UserError, get_vqgan_hparams
+from hparams import UserError, get_sampler_hparams, get_vqgan_hparams
 from hparams.runs import RunFolder
 from utils import assemble
-from utils.assemble import build_vqgan
+from utils.assemble import build_vqgan, load_perceptual
 from utils.checkpoints import load_weights, save_file
 from utils.logger import RunLogger
 
@@ -87,3 +87,24 @@ def test_a_checkpoint_with_lpips_loads_without_it(log, vgg):
     load_weights(with_lpips, without.state_dict(), "file", optional=["perceptual."])
     with pytest.raises(UserError, match="unknown perceptual"):
         load_weights(without, with_lpips.state_dict(), "file")
+
+
+def test_lpips_to_measure_with(log, vgg, monkeypatch):
+    """From the file asked for, else from the autoencoder's own, else downloaded."""
+    flags = "--sampler absorbing --kernel_sizes 3 --ae_load_dir ae --ae_load_step 5".split()
+    H = get_sampler_hparams([*FLAGS, *flags])
+    monkeypatch.setattr(assemble, "download_vgg16", no_download)
+    save_file(vgg, "vgg16.pth")
+    H.vgg_weights = "vgg16.pth"
+    torch.manual_seed(1)
+    images = torch.rand(2, 3, 16, 16)
+    from_file = load_perceptual(H, torch.device("cpu"), log)(images, images.flip(0))
+    RunFolder("ae").create()
+    vqgan = build_vqgan(get_vqgan_hparams([*FLAGS, "--vgg_weights", "vgg16.pth"]), log)
+    save_file(vqgan.state_dict(), RunFolder("ae").model("vqgan", 5))
+    H.vgg_weights = None
+    from_checkpoint = load_perceptual(H, torch.device("cpu"), log)(images, images.flip(0))
+    assert torch.equal(from_file, from_checkpoint) and from_file.min() > 0
+    save_file(vqgan.ae.state_dict(), RunFolder("ae").model("vqgan", 5))
+    with pytest.raises(AssertionError, match="downloaded"):
+        load_perceptual(H, torch.device("cpu"), log)

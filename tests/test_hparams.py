@@ -1,13 +1,20 @@
 """Hyperparameters: derived parsers, defaults, checks, and runs that set the architecture."""
 
 import dataclasses
+import re
 
 import pytest
 import yaml
 
-from hparams import get_sampler_hparams, get_samples_hparams, get_vqgan_hparams
+from hparams import (
+    get_elbo_hparams, get_fid_hparams, get_nearest_neighbours_hparams, get_prdc_hparams,
+    get_sampler_hparams, get_samples_hparams, get_vqgan_fid_hparams, get_vqgan_hparams,
+)
 from hparams.runs import RunFolder
-from hparams.scripts import SamplerSettings, SamplesSettings, VQGANSettings
+from hparams.scripts import (
+    ELBOSettings, FIDSettings, NearestNeighboursSettings, SamplerSettings, SamplesSettings,
+    VQGANFIDSettings, VQGANSettings,
+)
 
 VQGAN = ["--dataset", "digits"]
 SAMPLER = [*VQGAN, "--sampler", "absorbing", "--ae_load_dir", "ae", "--ae_load_step", "5"]
@@ -67,16 +74,23 @@ def test_misspelt_attributes_raise():
     assert not hasattr(H, "use_hydra_na")
 
 
-@pytest.mark.parametrize("settings", [VQGANSettings, SamplerSettings, SamplesSettings])
-def test_every_setting_has_help_and_a_flag(settings, capsys):
-    parse = {VQGANSettings: get_vqgan_hparams, SamplerSettings: get_sampler_hparams,
-             SamplesSettings: get_samples_hparams}[settings]
+@pytest.mark.parametrize("settings, parse", [
+    (VQGANSettings, get_vqgan_hparams),
+    (SamplerSettings, get_sampler_hparams),
+    (SamplesSettings, get_samples_hparams),
+    (FIDSettings, get_fid_hparams),
+    (ELBOSettings, get_elbo_hparams),
+    (NearestNeighboursSettings, get_nearest_neighbours_hparams),
+    (VQGANFIDSettings, get_vqgan_fid_hparams),
+])
+def test_every_setting_has_help_and_a_flag(settings, parse, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for field in dataclasses.fields(settings):
-        assert f"--{field.name}" in text
+        has_flag = re.search(rf"--{field.name}\b", text) is not None
+        assert has_flag == (field.name not in settings.without_flag)
         assert len(field.metadata["help"]) > 5
 
 
@@ -187,6 +201,35 @@ def test_experiments_need_no_more_than_the_run():
     H = get_samples_hparams(["--load_dir", "prior", "--load_step", "7"])
     assert (H.dataset, H.ae_load_dir, H.ae_load_step) == ("digits", "ae", 5)
     assert (H.bert_n_layers, H.codebook_size, H.n_samples) == (2, 48, 64)
+
+
+PUBLISHED = (
+    "--sampler absorbing --dataset churches --log_dir FID_log --ae_load_dir vqgan_churches "
+    "--ae_load_step 2200000 --load_dir absorbing_churches --load_step 2000000 --ema"
+).split()
+
+
+def test_the_published_commands_of_the_experiments():
+    RunFolder("absorbing_churches").create()  # its checkpoints come without a hparams.yaml
+    H = get_fid_hparams([*PUBLISHED, "--n_samples", "50000", "--temp", "0.9"])
+    assert (H.n_samples, H.temp, H.ema, H.feature_extractor) == (50000, 0.9, True, "inception")
+    assert get_prdc_hparams([*PUBLISHED, "--n_samples", "50000"]).nearest_k == 3
+    H = get_elbo_hparams([*PUBLISHED, "--steps_per_eval", "5000", "--train_steps", "10000"])
+    assert (H.train_steps, H.steps_per_eval, H.load_step) == (10000, 5000, 2000000)
+    RunFolder("vqgan_ffhq").create()
+    flags = "--dataset ffhq --log_dir x --load_dir vqgan_ffhq --load_step 2200000"
+    assert get_vqgan_fid_hparams(flags.split()).ema is False
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("", "--n_samples is required"),
+    ("--n_samples 1", "n_samples must be at least 2"),
+    ("--n_samples 9 --lr 1", "unrecognized arguments: --lr"),
+    ("--n_samples 9 --feature_extractor dinov2 --feature_extractor_weights x", "torch.hub"),
+])
+def test_refusals_of_the_experiments(flags, says, capsys):
+    RunFolder("absorbing_churches").create()
+    assert says in refusal(capsys, get_fid_hparams, [*PUBLISHED, *flags.split()])
 
 
 def test_unknown_keys_of_a_settings_file(capsys):

@@ -258,7 +258,7 @@ def test_windows_arrive_at_a_visdom_server(server, folder):
         log.metrics(40, {"loss": 2.5}, group="validation")
         log.bars(40, "loss per step", torch.tensor([1.0, torch.nan, 3.0]))
         log.images(40, "samples", images.float() / 255, save=False)
-        log.hyperparameters({"dataset": "<digits>", "kernel_sizes": [3, 5]})
+        log.table("hyperparameters", {"dataset": "<digits>", "kernel_sizes": [3, 5]})
     # Closing has sent what was left.
     windows = server.windows("group_run")
     assert len(windows) == 5

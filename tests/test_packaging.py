@@ -331,13 +331,13 @@ def test_make_says_in_one_sentence_what_python_lacks(checkout, missing, sentence
 
 @needs_make
 def test_make_clean_leaves_the_runs(checkout):
-    keep = [checkout / "logs/run/log.txt", checkout / "latents/ids.pt"]
+    keep = [checkout / name for name in ("logs/a/log.txt", "latents/a.pt", "statistics/a.pt")]
     away = [checkout / ".venv/installed", checkout / "a/__pycache__/a.pyc", checkout / "build/x"]
     for path in keep + away:
         path.parent.mkdir(parents=True)
         path.touch()
     assert make(checkout, "clean")[0].returncode == 0
-    assert [path.exists() for path in keep + away] == [True] * 2 + [False] * 3
+    assert [path.exists() for path in keep + away] == [True] * 3 + [False] * 3
 
 
 def make_targets():

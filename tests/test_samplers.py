@@ -298,27 +298,78 @@ def test_mask_schedules():
     assert torch.allclose(fixed.float().mean(0), torch.full((20,), 31 / 60), atol=0.02)
 
 
-def test_elbo_is_unbiased_for_the_exact_bound():
-    """Mean over t and masks of the elbo loss = the bound summed by enumeration."""
-    toy, ids, total = Toy(), torch.tensor([[0, 1, 1]]), 4
-    exact = 0.0
-    log_probabilities = {}
-    for pattern in itertools.product([False, True], repeat=TOKENS):
-        mask = torch.tensor([pattern])
-        logits = toy.table[tuple(ids.masked_fill(mask, CODES).T)]
-        ce = -logits.log_softmax(-1)[0, range(TOKENS), ids[0]]
-        log_probabilities[pattern] = float(ce[list(pattern)].sum())
-    for t in range(1, total + 1):
-        for pattern, ce in log_probabilities.items():
-            weight = math.prod(t / total if masked else 1 - t / total for masked in pattern)
-            exact += weight * ce / t / (TOKENS * math.log(2))
-    generator = torch.Generator().manual_seed(0)
-    many = ids.expand(200_000, -1)
-    t = draw_times(len(many), total, True, generator)
-    mask = draw_mask(t, TOKENS, total, "random", generator)
-    logits = toy.table[tuple(many.masked_fill(mask, CODES).T)]
-    losses = diffusion_losses(logits, many, mask, t, total)
-    assert float(losses["elbo"].mean()) == pytest.approx(exact, rel=0.01)
+def variational_bound(toy, ids, steps):
+    """The bound on -log p(ids) in nats by its definition: at each t, averaged over all x_t, the
+    KL divergence of the reverse step from the posterior, summed over all x_{t-1}."""
+    bound = 0.0
+    for t in range(1, steps + 1):
+        for hidden in itertools.product([False, True], repeat=TOKENS):
+            share = math.prod(t / steps if h else 1 - t / steps for h in hidden)
+            state = tuple(CODES if h else code for h, code in zip(hidden, ids))
+            probabilities = toy.table[state].softmax(-1).tolist()
+            outcomes = []  # of each token: (posterior, reverse)
+            for position, h in enumerate(hidden):
+                drawn = (1 / t, probabilities[position][ids[position]] / t)
+                outcomes.append([drawn, (1 - 1 / t, 1 - 1 / t)] if h else [(1.0, 1.0)])
+            for choice in itertools.product(*outcomes):
+                posterior, reverse = (math.prod(each) for each in zip(*choice))
+                if share and posterior:
+                    bound += share * posterior * math.log(posterior / reverse)
+    return bound
+
+
+BOUND_STEPS, BOUND_IDS = 4, (0, 1, 1)
+
+
+def test_the_bound_is_a_sum_of_cross_entropies():
+    """The elbo loss, averaged over all times and masks, is the variational bound."""
+    toy, ids = Toy(), torch.tensor([BOUND_IDS])
+    mean = 0.0
+    for t in range(1, BOUND_STEPS + 1):
+        for hidden in itertools.product([False, True], repeat=TOKENS):
+            share = t / BOUND_STEPS
+            weight = math.prod(share if h else 1 - share for h in hidden) / BOUND_STEPS
+            mask = torch.tensor([hidden])
+            logits = toy.table[tuple(ids.masked_fill(mask, CODES).T)]
+            losses = diffusion_losses(logits, ids, mask, torch.tensor([t]), BOUND_STEPS)
+            mean += weight * float(losses["elbo"])
+    exact = variational_bound(toy, BOUND_IDS, BOUND_STEPS)
+    assert mean * TOKENS * math.log(2) == pytest.approx(exact, rel=1e-6)
+    likelihood = step_by_step(toy, BOUND_STEPS, (CODES,) * TOKENS)[BOUND_IDS]
+    assert exact > -math.log(likelihood)
+
+
+@pytest.mark.parametrize("draws", [0, 1, 2, 3, 4, 7])
+def test_estimates_of_the_bound_are_unbiased(draws):
+    """Whichever way times are drawn; the model was to train on `fixed` numbers of masks."""
+    H = get_sampler_hparams(
+        [*FLAGS, "absorbing", "--total_steps", str(BOUND_STEPS), "--mask_schedule", "fixed"]
+    )
+    toy = Toy()
+    model = AbsorbingDiffusion(H, lambda ids: toy.table[tuple(ids.T)], CODES, torch.zeros(2, 4))
+    ids = torch.tensor([BOUND_IDS]).expand(40_000, -1)
+    nats = model.nats(ids, draws, torch.Generator().manual_seed(draws), batch_size=50_000)
+    exact, error = variational_bound(toy, BOUND_IDS, BOUND_STEPS), nats.std() / len(ids) ** 0.5
+    assert abs(nats.mean() - exact) < 3.5 * error and error < 0.01 * exact
+    again = model.nats(ids[:9], draws, torch.Generator().manual_seed(1), batch_size=50_000)
+    parts = model.nats(ids[:9], draws, torch.Generator().manual_seed(1), batch_size=2)
+    assert torch.equal(again, parts)
+
+
+def test_likelihood_of_the_autoregressive_prior_is_exact():
+    """Over all sequences of a tiny model its probabilities add up to 1."""
+    torch.manual_seed(0)
+    H = get_sampler_hparams(
+        "--dataset digits --ae_load_dir none --ae_load_step 1 --img_size 16 --ch_mult 1 1 1 1 "
+        "--attn_resolutions 2 --codebook_size 3 --bert_n_emb 32 --bert_n_head 4 "
+        "--bert_n_layers 2 --disc_layers 1 --sampler autoregressive".split()
+    )
+    model = AutoregressiveTransformer(H, torch.zeros(3, 4)).eval()
+    model.net.head.weight.data.normal_()  # far from uniform
+    ids = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    nats = model.nats(ids, batch_size=10)
+    assert nats.dtype == torch.float64 and nats.std() > 0.1
+    assert float((-nats).exp().sum()) == pytest.approx(1, abs=1e-5)
 
 
 def test_histories_average_with_decay():

@@ -222,7 +222,7 @@ def test_latents_are_cached_until_something_changes(workplace, monkeypatch):
     path = workplace / "latents" / sorted(first)[0]
     path.write_bytes(path.read_bytes()[:100])
     sampler("--log_dir prior --train_steps 1")
-    assert len(encodings) == 4 and "is encoded again" in RunFolder("prior").log.read_text()
+    assert len(encodings) == 4 and "is made again" in RunFolder("prior").log.read_text()
 
 
 def test_get_samples(workplace):
@@ -247,7 +247,8 @@ def test_digits_report(workplace):
     sampler("--log_dir prior --train_steps 4")
     flags = "--load_dir prior --load_step 4 --n_samples 12 --no_visdom --log_dir report"
     digits_report.main(flags.split())
-    table = json.loads((RunFolder("report").path / "results.json").read_text())
+    [result] = json.loads(RunFolder("report").results.read_text()).values()
+    table = result["figures"]
     assert table["classifier: accuracy on held-out digits"] > 0.97
     assert all(value is not None for value in table.values())
     picture = Image.open(RunFolder("report").images / "report_4.png")

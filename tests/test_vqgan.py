@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import lpips
 import pytest
 import torch
+from scipy.stats import norm
 from torch import nn
 
 from models.diffaug import brightness, contrast, diff_augment, saturation, translation
@@ -23,6 +24,7 @@ from models.vqgan import (
     AttentionBlock,
     adaptive_weight,
     bits_per_dim,
+    gaussian_level_nll,
     gaussian_nll,
     gaussian_nll_bits,
     hinge_loss,
@@ -344,6 +346,25 @@ def test_gaussian_nll_is_that_of_torch_and_bits_count_levels():
     torch.testing.assert_close(gaussian_nll_bits(x, mu, logsigma, levels=256), bits)
     # A uniform density on [0, 1] costs exactly the bits of a level.
     assert bits_per_dim(torch.tensor(0.0), n_dims=60, levels=32) == 5
+
+
+def test_gaussian_levels_add_up_and_agree_with_the_density():
+    levels = 8
+    x = (torch.arange(levels) / (levels - 1)).view(levels, 1, 1, 1)
+    for mu, logsigma in ((0.3, -2.0), (1.4, -3.0), (0.0, -8.0), (-20.0, 0.0)):
+        nats = gaussian_level_nll(x, torch.tensor(mu), torch.tensor(logsigma), levels)
+        assert nats.min() >= 0 and nats.dtype == torch.float64
+        assert float((-nats).exp().sum()) == pytest.approx(1, abs=1e-9)
+    # Where a level is narrow, its probability is the density in its middle times its width.
+    torch.manual_seed(0)
+    x = torch.randint(1, 255, (2, 3, 4, 5)) / 255
+    mu, logsigma = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5) - 1
+    density = gaussian_nll(x.double(), mu.double(), logsigma.double()) + 60 * math.log(255)
+    torch.testing.assert_close(gaussian_level_nll(x, mu, logsigma), density, rtol=1e-5, atol=0)
+    # Far from the mean the logarithm is still exact.
+    far = gaussian_level_nll(torch.ones(1, 1), torch.tensor(0.5), torch.tensor(-5.0), levels)
+    edge = (1 - 0.5 / 7 - 0.5) * math.exp(5)
+    assert float(far) == pytest.approx(-norm.logsf(edge), rel=1e-6)
 
 
 def test_the_discriminator_waits_for_its_step():

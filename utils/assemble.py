@@ -17,15 +17,39 @@ def build_vqgan(H, log):
     if H.perceptual_weight == 0:
         return VQGAN(H)
     perceptual = build_perceptual()
-    if H.vgg_weights:
-        try:
-            load_vgg16(perceptual, load_file(H.vgg_weights))
-        except ValueError as error:
-            raise UserError(f"--vgg_weights {H.vgg_weights}: {error}") from None
-    elif not (H.load_step and has_perceptual(RunFolder(H.load_dir).model("vqgan", H.load_step))):
-        log.info("LPIPS: loading torchvision's VGG16 weights (528 MB where not downloaded yet)")
-        load_vgg16(perceptual, download_vgg16())
+    loads = H.load_step and has_perceptual(RunFolder(H.load_dir).model("vqgan", H.load_step))
+    if H.vgg_weights or not loads:
+        fill_trunk(perceptual, H.vgg_weights, log, "--perceptual_weight 0")
     return VQGAN(H, perceptual)
+
+
+def load_perceptual(H, device, log):
+    """LPIPS to measure with, its trunk from `--vgg_weights`, from the autoencoder's file where
+    that holds it, or downloaded; UserError where none of these is to be had."""
+    perceptual, path = build_perceptual(), autoencoder_path(H)
+    state = {} if H.vgg_weights else load_file(path)
+    keys = [key for key in state if key.startswith("perceptual.")]
+    if keys:
+        own = {key.removeprefix("perceptual."): state[key] for key in keys}
+        load_weights(perceptual, own, path)
+        log.info(f"LPIPS: {path}")
+    else:
+        fill_trunk(perceptual, H.vgg_weights, log, "--spaces pixels")
+    return perceptual.to(device)
+
+
+def fill_trunk(perceptual, vgg_weights, log, without):
+    """Fill LPIPS' trunk from the file `vgg_weights`, or from torchvision's download where that is
+    None; UserError names `without`, the flag that does without LPIPS."""
+    if vgg_weights:
+        try:
+            load_vgg16(perceptual, load_file(vgg_weights))
+        except ValueError as error:
+            raise UserError(f"--vgg_weights {vgg_weights}: {error}") from None
+        log.info(f"LPIPS: {vgg_weights}")
+    else:
+        log.info("LPIPS: loading torchvision's VGG16 weights (528 MB where not downloaded yet)")
+        load_vgg16(perceptual, download_vgg16(without))
 
 
 def has_perceptual(path):
@@ -33,7 +57,7 @@ def has_perceptual(path):
     return any(str(key).startswith("perceptual.net.") for key in load_file(path))
 
 
-def download_vgg16():
+def download_vgg16(without):
     """torchvision's VGG16 state dict, downloaded once; UserError without a connection."""
     from torchvision.models import VGG16_Weights
 
@@ -42,20 +66,24 @@ def download_vgg16():
     except OSError as error:
         raise UserError(
             f"torchvision's VGG16 weights do not download ({error}): give a local file with "
-            f"--vgg_weights, or do without LPIPS with --perceptual_weight 0"
+            f"--vgg_weights, or do without LPIPS with {without}"
         ) from None
 
 
-def load_autoencoder(H, device, log):
-    """The trained autoencoder of `--ae_load_dir`, frozen: its EMA where it has one.
+def autoencoder_path(H):
+    """The file of the autoencoder in `--ae_load_dir`: its EMA where it has one.
 
     Whether the sampler has an EMA does not matter: all that is done with a sampler must use the
     autoencoder whose ids it learned.
     """
     run, step = RunFolder(H.ae_load_dir), H.ae_load_step
-    path = run.model("vqgan_ema", step)
-    if not path.exists():
-        path = run.model("vqgan", step)
+    average = run.model("vqgan_ema", step)
+    return average if average.exists() else run.model("vqgan", step)
+
+
+def load_autoencoder(H, device, log, path=None):
+    """The trained autoencoder in `path` (None: in `autoencoder_path`), frozen."""
+    path = path or autoencoder_path(H)
     state = load_file(path)
     autoencoder = VQAutoEncoder(H)
     others = ("disc.", "perceptual.")
@@ -90,10 +118,14 @@ def check_autoencoder(autoencoder, stats, path):
         )
 
 
+def sampler_path(H):
+    """The file of the sampler of `--load_dir`: its EMA with `--ema`."""
+    return RunFolder(H.load_dir).model(f"{H.sampler}_ema" if H.ema else H.sampler, H.load_step)
+
+
 def load_sampler(H, autoencoder, device, log):
     """The trained sampler of `--load_dir`: its EMA with `--ema`, which must then be there."""
-    run = RunFolder(H.load_dir)
-    path = run.model(f"{H.sampler}_ema" if H.ema else H.sampler, H.load_step)
+    run, path = RunFolder(H.load_dir), sampler_path(H)
     sampler = build_sampler(H, autoencoder)
     load_weights(sampler, load_file(path), path)
     if run.stats(H.load_step).exists():

@@ -26,6 +26,27 @@ def save_file(content, path):
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
+def cached(path, key, make, log):
+    """The dict that `make()` gives, from the file at `path` where that was made under `key`.
+
+    It is kept there with its key. A file that is broken, or of another key, is made again.
+    """
+    path = Path(path)
+    if path.exists():
+        try:
+            content = load_file(path)
+            if content["key"] == key:
+                return content
+            problem = "it belongs to other data"
+        except (UserError, KeyError, TypeError) as error:
+            problem = str(error)
+        log.warning(f"{path} is made again: {problem}")
+    content = {"key": key, **make()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(content, path)
+    return content
+
+
 def load_file(path):
     """What `save_file` wrote, on the CPU; UserError where the file is missing or no such file."""
     path = Path(path)
@@ -104,12 +125,22 @@ def flag_hint(own, state):
     return ""
 
 
+def file_hash(path):
+    """sha256 of a file's bytes, as sha256sum prints it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def weights_hash(module):
     """sha256 of a module's state: names, shapes and bytes."""
     digest = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
         digest.update(f"{key} {list(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        value = value.detach().cpu().contiguous().flatten()  # a number cannot be viewed as bytes
+        digest.update(value.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -48,6 +48,10 @@ class ImageDataset:
         """The PIL image at `index`; raises UnreadableImage."""
         raise NotImplementedError
 
+    def path(self, index):
+        """Where the image at `index` is found, in words."""
+        return f"{self.name}:{index}"
+
     def identity(self):
         """Yields the bytes that tell this state of the data from any other."""
         raise NotImplementedError
@@ -131,8 +135,11 @@ class ImageFiles(ImageDataset):
     def __len__(self):
         return len(self.found)
 
+    def path(self, index):
+        return str(self.root / self.found[index][0])
+
     def open(self, index):
-        path = self.root / self.found[index][0]
+        path = Path(self.path(index))
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -175,16 +182,20 @@ class LsunImages(ImageDataset):
     def __len__(self):
         return len(self.ends)
 
-    def open(self, index):
+    def key(self, index):
         start = self.ends[index - 1] if index else 0
-        key = bytes(self.keys[start : self.ends[index]])
-        path = f"{self.folder}:{key.decode('ascii', 'backslashreplace')}"
+        return bytes(self.keys[start : self.ends[index]])
+
+    def path(self, index):
+        return f"{self.folder}:{self.key(index).decode('ascii', 'backslashreplace')}"
+
+    def open(self, index):
         try:
             with _lmdb(self.folder).begin() as transaction:
-                content = transaction.get(key)
+                content = transaction.get(self.key(index))
         except (lmdb.Error, OSError) as error:
-            raise UnreadableImage(path, str(error)) from None
-        return decode(content, path)
+            raise UnreadableImage(self.path(index), str(error)) from None
+        return decode(content, self.path(index))
 
     def identity(self):
         size, mtime = self.stamp
@@ -231,6 +242,10 @@ class Subset:
     def load(self, index):
         """The image at `index` as float32 [C, S, S] in [0, 1]; raises UnreadableImage."""
         return self.dataset.load(int(self.indices[index]))
+
+    def path(self, index):
+        """Where the image at `index` is found, in words."""
+        return self.dataset.path(int(self.indices[index]))
 
     def fingerprint(self):
         """Hex SHA-256 that changes with the whole dataset's, or with the choice of indices."""

@@ -78,6 +78,12 @@ def save_image(image, path):
         raise UserError(f"cannot write the image {path}: {error.strerror or error}") from None
 
 
+def remove_images(folder):
+    """Remove what `save_images_individually` wrote into a folder earlier, if anything."""
+    for path in Path(folder).glob("[0-9]*.png"):
+        path.unlink()
+
+
 def save_images_individually(images, folder, start_index=0):
     """Write images [N, C, H, W] as folder/000000.png and on, numbered from `start_index`.
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from hparams.errors import UserError
-from utils.checkpoints import load_file, save_file, weights_hash
+from utils.checkpoints import cached, weights_hash
 from utils.loading import UnreadableFiles, evaluation_batches, stream
 
 LATENTS = Path("latents")
@@ -44,23 +43,15 @@ def load_latents(dataset, autoencoder, flip, num_workers, device, log, folder=LA
     """
     key = latents_key(dataset, autoencoder, flip)
     path = Path(folder) / f"{dataset.name}_{key[:16]}.pt"
-    if path.exists():
-        try:
-            content = load_file(path)
-            if content["key"] == key:
-                log.info(f"{len(content['ids'])} grids of ids from {path}")
-                report_unreadable(content["unreadable"], dataset, log)
-                return content["ids"]
-            problem = "it belongs to other data"
-        except (UserError, KeyError, TypeError) as error:
-            problem = str(error)
-        log.warning(f"{path} is encoded again: {problem}")
-    ids, unreadable = encode(dataset, autoencoder, flip, num_workers, device, log)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"key": key, "ids": ids, "unreadable": unreadable}, path)
-    log.info(f"{len(ids)} grids of ids encoded into {path}")
-    report_unreadable(unreadable, dataset, log)
-    return ids
+
+    def make():
+        ids, unreadable = encode(dataset, autoencoder, flip, num_workers, device, log)
+        return {"ids": ids, "unreadable": unreadable}
+
+    content = cached(path, key, make, log)
+    log.info(f"{len(content['ids'])} grids of ids in {path}")
+    report_unreadable(content["unreadable"], dataset, log)
+    return content["ids"]
 
 
 def report_unreadable(unreadable, dataset, log):

@@ -11,7 +11,9 @@ import torch
 from tqdm import tqdm
 
 from hparams.errors import UserError
-from utils.image_files import image_grid, save_image, save_images_individually, to_uint8
+from utils.image_files import (
+    image_grid, remove_images, save_image, save_images_individually, to_uint8,
+)
 
 LINE_KEYS = ("step", "group", "time")  # what a line of metrics.jsonl holds beside the metrics
 
@@ -99,30 +101,31 @@ class RunLogger:
         if self._board is not None:
             self._board.bars(name, int(step), [_number(value) for value in values])
 
-    def images(self, step, name, images, save=True, display=True, individually=False):
+    def images(
+        self, step, name, images, save=True, display=True, individually=False, columns=None
+    ):
         """Images [N, C, H, W], floats in [0, 1], as a grid `images/<name>_<step>.png`.
 
         `save` writes the file, `display` shows the grid on the board. `individually` writes one
-        file for each image in the folder `images/<name>_<step>` instead of the grid. Raises
-        UserError where the disk does not take them.
+        file for each image in the folder `images/<name>_<step>` instead of the grid, which has
+        `columns` columns or as many as rows. Raises UserError where the disk does not take them.
         """
         images = to_uint8(images)
         if save and individually:
             singles = self.folder.images / f"{name}_{step}"
-            for earlier in singles.glob("[0-9]*.png"):  # or they would be counted as this run's
-                earlier.unlink()
+            remove_images(singles)  # or they would be counted as this run's
             save_images_individually(images, singles)
         if (save and not individually) or (display and self._board is not None):
-            grid = image_grid(images)
+            grid = image_grid(images, columns)
         if save and not individually:
             save_image(grid, self.folder.images / f"{name}_{step}.png")
         if display and self._board is not None:
             self._board.image(name, int(step), grid)
 
-    def hyperparameters(self, values):
-        """Show a dict of settings as a table on the board."""
+    def table(self, name, values):
+        """Show a dict as a table of two columns on the board."""
         if self._board is not None:
-            self._board.table("hyperparameters", values)
+            self._board.table(name, values)
 
     def rewind(self, step):
         """Drop the lines of metrics.jsonl after `step`, for a run that resumes from there.

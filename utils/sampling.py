@@ -1,31 +1,95 @@
-"""Images from a trained sampler, in batches."""
+"""Samples of a trained sampler, in a stream that can be interrupted and goes on where it stopped.
+
+Samples are drawn in chunks of a fixed size, whatever the batch size: the noise of a chunk is a
+function of the seed and of the number of its first sample. The ids of finished chunks are kept in
+files, so that a second start loads them instead of drawing them again.
+
+Shapes: n samples, b of them in a chunk, N ids each, K codebook size.
+"""
+
+import hashlib
 
 import torch
 from tqdm import tqdm
 
+from hparams.errors import UserError
+from utils.checkpoints import cached, load_file
+from utils.image_files import to_uint8
 from utils.training import seed_step
+
+CHUNK = 64  # samples drawn together
+DECODED = 16  # images decoded together: a fixed number, lest rounding depend on the batch size
 
 
 @torch.no_grad()
-def decode(sampler, autoencoder, ids, batch_size=64):
+def decode(sampler, autoencoder, ids, batch_size=DECODED):
     """Images [n, C, S, S] in [0, 1] of ids [n, N], on the CPU."""
     images = [autoencoder.generator(sampler.embed(part)).cpu() for part in ids.split(batch_size)]
     return torch.cat(images).float().clamp(0, 1)
 
 
-@torch.no_grad()
-def draw_samples(H, sampler, autoencoder, precision):
-    """Images [n_samples, C, S, S] in [0, 1], drawn in batches of `batch_size`.
+def sampling_settings(H, checkpoint, precision):
+    """All that the ids of samples depend on but their number, a dict.
 
-    The noise of each batch is a function of the seed and of the number of its first sample.
+    `checkpoint` is the sha256 of the sampler's file.
     """
-    images = []
-    with tqdm(total=H.n_samples, desc="sampling", unit="image", dynamic_ncols=True) as bar:
-        for first in range(0, H.n_samples, H.batch_size):
-            count = min(H.batch_size, H.n_samples - first)
-            seed_step(H.seed, first, "samples")
-            with precision.autocast():
-                ids = sampler.sample(count, H.temp)
-            images.append(decode(sampler, autoencoder, ids))
-            bar.update(count)
-    return torch.cat(images)
+    settings = dict(
+        checkpoint=checkpoint, sampler=H.sampler, temp=H.temp, seed=H.seed, chunk=CHUNK,
+        precision=str(precision.dtype), device=precision.device.type, torch=torch.__version__,
+    )
+    if H.sampler == "autoregressive":
+        return settings | dict(top_k=H.top_k, top_p=H.top_p)
+    return settings | dict(
+        sample_type=H.sample_type, sample_steps=H.sample_steps, choice_temp=H.choice_temp,
+        remask=H.remask,
+    )
+
+
+def sample_ids(H, sampler, precision, settings, n_samples, folder, log):
+    """Iterator of ids int64 [b, N], `n_samples` in all: chunks are drawn, or read where kept.
+
+    `settings` is what `sampling_settings` gives: their hash names the subfolder of `folder` that
+    chunks are kept in, one file each.
+    """
+    key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
+    kept = torch.int16 if H.codebook_size <= 2**15 else torch.int32
+
+    @torch.no_grad()
+    def draw(first, count):
+        seed_step(H.seed, first, "samples")
+        with precision.autocast():
+            return {"ids": sampler.sample(count, H.temp).to("cpu", kept)}
+
+    for first in range(0, n_samples, CHUNK):
+        count = min(CHUNK, n_samples - first)
+        path = folder / key[:16] / f"{first:06d}_{count}.pt"
+        yield cached(path, key, lambda: draw(first, count), log)["ids"].long()
+
+
+def read_ids(path, n_samples, tokens, codebook_size):
+    """The first `n_samples` grids of ids, int64 [n_samples, N], of the file `path`.
+
+    Raises UserError where it does not hold as many, of `tokens` ids below `codebook_size`.
+    """
+    ids = load_file(path)
+    if not torch.is_tensor(ids) or ids.is_floating_point() or ids.ndim < 2:
+        raise UserError(f"--latents_path {path} does not hold a tensor of ids [n, {tokens}]")
+    ids = ids.flatten(1)
+    if len(ids) < n_samples or ids.shape[1] != tokens:
+        raise UserError(
+            f"--latents_path {path} holds {len(ids)} x {ids.shape[1]} ids where {n_samples} x "
+            f"{tokens} are needed: check --n_samples and the autoencoder"
+        )
+    ids = ids[:n_samples].long()
+    if int(ids.min()) < 0 or int(ids.max()) >= codebook_size:
+        raise UserError(f"--latents_path {path} holds ids outside 0..{codebook_size - 1}")
+    return ids
+
+
+def decoded(sampler, autoencoder, chunks, n_samples):
+    """Iterator of images uint8 [b, C, S, S] of chunks of ids, with a progress bar."""
+    device = sampler.embedding_weight.device
+    with tqdm(total=n_samples, desc="samples", unit="image", dynamic_ncols=True) as bar:
+        for ids in chunks:
+            yield to_uint8(decode(sampler, autoencoder, ids.to(device)))
+            bar.update(len(ids))

@@ -62,7 +62,7 @@ def record_settings(H, log):
         keep_earlier_records(log)
     log.rewind(H.load_step or -1)
     H.save(log.folder.hparams)
-    log.hyperparameters(dataclasses.asdict(H))
+    log.table("hyperparameters", dataclasses.asdict(H))
 
 
 def keep_earlier_records(log):
@@ -85,3 +85,11 @@ def log_changed_settings(H, run, log):
     for name, value in dataclasses.asdict(H).items():
         if name in before and name not in ignored and before[name] != value:
             log.info(f"{name} is now {show(value)}, was {show(before[name])}")
+
+
+def holds_out(run):
+    """Whether the model of a RunFolder was trained without the validation images; None where no
+    hparams.yaml tells."""
+    if not run.hparams.exists():
+        return None
+    return read_settings(run.hparams).get("steps_per_eval", 0) > 0

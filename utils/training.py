@@ -156,14 +156,14 @@ def due(step, interval):
     return interval > 0 and step % interval == 0
 
 
-def training_loop(H, log, seconds, train_step, *, validate, display, save):
+def training_loop(H, log, seconds, train_step, *, validate, display, save, go_on=None):
     """Run `train_step(step)` for the steps after `H.load_step`, to `H.train_steps`.
 
     `train_step` returns a dict of 0-d tensors or floats with a `loss`; means over `steps_per_log`
     are logged with images/s and `seconds`, the time spent so far on top of what `seconds` says
     the loaded run had taken. `validate(step)`, `display(step, save=, show=)` and
     `save(step, {"seconds": ...})` are called when their settings say so; `save` also at the end
-    and after Ctrl-C.
+    and after Ctrl-C, where `go_on` says how the run goes on. Returns the step that was reached.
     """
     started = time.perf_counter() - seconds
     bar = tqdm(
@@ -198,9 +198,8 @@ def training_loop(H, log, seconds, train_step, *, validate, display, save):
             if due(step, H.steps_per_checkpoint) or last or interruption.asked:
                 save(step, {"seconds": time.perf_counter() - started})
             if interruption.asked and not last:
-                log.info(
-                    f"interrupted: saved step {step}; go on with --load_dir {H.log_dir} "
-                    f"--load_step {step}"
-                )
-                return
+                go_on = go_on or f"go on with --load_dir {H.log_dir} --load_step {step}"
+                log.info(f"interrupted: saved step {step}; {go_on}")
+                return step
     log.info(f"trained to step {H.train_steps}: checkpoints are in {log.folder.models}")
+    return H.train_steps

@@ -1,0 +1,30 @@
+"""FID of a trained sampler: how far its samples lie from the dataset's images.
+
+    python experiments/calc_FID.py --sampler absorbing --dataset churches --log_dir FID_log \
+        --ae_load_dir vqgan_churches --ae_load_step 2200000 --load_dir absorbing_churches \
+        --load_step 2000000 --ema --n_samples 50000 --temp 0.9
+
+Samples stream from the sampler into the extractor, exactly --n_samples of them; all images of the
+dataset are the reference, and its statistics are kept in statistics/. --kid, --isc and --prc
+measure more on the same samples. An interrupted command goes on where it stopped when it is given
+again. Prints a table and keeps it in logs/<log_dir>/results.json with what it takes to repeat it.
+"""
+
+from hparams import get_fid_hparams
+from utils.data import load_dataset
+from utils.experiment import experiment
+from utils.fidelity import fid_figures
+from utils.scripts import run_script
+
+
+def main(argv=None):
+    H = get_fid_hparams(argv)
+    with experiment(H, "FID") as run:
+        dataset = load_dataset(H)
+        run.note_data(dataset)
+        run.load_sampler()
+        run.report(fid_figures(run, dataset, run.samples(), H.n_samples))
+
+
+if __name__ == "__main__":
+    run_script(main)
