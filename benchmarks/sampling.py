@@ -9,8 +9,9 @@ ancestral sampling as published: every step runs the network on the whole batch.
 table and draws distance against seconds. Flags are those of experiments/get_samples.py, and --out.
 """
 
-import sys
+import argparse
 import time
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -123,13 +124,15 @@ def draw_plot(path, results):
 
 
 def main():
-    argv, out = sys.argv[1:], None
-    if "--out" in argv:
-        at = argv.index("--out")
-        out, argv = argv[at + 1], argv[:at] + argv[at + 2 :]
-    H = get_samples_hparams(argv, "Calls, time and quality of every sampler.")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out")
+    own, argv = parser.parse_known_args()
+    description = "Calls, time and quality of every sampler. --out FILE.png draws them."
+    H = get_samples_hparams(argv, description)
     if H.dataset != "digits" or H.sampler != "absorbing":
         raise UserError("this benchmark is for an absorbing sampler of the digits")
+    if own.out and not Path(own.out).parent.is_dir():
+        raise UserError(f"--out {own.out}: there is no such folder")
     device = resolve_device(H.device)
     with start_run(H, device) as log:
         _, validation = train_validation_split(load_dataset(H))
@@ -138,6 +141,7 @@ def main():
         autoencoder = load_autoencoder(H, device, log)
         sampler = load_sampler(H, autoencoder, device, log)
         precision = Precision(H.amp, device)
+        sampler.sample(min(H.n_samples, H.batch_size), sample_steps=8)  # warms up
         cases = [(name, steps) for name in (PLAIN, *SAMPLERS) for steps in STEPS]
         results = [
             figures(H, sampler, autoencoder, held_out, *case, precision) for case in tqdm(cases)
@@ -150,9 +154,9 @@ def main():
                 "Fréchet distance", "bits per token"]
         log.info(f"{machine(device)}; {H.n_samples} samples in batches of {H.batch_size}, "
                  f"temperature {H.temp}\n\n{table(head, rows)}\n")
-        if out:
-            draw_plot(out, results)
-            log.info(f"drawn: {out}")
+        if own.out:
+            draw_plot(own.out, results)
+            log.info(f"drawn: {own.out}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 `--canvas windows` runs the denoiser at every window of the trained size that covers an id about to
 be drawn and averages; `native` runs it on the whole canvas, which a denoiser without absolute
-positions can do. `--sample_type raster` draws the ids one by one, row by row, as was published.
-Writes logs/<log_dir>/images/big_<step>.png.
+positions can do. `--sample_type raster` draws the ids row by row: one by one, as was published,
+with as many `--sample_steps` as there are ids. Writes logs/<log_dir>/images/big_<step>.png.
 """
 
 import torch

@@ -22,7 +22,6 @@ from utils.sampling import decode
 from utils.scripts import run_script, start_run
 from utils.training import Precision, resolve_device, seed_step
 
-
 def read_image(path, img_size, n_channels):
     """An image file as [C, S, S] in [0, 1], cut to a square like the data trained on."""
     try:
@@ -59,10 +58,14 @@ def complete(H, sampler, autoencoder, precision, image, hidden, count, log):
     unknown = hidden_ids(hidden, sampler.shape).to(device)
     known = ids.masked_fill(unknown, sampler.mask_id).expand(count, -1)
     log.info(f"{int(unknown.sum())} of {ids.shape[1]} ids are drawn again")
-    seed_step(H.seed, 0, "inpaint")
-    with precision.autocast():
-        drawn = sampler.sample(count, H.temp, known=known)
-    return lay_in(image, decode(sampler, autoencoder, drawn), hidden)
+    images = []
+    for first in range(0, count, H.batch_size):
+        part = known[first : first + H.batch_size]
+        seed_step(H.seed, first, "inpaint")
+        with precision.autocast():
+            drawn = sampler.sample(len(part), H.temp, known=part)
+        images.append(decode(sampler, autoencoder, drawn))
+    return lay_in(image, torch.cat(images), hidden)
 
 
 def main(argv=None):

@@ -10,10 +10,14 @@ DIGITS = dict(
     steps_per_save_output=500, steps_per_checkpoint=500,
 )
 
-# Photographs of surfaces, 16x16 ids; a prior without absolute positions, for larger canvases.
+# Photographs of surfaces, 16x16 ids.
 TEXTURES = dict(
     DIGITS, img_size=64, attn_resolutions=[], codebook_size=256, batch_size=8,
 )
+
+# Where a thing stands says nothing in these images: hydra attention has no absolute positions by
+# default, and runs on larger canvases as it is.
+UNALIGNED = {"textures"}
 
 VQGAN_DEFAULTS = {
     "*": dict(batch_size=3),
@@ -33,7 +37,7 @@ SAMPLER_DEFAULTS = {
     ),
     "textures": dict(
         TEXTURES, bert_n_emb=128, bert_n_layers=4, optimizer="muon", lr=3e-3, warmup_iters=50,
-        position=["rpb"], t_sampling="low_discrepancy", sample_steps=256,
+        t_sampling="low_discrepancy", sample_steps=256,
     ),
 }
 

@@ -132,8 +132,9 @@ class Sampler(Settings):
                                    minimum=1, architecture="sampler", one_for_all=True)
     position: list[str] | None = setting(None, "one or more of rpb (hydra: relative bias), "
                                          "rope (hydra: rotary), absolute (a table; ties the model "
-                                         "to its grid) (none: rpb absolute for hydra, absolute "
-                                         "for full)", choices=["rpb", "rope", "absolute"],
+                                         "to its grid) (none: rpb absolute for hydra, rpb for "
+                                         "hydra on textures, absolute for full)",
+                                         choices=["rpb", "rope", "absolute"],
                                          architecture="sampler")
     bert_n_emb: int = setting(512, "width of the transformer", minimum=1, architecture="sampler")
     bert_n_head: int = setting(8, "attention heads", minimum=1, architecture="sampler")

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from hparams.defaults import SAMPLER_DEFAULTS, VQGAN_DEFAULTS, dataset_defaults
+from hparams.defaults import SAMPLER_DEFAULTS, UNALIGNED, VQGAN_DEFAULTS, dataset_defaults
 from hparams.errors import SettingsError
 from hparams.groups import (
     ELBO, FID, PRDC, Autoencoder, Canvas, Data, Features, Inpainting, Logging, NearestNeighbours,
@@ -241,7 +241,9 @@ def check_sampler(H):
     if causal and H.attention == "hydra":
         raise SettingsError("--sampler autoregressive needs --attention full: hydra looks ahead")
     if H.position is None:
-        H.position = ["rpb", "absolute"] if H.attention == "hydra" else ["absolute"]
+        relative = ["rpb"] if H.attention == "hydra" else []
+        aligned = H.attention == "full" or H.dataset not in UNALIGNED
+        H.position = relative + (["absolute"] if aligned else [])
     if H.attention == "full" and H.position != ["absolute"]:
         raise SettingsError(
             f"--attention full has absolute positions only, not {show(H.position)}"

@@ -63,12 +63,13 @@ class WindowedDenoiser:
 
 def blending_weight(length, overlap_before, overlap_after):
     """Weights of one axis of a tile: rising over what it shares with the tile before it and
-    falling over what it shares with the next, so that the weights of both add up to 1."""
+    falling over what it shares with the next."""
     weight = torch.ones(length)
     if overlap_before:
         weight[:overlap_before] = (torch.arange(overlap_before) + 0.5) / overlap_before
     if overlap_after:
-        weight[-overlap_after:] = 1 - (torch.arange(overlap_after) + 0.5) / overlap_after
+        falling = 1 - (torch.arange(overlap_after) + 0.5) / overlap_after
+        weight[-overlap_after:] = torch.minimum(weight[-overlap_after:], falling)
     return weight
 
 

@@ -28,8 +28,8 @@ def truncate(logits, top_k=0, top_p=1.0):
     """Logits [M, K] with all but the likeliest tokens at -inf: the `top_k` (0: all) likeliest, and
     of those the fewest whose probabilities add up to `top_p` (nucleus, arXiv 1904.09751)."""
     if top_k and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        kept = logits.topk(top_k)
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.double().softmax(-1)
@@ -67,11 +67,11 @@ def rank(keys, masked):
 
 
 def reveal_in_order(denoise, ids, mask_id, steps, keys, *arguments):
-    """Draw the masked tokens as `keys` [B, N] ascend, as many at a call as S calls need."""
+    """Draw the masked tokens as `keys` [B, N] ascend, spread evenly over S calls, or one a call."""
     masked = ids == mask_id
-    each = (-(-masked.sum(1, keepdim=True) // steps)).clamp(min=1)
-    call = rank(keys, masked).div(each, rounding_mode="floor")
-    return reveal(denoise, ids, call, *arguments)
+    count = masked.sum(1, keepdim=True)
+    call = rank(keys, masked) * count.clamp(max=steps) // count.clamp(min=1)
+    return reveal(denoise, ids, call.masked_fill(~masked, -1), *arguments)
 
 
 def sample_ancestral(denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None):
@@ -268,7 +268,8 @@ def sample_autoregressive(
     """
     ids = torch.empty((n_samples, 0), dtype=torch.long, device=device)
     for index in range(tokens):
-        token = draw(truncate(next_logits(ids), top_k, top_p), temp, generator)
+        logits = next_logits(ids).double() / temp  # the nucleus is that of what is drawn from
+        token = draw(truncate(logits, top_k, top_p), 1.0, generator)
         ids = torch.cat((ids, token[:, None]), dim=1)
         if progress:
             progress(index + 1, tokens)

@@ -97,3 +97,17 @@ def test_tiles_decode_like_the_whole():
     canvas = decode_canvas(decode, grid, (8, 6))
     assert torch.allclose(canvas, decode(grid), atol=1e-6)
     assert set(sizes[:-1]) == {(8, 6)}
+
+
+@pytest.mark.parametrize("side", [17, 25, 28, 32, 33])
+def test_tiles_meet_without_a_seam(side):
+    """Tiles of different brightness: from one pixel to the next it changes by little."""
+    calls = []
+
+    def decode(part):
+        calls.append(len(calls) % 2)
+        return torch.full((1, 1, 16 * part.shape[2], 16 * part.shape[3]), float(calls[-1]))
+
+    canvas = decode_canvas(decode, torch.zeros(1, 1, 16, side), (16, 16))
+    assert canvas.diff(dim=-1).abs().max() < 0.02
+    assert canvas.min() < 0.01 and canvas.max() > 0.5

@@ -247,3 +247,13 @@ def test_unknown_keys_of_a_settings_file(capsys):
 
 def test_parsers_take_no_abbreviations(capsys):
     assert "unrecognized" in refusal(capsys, get_vqgan_hparams, [*VQGAN, "--batch", "3"])
+
+
+def test_textures_have_no_absolute_positions_where_the_attention_has_others():
+    flags = "--dataset textures --ae_load_dir none --ae_load_step 1 --sampler"
+    for rest, position in (
+        ("absorbing", ["rpb"]), ("absorbing --attention full", ["absolute"]),
+        ("absorbing --position rope absolute", ["rope", "absolute"]),
+        ("autoregressive", ["absolute"]),
+    ):
+        assert get_sampler_hparams(f"{flags} {rest}".split()).position == position

@@ -11,8 +11,9 @@ from hparams import get_sampler_hparams
 from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
 from models.absorbing_diffusion import diffusion_losses, draw_mask, draw_times
 from models.samplers import (
-    cosine_schedule, draw, halton_order, sample_ancestral, sample_confidence, sample_first_hitting,
-    sample_halton, sample_mask_predict, sample_remdm, truncate,
+    cosine_schedule, draw, halton_order, sample_ancestral, sample_autoregressive,
+    sample_confidence, sample_first_hitting, sample_halton, sample_mask_predict, sample_remdm,
+    truncate,
 )
 
 FLAGS = (
@@ -207,7 +208,7 @@ def uniform_denoiser(codes=5):
     return denoise, calls
 
 
-@pytest.mark.parametrize("steps", [1, 4, 8, 24, 100])
+@pytest.mark.parametrize("steps", [1, 4, 8, 17, 24, 100])
 @pytest.mark.parametrize("sample, options", [
     (sample_ancestral, {}), (sample_first_hitting, {}), (sample_confidence, {}),
     (sample_halton, dict(grid=GRID)), (sample_remdm, {}),
@@ -456,3 +457,20 @@ def test_a_table_of_positions_ties_to_its_grid():
     H = get_sampler_hparams([*FLAGS, "absorbing"])
     with pytest.raises(ValueError, match="absolute positions"):
         Transformer(H)(torch.zeros(1, 140, dtype=torch.long), grid=(10, 14))
+
+
+def test_autoregressive_sampling_is_narrowed():
+    """With top_k 1, or top_p near 0, every token is the likeliest after those before it."""
+    for flag, value in (("--top_k", "1"), ("--top_p", "0.001")):
+        H = get_sampler_hparams([*FLAGS, "autoregressive", flag, value])
+        model = AutoregressiveTransformer(H, torch.zeros(12, 4)).eval()
+        ids = model.sample(3, temp=3.0)
+        with torch.no_grad():
+            assert torch.equal(ids, model.net(ids[:, :-1]).argmax(-1))
+
+
+def test_the_nucleus_is_that_of_the_tempered_distribution():
+    """At temperature 2 the likeliest token has 0.44 rather than 0.64: top_p 0.5 keeps another."""
+    logits = torch.tensor([0.64, 0.17, 0.15, 0.04]).log()
+    ids = sample_autoregressive(lambda ids: logits.expand(500, -1), 500, 1, 2.0, top_p=0.5)
+    assert sorted(ids.unique().tolist()) == [0, 1]

@@ -17,6 +17,7 @@ from experiments import digits_report, generate_big_samples, get_samples, inpain
 from helpers import ROOT, wait_until
 from hparams import get_vqgan_hparams
 from hparams.runs import RunFolder
+from models import AbsorbingDiffusion
 from utils import training
 from utils.data import load_dataset
 from utils.image_files import to_uint8
@@ -287,6 +288,28 @@ def test_ids_outside_the_mask_are_kept():
     hidden[3, 5] = True
     unknown = inpaint.hidden_ids(hidden, (8, 8)).view(8, 8)
     assert unknown.nonzero().tolist() == [[1, 2]]
+
+
+def test_inpainting_draws_only_what_is_hidden(two_runs, workplace, monkeypatch):
+    asked = []
+    sample = AbsorbingDiffusion.sample
+
+    def spy(self, *arguments, **options):
+        drawn = sample(self, *arguments, **options)
+        asked.append((options["known"], drawn, self.mask_id))
+        return drawn
+
+    monkeypatch.setattr(AbsorbingDiffusion, "sample", spy)
+    inpaint.main("--load_dir prior --load_step 2 --n_samples 3 --batch_size 2 --no_visdom "
+                 "--image_index 4 --log_dir out --box 4 2 10 9".split())
+    hidden = torch.zeros(16, 16, dtype=torch.bool)
+    hidden[2:9, 4:10] = True
+    unknown = inpaint.hidden_ids(hidden, (8, 8))
+    assert [len(known) for known, _, _ in asked] == [2, 1]
+    for known, drawn, mask_id in asked:
+        assert torch.equal(known == mask_id, unknown.expand_as(known))
+        assert torch.equal(known[:, ~unknown], drawn[:, ~unknown])
+        assert torch.equal(known[0], asked[0][0][0]) and drawn.max() < mask_id
 
 
 @pytest.mark.parametrize("canvas", ["windows", "native"])
