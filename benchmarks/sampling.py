@@ -15,7 +15,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import scipy.linalg
 import torch
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from measure import machine, number, table
 from models.samplers import draw
 from utils.assemble import load_autoencoder, load_sampler
 from utils.data import load_dataset, train_validation_split
+from utils.metrics import frechet_distance
 from utils.sampling import decode
 from utils.scripts import run_script, start_run
 from utils.training import Precision, resolve_device, seed_step
@@ -52,13 +52,10 @@ def features(images):
     return torch.nn.functional.interpolate(images, size=8, mode="area").flatten(1).double().numpy()
 
 
-def frechet_distance(first, second):
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of vectors [n, D]."""
-    covariances = [np.cov(part, rowvar=False) for part in (first, second)]
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
-    difference = first.mean(0) - second.mean(0)
-    traces = np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * np.trace(root.real)
-    return float(difference @ difference + traces)
+def distance(first, second):
+    """Fréchet distance of two sets of vectors [n, D]."""
+    moments = [(part.mean(0), np.cov(part, rowvar=False)) for part in (first, second)]
+    return frechet_distance(*moments[0], *moments[1])
 
 
 class Counted:
@@ -105,7 +102,7 @@ def figures(H, sampler, autoencoder, held_out, name, steps, precision):
     return {
         "sampler": name, "steps": steps, "calls": network.calls / batches,
         "calls per sample": network.samples / H.n_samples, "seconds": seconds,
-        "distance": frechet_distance(features(images), held_out), "bits": bits,
+        "distance": distance(features(images), held_out), "bits": bits,
     }
 
 

@@ -6,7 +6,10 @@ from argparse import Namespace
 
 import denoiser_ablation
 import measure
+import numpy as np
 import pytest
+import sampling
+import torch
 from helpers import ROOT
 
 from hparams import get_sampler_hparams
@@ -55,3 +58,17 @@ def test_sampling_speed_benchmark_runs():
     assert output.returncode == 0, output.stderr
     assert "canvas of 18x18 ids, native" in output.stdout
     assert "100% of the ids equal" in output.stdout
+
+
+def test_distance_of_the_sampling_benchmark():
+    """Of two Gaussians along one axis: (m1 - m2)^2 + (s1 - s2)^2."""
+    values = np.random.RandomState(0).randn(1000, 1)
+    values = (values - values.mean()) / values.std(ddof=1) * [1, 0]
+    assert sampling.distance(values, [3, 0] + 2 * values) == pytest.approx(9 + 1)
+
+
+def test_plain_loop_of_the_sampling_benchmarks_draws_everything():
+    ids = sampling.plain_loop(
+        lambda ids: torch.zeros(*ids.shape, 5), torch.full((4, 24), 5), 5, 10, 1.0
+    )
+    assert ids.max() < 5 and len(ids.unique()) == 5
