@@ -1,6 +1,7 @@
 """The hyperparameters of each script: its groups of settings, its defaults, and its checks."""
 
 import dataclasses
+import os
 
 from hparams.defaults import SAMPLER_DEFAULTS, VQGAN_DEFAULTS, dataset_defaults
 from hparams.errors import SettingsError
@@ -31,7 +32,8 @@ class VQGANSettings(Data, Autoencoder, Training, Logging):
         check_data(self)
         check_autoencoder(self)
         if self.lr is None:
-            self.lr = self.base_lr * self.batch_size
+            # torchrun tells its processes how many they are; each has a batch of its own.
+            self.lr = self.base_lr * self.batch_size * int(os.environ.get("WORLD_SIZE", 1))
 
 
 @register
@@ -99,7 +101,7 @@ def check_data(H):
         raise SettingsError("--dataset custom needs --custom_dataset_path, a folder of images")
     if H.custom_dataset_path and H.dataset != "custom":
         raise SettingsError(f"--custom_dataset_path is for --dataset custom, not {H.dataset}")
-    if H.load_step >= H.train_steps:
+    if H.load_step >= H.train_steps and not H.resume:
         raise SettingsError(
             f"load_step {H.load_step} leaves nothing to train: train_steps is {H.train_steps}"
         )
@@ -211,6 +213,10 @@ def get_hparams(settings_class, argv, description, defaults, loaded_runs, must_l
     if must_load and not (given.get("load_dir") and given.get("load_step")):
         parser.error("--load_dir and --load_step must name the checkpoint to load")
     try:
+        if given.get("resume") and not must_load:
+            run = given.get("log_dir", settings_class.log_dir)
+            if steps := RunFolder(run).complete_steps():
+                given |= {"load_dir": run, "load_step": steps[-1], "load_optim": True}
         if must_load and not RunFolder(given["load_dir"]).path.is_dir():
             raise SettingsError(
                 f"there is no run folder {RunFolder(given['load_dir']).path}: --load_dir is the "

@@ -5,7 +5,9 @@ from hparams.runs import RunFolder
 from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
 from models.perceptual import build_perceptual, load_vgg16
 from models.vqgan import VQGAN, VQAutoEncoder
-from utils.checkpoints import load_file, load_weights, weights_hash
+from utils.checkpoints import (
+    check_state_dict, load_checkpoint, load_file, load_stats, load_weights, weights_hash,
+)
 
 
 def build_vqgan(H, log):
@@ -19,7 +21,9 @@ def build_vqgan(H, log):
     perceptual = build_perceptual()
     if H.vgg_weights:
         try:
-            load_vgg16(perceptual, load_file(H.vgg_weights))
+            state = load_file(H.vgg_weights)
+            check_state_dict(state, H.vgg_weights)
+            load_vgg16(perceptual, state)
         except ValueError as error:
             raise UserError(f"--vgg_weights {H.vgg_weights}: {error}") from None
     elif not (H.load_step and has_perceptual(RunFolder(H.load_dir).model("vqgan", H.load_step))):
@@ -30,7 +34,9 @@ def build_vqgan(H, log):
 
 def has_perceptual(path):
     """Whether a VQGAN's file holds LPIPS' trunk."""
-    return any(str(key).startswith("perceptual.net.") for key in load_file(path))
+    state = load_file(path)
+    check_state_dict(state, path)
+    return any(key.startswith("perceptual.net.") for key in state)
 
 
 def download_vgg16():
@@ -56,11 +62,11 @@ def load_autoencoder(H, device, log):
     path = run.model("vqgan_ema", step)
     if not path.exists():
         path = run.model("vqgan", step)
-    state = load_file(path)
+    state = load_checkpoint(run, step, path)
+    check_state_dict(state, path)
     autoencoder = VQAutoEncoder(H)
     others = ("disc.", "perceptual.")
-    if isinstance(state, dict):
-        state = {k.removeprefix("ae."): v for k, v in state.items() if not k.startswith(others)}
+    state = {k.removeprefix("ae."): v for k, v in state.items() if not k.startswith(others)}
     load_weights(autoencoder, state, path)
     log.info(f"autoencoder: {path}")
     return autoencoder.requires_grad_(False).eval().to(device)
@@ -95,8 +101,8 @@ def load_sampler(H, autoencoder, device, log):
     run = RunFolder(H.load_dir)
     path = run.model(f"{H.sampler}_ema" if H.ema else H.sampler, H.load_step)
     sampler = build_sampler(H, autoencoder)
-    load_weights(sampler, load_file(path), path)
+    load_weights(sampler, load_checkpoint(run, H.load_step, path), path)
     if run.stats(H.load_step).exists():
-        check_autoencoder(autoencoder, load_file(run.stats(H.load_step)), path)
+        check_autoencoder(autoencoder, load_stats(run, H.load_step), path)
     log.info(f"sampler: {path}")
     return sampler.requires_grad_(False).eval().to(device)

@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from hparams.errors import UserError
+from hparams.files import remove_leftovers
 from utils.checkpoints import load_file, save_file, weights_hash
 from utils.loading import UnreadableFiles, evaluation_batches, stream
 
@@ -46,21 +47,33 @@ def load_latents(dataset, autoencoder, flip, num_workers, device, log, folder=LA
     path = Path(folder) / f"{dataset.name}_{key[:16]}.pt"
     if path.exists():
         try:
-            content = load_file(path)
-            if content["key"] == key:
-                log.info(f"{len(content['ids'])} grids of ids from {path}")
-                report_unreadable(content["unreadable"], dataset, log)
-                return content["ids"]
-            problem = "it belongs to other data"
-        except (UserError, KeyError, TypeError) as error:
-            problem = str(error)
-        log.warning(f"{path} is encoded again: {problem}")
+            ids, unreadable = read_cache(path, key)
+            log.info(f"{len(ids)} grids of ids from {path}")
+            report_unreadable(unreadable, dataset, log)
+            return ids
+        except UserError as error:
+            log.warning(f"{path} is encoded again: {error}")
     ids, unreadable = encode(dataset, autoencoder, flip, num_workers, device, log)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
     save_file({"key": key, "ids": ids, "unreadable": unreadable}, path)
     log.info(f"{len(ids)} grids of ids encoded into {path}")
     report_unreadable(unreadable, dataset, log)
     return ids
+
+
+def read_cache(path, key):
+    """(ids, unreadable) of a file of cached ids; UserError where it is none, or has another key."""
+    content = load_file(path)
+    try:
+        if content["key"] != key:
+            raise UserError("it belongs to other data")
+        ids, unreadable = content["ids"], dict(content["unreadable"])
+        if ids.dtype != torch.int32 or ids.dim() != 3 or not ids.is_contiguous():
+            raise TypeError("its ids are no grids")
+        return ids.clone(), unreadable
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"it is no file of cached ids ({error})") from None
 
 
 def report_unreadable(unreadable, dataset, log):
@@ -69,8 +82,11 @@ def report_unreadable(unreadable, dataset, log):
         log.warning(f"{len(unreadable)} of {len(dataset)} images could not be read")
 
 
-def latent_batches(ids, batch_size, seed, start_batch, device):
-    """Endless iterator of ids int64 [B, N] on `device` from ids [n, orientations, N]."""
-    for indices, flips in stream(len(ids), batch_size, seed, start_batch):
+def latent_batches(ids, batch_size, seed, start_batch, device, share=(0, 1)):
+    """Endless iterator of ids int64 [B, N] on `device` from ids [n, orientations, N].
+
+    `share`: see `stream`.
+    """
+    for indices, flips in stream(len(ids), batch_size, seed, start_batch, share):
         orientation = torch.from_numpy(flips).long() if ids.shape[1] > 1 else 0
         yield ids[torch.from_numpy(indices), orientation].long().to(device)
