@@ -66,7 +66,8 @@ def validate(sampler, ids, H, precision):
 
 def main(argv=None):
     H = get_sampler_hparams(argv)
-    world, device = join(H.device)
+    world = join(H.device)
+    device = world.device
     with start_run(H, device, world) as log:
         choose_checkpoint(H, log)
         dataset = load_dataset(H)
@@ -131,7 +132,7 @@ def main(argv=None):
                 log.bars(step, "loss_per_timestep", sampler.loss_history[1:])
 
         training_loop(
-            H, log, world, device, stats.get("seconds", 0.0), step_of_training,
+            H, log, world, stats.get("seconds", 0.0), step_of_training,
             batch=batch, validate=run_validation, display=display,
             save=lambda step, so_far: checkpoints.save(step, {**so_far, **identity}),
         )

@@ -97,7 +97,8 @@ def validate(vqgan, dataset, H, device, on_unreadable):
 
 def main(argv=None):
     H = get_vqgan_hparams(argv)
-    world, device = join(H.device)
+    world = join(H.device)
+    device = world.device
     with start_run(H, device, world) as log:
         choose_checkpoint(H, log)
         dataset = load_dataset(H)
@@ -167,7 +168,7 @@ def main(argv=None):
                        individually=H.save_individually)
 
         training_loop(
-            H, log, world, device, stats.get("seconds", 0.0), step_of_training,
+            H, log, world, stats.get("seconds", 0.0), step_of_training,
             batch=batch, validate=run_validation, display=display, save=checkpoints.save,
         )
         batches.close()

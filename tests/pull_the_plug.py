@@ -89,6 +89,7 @@ def main():
     announce(training, "training_loop", "training", "ending")
     train_vqgan.training_loop = train_sampler.training_loop = training.training_loop
     announce(checkpoints.Checkpoints, "save", "checkpointing", "training")
+    latents.PART = 256  # several parts of the 1,618 digits
     run_main, flags = COMMANDS[arguments.stage]
 
     with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,7 @@ from test_training import (
     SAMPLER, VQGAN, assert_identical, files_of, lines_of, sampler, sentence, trained, two_runs,
     vqgan, workplace,
 )
+from utils import latents
 from utils.checkpoints import Checkpoints, damage, load_file, save_file
 
 __all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
@@ -252,7 +253,8 @@ def test_a_full_disk_during_training_changes_no_bit_and_harms_no_checkpoint(monk
     run = RunFolder("full")
     assert_identical(files_of("roomy", 9), files_of("full", 9))
     assert run.complete_steps() == [8, 9] and not damage(run, 9)
-    assert [line["step"] for line in lines_of("full") if line["group"] == "train"] == [*range(1, 10)]
+    steps = [line["step"] for line in lines_of("full") if line["group"] == "train"]
+    assert steps == [*range(1, 10)]
     assert not list(run.path.rglob("*.tmp"))
 
 
@@ -293,6 +295,37 @@ def test_a_full_disk_on_a_small_file_system(workplace):
         os.chdir(workplace)
     vqgan(f"--log_dir b --train_steps {steps[-1] + 1}")
     assert_identical(files_of("b", steps[-1] + 1), weights)
+
+
+# --- cached ids --------------------------------------------------------------------------------
+
+
+def test_an_interrupted_encoding_goes_on_where_it_was(two_runs, workplace, monkeypatch):
+    sampler("--log_dir whole --train_steps 1")
+    path = max((workplace / "latents").glob("*.pt"), key=lambda path: path.stat().st_size)
+    whole = load_file(path)
+    path.unlink()
+    monkeypatch.setattr(latents, "PART", 512)  # of 1,618 images: four parts
+    encode, encoded = latents.encode, []
+
+    def interrupted(dataset, *arguments):
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        encoded.append(len(dataset))
+        return encode(dataset, *arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(latents, "encode", interrupted)
+        sampler("--log_dir parts --train_steps 1")
+    flip_a_bit(path.with_suffix(".part_512"))
+    encoded = []
+    monkeypatch.setattr(
+        latents, "encode", lambda part, *how: encoded.append(len(part)) or encode(part, *how)
+    )
+    sampler("--log_dir parts --train_steps 1")
+    assert encoded == [512, 512, 82]  # the first part is there, the second one was spoilt
+    assert_identical(whole, load_file(path))
+    assert not list(path.parent.glob("*.part_*"))
 
 
 # --- kill -9 -----------------------------------------------------------------------------------

@@ -323,6 +323,7 @@ def sentence(main, flags, capsys, monkeypatch):
     (train_vqgan, f"{VQGAN} --load_dir ae --load_step 2 --codebook_size 32", "contradicts"),
     (train_vqgan, f"{VQGAN} --device cuda:99", "--device cuda:99 is not usable here"),
     (train_vqgan, f"{VQGAN} --perceptual_weight 1 --vgg_weights none.pth", "no file none.pth"),
+    (train_vqgan, "--dataset digits --nf 3200000", "there is not enough memory"),
     (train_vqgan, "--dataset digits --visdom_server http://[", "visdom_server is not an address"),
     (train_sampler, f"{SAMPLER} --ae_load_dir none", "vqgan_2.th"),
     (train_sampler, f"{SAMPLER} --ae_load_step 3", "vqgan is there at steps 2"),

@@ -79,16 +79,19 @@ def load_file(path):
 def is_archive(path):
     """Whether a file is a zip archive, as torch writes, rather than one pickle, as it once did.
 
-    Raises ValueError where its entries would take more room in memory than the file has.
+    Raises ValueError where its entries would take more room in memory than the file has, or are
+    not what was written, which torch itself does not look at.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":
             return False
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-    if compressed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise ValueError("torch does not compress, this archive does")
+        compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if compressed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("torch does not compress, this archive does")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} in it is damaged")
     return True
 
 

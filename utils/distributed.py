@@ -22,10 +22,11 @@ PATIENCE = datetime.timedelta(days=7)
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this one is."""
+    """Which of how many processes this one is, and the device it computes on."""
 
     rank: int = 0
     size: int = 1
+    device: torch.device = torch.device("cpu")
 
     @property
     def is_first(self):
@@ -60,17 +61,17 @@ class World:
         dist.all_reduce(flags, dist.ReduceOp.MIN)
         return flags.bool()
 
-    def any(self, flag, device):
+    def any(self, flag):
         """Whether a bool is true in any process."""
         if self.size == 1:
             return flag
-        return not bool(self.all(torch.tensor([not flag], device=device)))
+        return not bool(self.all(torch.tensor([not flag], device=self.device)))
 
-    def mean(self, values, device):
+    def mean(self, values):
         """The dict of numbers `values` as means over the processes."""
         if self.size == 1:
             return values
-        sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+        sums = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
         return dict(zip(values, (sums / self.size).tolist()))
 
@@ -85,20 +86,19 @@ class World:
 
 
 def join(name):
-    """(World, torch.device) of this process; `name` is the --device, as in `resolve_device`.
+    """The World of this process; `name` is the --device, as in `resolve_device`.
 
     torchrun's processes find each other, by nccl on GPUs, of which each takes its own, and by gloo
     on CPUs.
     """
-    world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    if world.size == 1:
-        return World(), resolve_device(name)
-    device = resolve_device(name)
+    size, device = int(os.environ.get("WORLD_SIZE", 1)), resolve_device(name)
+    if size == 1:
+        return World(device=device)
     if device.type == "cuda":
         device = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    return world, device
+    return World(dist.get_rank(), size, device)
 
 
 def leave():
@@ -109,4 +109,4 @@ def leave():
 
 def is_lost_peer(error):
     """Whether an error says that another process of the world has ended."""
-    return isinstance(error, dist.DistBackendError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

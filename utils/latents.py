@@ -3,15 +3,18 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from hparams.errors import UserError
 from hparams.files import remove_leftovers
 from utils.checkpoints import load_file, save_file, weights_hash
+from utils.data import Subset
 from utils.loading import UnreadableFiles, evaluation_batches, stream
 
 LATENTS = Path("latents")
+PART = 1 << 14  # images after whose encoding their ids are kept: a multiple of encode's batch
 
 
 def latents_key(dataset, autoencoder, flip):
@@ -53,13 +56,34 @@ def load_latents(dataset, autoencoder, flip, num_workers, device, log, folder=LA
             return ids
         except UserError as error:
             log.warning(f"{path} is encoded again: {error}")
-    ids, unreadable = encode(dataset, autoencoder, flip, num_workers, device, log)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
+    parts, ids, unreadable = [], [], {}
+    for first in range(0, len(dataset), PART):
+        part = Subset(dataset, np.arange(first, min(first + PART, len(dataset))))
+        parts.append(path.with_suffix(f".part_{first}"))
+        part_ids, reasons = load_part(
+            part, parts[-1], key, autoencoder, flip, num_workers, device, log
+        )
+        ids.append(part_ids)
+        unreadable |= reasons
+    ids = torch.cat(ids)
     save_file({"key": key, "ids": ids, "unreadable": unreadable}, path)
+    for part in parts:
+        part.unlink()
     log.info(f"{len(ids)} grids of ids encoded into {path}")
     report_unreadable(unreadable, dataset, log)
     return ids
+
+
+def load_part(part, path, key, *how):
+    """(ids, unreadable) of a part of a dataset, from `path` where an interrupted run left it."""
+    try:
+        return read_cache(path, key)
+    except UserError:
+        ids, unreadable = encode(part, *how)
+        save_file({"key": key, "ids": ids, "unreadable": unreadable}, path)
+        return ids, unreadable
 
 
 def read_cache(path, key):

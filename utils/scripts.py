@@ -102,8 +102,8 @@ def record_settings(H, log):
     """Save H as the run's hparams.yaml and show it; metrics after the step loaded are dropped.
 
     So are what a killed process left half-written, and the manifests of later checkpoints: those
-    are not of this run, and --resume is not to take them. Called once everything is loaded, so that a
-    command that fails leaves the run as it was.
+    are not of this run, and --resume is not to take them. Called once everything is loaded, so
+    that a command that fails leaves the run as it was.
     """
     H = dataclasses.replace(H, visdom_server=address_of(H))
     folder = log.folder

@@ -155,11 +155,13 @@ def take_step(losses, optimizers, precision, world, clip=0.0):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
         parameters.append([p for group in optimizer.param_groups for p in group["params"]])
-        norms.append(nn.utils.get_total_norm([p.grad for p in parameters[-1] if p.grad is not None]))
+        gradients = [p.grad for p in parameters[-1] if p.grad is not None]
+        norms.append(nn.utils.get_total_norm(gradients))
     values = torch.stack([value.detach().float() for value in (*losses, *norms)])
     finite = world.all(values.isfinite())
-    checked = values[: len(losses)] if scaler.get_scale() > 1 else values
-    if not finite[: len(checked)].all():  # the one wait for the device
+    if scaler.get_scale() > 1:
+        finite = finite[: len(losses)]
+    if not finite.all():  # the one wait for the device
         scaler.update()
         shown = ", ".join(f"{value:.3g}" for value in values.tolist())
         raise BadStep(f"not finite (losses, then norms of gradients: {shown})")
@@ -199,7 +201,7 @@ def due(step, interval):
     return interval > 0 and step % interval == 0
 
 
-def training_loop(H, log, world, device, seconds, train_step, *, batch, validate, display, save):
+def training_loop(H, log, world, seconds, train_step, *, batch, validate, display, save):
     """Run `train_step(step)` for the steps after `H.load_step`, to `H.train_steps`.
 
     `train_step` returns a dict of 0-d tensors or floats with a `loss`; means over `steps_per_log`
@@ -232,7 +234,7 @@ def training_loop(H, log, world, device, seconds, train_step, *, batch, validate
             bar.update()
             if due(step, H.steps_per_log) and sums:
                 means = {name: float(value) / counts[name] for name, value in sums.items()}
-                means = world.mean(means, device)
+                means = world.mean(means)
                 now = time.perf_counter()
                 images = counts["loss"] * H.batch_size * world.size
                 speed = images / (training_time + now - begun)
@@ -242,7 +244,7 @@ def training_loop(H, log, world, device, seconds, train_step, *, batch, validate
             else:
                 training_time += time.perf_counter() - begun
             last = step == H.train_steps
-            asked = world.any(interruption.asked, device)
+            asked = world.any(interruption.asked)
             if not world.is_first:
                 if asked:
                     return
