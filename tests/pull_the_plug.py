@@ -111,6 +111,7 @@ def main():
             assert_identical(undisturbed, files_of_last(run))
             assert_identical(caches, cached())
             finished += 1
+            print(f"run {finished} is bit-identical after {kills.total()} kills", flush=True)
         os.chdir("/")
     print(f"{arguments.stage}: {kills.total()} kills in {finished} runs, all bit-identical to the "
           "undisturbed one")

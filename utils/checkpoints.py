@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hparams.errors import UserError
+from hparams.errors import DiskError, UserError
 from hparams.files import sync_folder, whole_file
 from hparams.runs import RunFolder
 
@@ -284,18 +284,24 @@ class Checkpoints:
     def save(self, step, stats):
         """Write all files of a step; `stats` is a dict of plain values to keep beside them.
 
-        Raises DiskError; the checkpoints of other steps are then as they were.
+        Raises DiskError; the checkpoints of other steps are then as they were, and nothing of
+        this one takes room.
         """
         self.folder.manifest(step).unlink(missing_ok=True)  # the old files are about to go
         files = {}
-        for name, thing in {**self.models, **self.optimizers}.items():
-            path = self.folder.model(name, step)
-            files[path.name] = save_file(thing.state_dict(), path)
-        path = self.folder.stats(step)
-        stats = {"step": step, "scaler": self.scaler.state_dict(), **stats}
-        files[path.name] = save_file(stats, path)
-        with whole_file(self.folder.manifest(step)) as file:
-            file.write(json.dumps({"files": files}, indent=1).encode())
+        try:
+            for name, thing in {**self.models, **self.optimizers}.items():
+                path = self.folder.model(name, step)
+                files[path.name] = save_file(thing.state_dict(), path)
+            path = self.folder.stats(step)
+            stats = {"step": step, "scaler": self.scaler.state_dict(), **stats}
+            files[path.name] = save_file(stats, path)
+            with whole_file(self.folder.manifest(step)) as file:
+                file.write(json.dumps({"files": files}, indent=1).encode())
+        except DiskError:
+            for name in files:
+                checkpoint_file(self.folder, name).unlink()
+            raise
         if self.keep:
             self.remove_old(step)
 
