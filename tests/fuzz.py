@@ -33,7 +33,6 @@ from hparams.runs import RunFolder
 from models import VQGAN, AbsorbingDiffusion, Transformer
 from utils.checkpoints import (
     Checkpoints, damage, load_file, load_optimizer, load_stats, load_weights, save_file,
-    weights_hash,
 )
 from utils.data import ImageFiles
 from utils.decoding import UnreadableImage
@@ -78,7 +77,7 @@ def specimens():
     def into(model):
         def read(path):
             load_weights(model, load_file(path), path)
-            weights_hash(model)  # touches every byte
+            sum(value.double().sum() for value in model.state_dict().values())  # touches all bytes
         return read
 
     def optimizer_state(path):
