@@ -9,6 +9,7 @@ architecture of a run that is loaded (its `hparams.yaml`), the command line.
 import argparse
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from pathlib import Path
@@ -134,10 +135,14 @@ class Toggle(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one sentence, without the usage of sixty flags before it."""
+    """Errors are one sentence, without the usage of sixty flags before it.
+
+    All of torchrun's processes are given the same flags: the first one says what is wrong.
+    """
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
+        sentence = f"{self.prog}: error: {message} (--help lists every flag)\n"
+        self.exit(2, sentence if os.environ.get("RANK", "0") == "0" else None)
 
 
 def show(value):
