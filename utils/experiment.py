@@ -144,7 +144,7 @@ class Experiment:
         results[key] = {"figures": figures, **details, "manifest": manifest}
         with whole_file(path) as file:
             file.write(json.dumps(results, indent=1).encode())
-        self.log.info(f"{self.name}\n\n{markdown_table(figures)}\n")
+        self.log.info(self.name, markdown_table(figures))
         self.log.info(f"kept as {key!r} in {path}")
         self.log.table(self.name, figures)
         numbers = {name: value for name, value in figures.items() if value is not None}

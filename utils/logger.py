@@ -56,9 +56,9 @@ class RunLogger:
     def __exit__(self, *exception):
         self.close()
 
-    def info(self, message):
-        """One line on the console and in log.txt, with the time."""
-        self._write(logging.INFO, message)
+    def info(self, message, table=""):
+        """One line on the console and in log.txt, with the time; the lines of a table below it."""
+        self._write(logging.INFO, message, table and f"\n\n{table}\n")
 
     def warning(self, message):
         """As `info`, marked as a warning."""
@@ -71,10 +71,10 @@ class RunLogger:
             record = self._log.makeRecord("run", logging.ERROR, "", 0, message, (), None)
             self._log.handlers[-1].handle(record)
 
-    def _write(self, level, message):
+    def _write(self, level, message, below=""):
         with self._lock:
             if not self._closed:  # the board's thread may still be waiting for a hung server
-                self._log.log(level, "%s", one_line(message))
+                self._log.log(level, "%s%s", one_line(message), below)
 
     def metrics(self, step, values, group="train"):
         """One line of metrics.jsonl, and a point on the curve `group` of each metric.
