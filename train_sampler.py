@@ -9,15 +9,17 @@ import torch
 from hparams import get_sampler_hparams
 from hparams.runs import RunFolder
 from utils.assemble import build_sampler, check_autoencoder, load_autoencoder
-from utils.checkpoints import Checkpoints, weights_hash
+from utils.checkpoints import Checkpoints, choose_checkpoint, weights_hash
 from utils.data import load_dataset, train_validation_split
+from utils.distributed import join
 from utils.latents import latent_batches, load_latents
+from utils.loading import stream_positions
 from utils.muon import MuonWithAdamW
 from utils.sampling import decode
 from utils.scripts import log_changed_settings, record_settings, run_script, start_run
 from utils.training import (
-    EMA, Precision, backward_step, due, learning_rate, resolve_device, seed_step,
-    set_learning_rate, training_loop,
+    EMA, Precision, backward, buffers_kept, due, learning_rate, seed_step, set_learning_rate,
+    step_seed, take_step, training_loop,
 )
 
 VALIDATION_DRAWS = 8
@@ -30,16 +32,18 @@ def build_optimizer(sampler, H):
     return torch.optim.Adam(sampler.parameters(), lr=H.lr)
 
 
-def train_step(sampler, ema, optimizer, ids, step, H, precision):
-    """One step on ids [B, N]."""
+def train_step(sampler, model, ema, optimizer, ids, step, H, precision, world):
+    """One step on ids [B, N], this process's share; `model` is `sampler` as the world wraps it."""
     sampler.train()
     set_learning_rate(optimizer, learning_rate(H, step))
-    with precision.autocast():
-        stats = sampler(ids)
-    backward_step(
-        stats["loss"], optimizer, precision, H.clip_grad_norm, list(sampler.parameters())
-    )
-    precision.scaler.update()
+    noise = None
+    if world.size > 1:  # the processes draw the same, that of the whole batch
+        noise = torch.Generator(ids.device).manual_seed(step_seed(H.seed, step))
+    with buffers_kept(sampler):
+        with precision.autocast():
+            stats = model(ids, noise, (world.rank, world.size))
+        backward(stats["loss"], optimizer, precision)
+        take_step([stats["loss"]], [optimizer], precision, world, H.clip_grad_norm)
     if ema is not None and due(step, H.steps_per_update_ema):
         ema.update(sampler)
     return {name: value.detach() for name, value in stats.items()}
@@ -62,29 +66,34 @@ def validate(sampler, ids, H, precision):
 
 def main(argv=None):
     H = get_sampler_hparams(argv)
-    device = resolve_device(H.device)
-    with start_run(H, device) as log:
+    world = join(H.device)
+    device = world.device
+    with start_run(H, device, world) as log:
+        choose_checkpoint(H, log)
         dataset = load_dataset(H)
         autoencoder = load_autoencoder(H, device, log)
         train_set, validation_set = dataset, None
         if H.steps_per_eval:
             train_set, validation_set = train_validation_split(dataset)
         flip, workers = H.horizontal_flip, H.num_workers
-        ids = load_latents(train_set, autoencoder, flip, workers, device, log)
-        if validation_set is not None:
+        ids = world.first(lambda: load_latents(
+            train_set, autoencoder, flip, workers, device, log
+        ))
+        if validation_set is not None and world.is_first:
             held_out = load_latents(validation_set, autoencoder, False, workers, device, log)
             held_out = held_out[:, 0].long()  # [n, N]
 
         seed_step(H.seed, 0, "weights")
         sampler = build_sampler(H, autoencoder).to(device)
-        ema = EMA(sampler, H.ema_beta) if H.ema else None
+        ema = EMA(sampler, H.ema_beta) if H.ema and world.is_first else None
         best = ema.model if ema else sampler
         optimizer = build_optimizer(sampler, H)
         precision = Precision(H.amp, device)
         log.info(f"precision: {precision.description}")
         models = {H.sampler: sampler, **({f"{H.sampler}_ema": ema.model} if ema else {})}
         checkpoints = Checkpoints(
-            log.folder, models, {f"{H.sampler}_optim": optimizer}, precision.scaler
+            log.folder, models, {f"{H.sampler}_optim": optimizer}, precision.scaler,
+            H.keep_checkpoints,
         )
         stats = {}
         if H.load_step:
@@ -92,9 +101,20 @@ def main(argv=None):
             stats = checkpoints.restore(run, H.load_step, log, optimizers=H.load_optim)
             check_autoencoder(autoencoder, stats, run.model(H.sampler, H.load_step))
             log_changed_settings(H, run, log)
-        record_settings(H, log)
+        model = world.wrap(sampler)
+        if world.is_first:
+            record_settings(H, log)
         identity = {"autoencoder": weights_hash(autoencoder)}
-        batches = latent_batches(ids, H.batch_size, H.seed, H.load_step, device)
+        share = world.rank, world.size
+        batches = latent_batches(ids, H.batch_size, H.seed, H.load_step, device, share)
+
+        def step_of_training(step):
+            return train_step(
+                sampler, model, ema, optimizer, next(batches), step, H, precision, world
+            )
+
+        def batch(step):
+            return stream_positions(len(ids), H.batch_size * world.size, H.seed, step - 1)[0]
 
         def run_validation(step):
             best.eval()
@@ -112,9 +132,8 @@ def main(argv=None):
                 log.bars(step, "loss_per_timestep", sampler.loss_history[1:])
 
         training_loop(
-            H, log, stats.get("seconds", 0.0),
-            lambda step: train_step(sampler, ema, optimizer, next(batches), step, H, precision),
-            validate=run_validation, display=display,
+            H, log, world, stats.get("seconds", 0.0), step_of_training,
+            batch=batch, validate=run_validation, display=display,
             save=lambda step, so_far: checkpoints.save(step, {**so_far, **identity}),
         )
 

@@ -4,37 +4,72 @@
 """
 
 import torch
+from torch import nn
 
 from hparams import get_vqgan_hparams
 from hparams.runs import RunFolder
 from models.quantizers import gumbel_temperature
 from utils.assemble import build_vqgan
-from utils.checkpoints import Checkpoints
+from utils.checkpoints import Checkpoints, choose_checkpoint
 from utils.data import load_dataset, train_validation_split
-from utils.loading import UnreadableFiles, evaluation_batches, training_batches
+from utils.distributed import join
+from utils.loading import (
+    UnreadableFiles, evaluation_batches, stream_positions, training_batches,
+)
 from utils.metrics import psnr
 from utils.scripts import log_changed_settings, record_settings, run_script, start_run
 from utils.training import (
-    EMA, Precision, backward_step, due, resolve_device, seed_step, training_loop,
+    EMA, Precision, backward, buffers_kept, due, seed_step, take_step, training_loop,
 )
 
 
-def train_step(vqgan, ema, optimizers, images, step, H, precision):
-    """One step of the autoencoder and, from `disc_start_step` on, one of the discriminator."""
+class Objective(nn.Module):
+    """A loss as a forward pass: `function`, whose gradients are those of the module `part`."""
+
+    def __init__(self, part, function):
+        super().__init__()
+        self.part = part
+        self.function = function
+
+    def forward(self, *arguments):
+        return self.function(*arguments)
+
+
+def objectives_of(vqgan, world):
+    """The losses of the autoencoder and of the discriminator, as the world wraps them.
+
+    Not every weight has a part in them: some only in published files, `logsigma` only later.
+    """
+    return (
+        world.wrap(Objective(vqgan.ae, vqgan.generator_losses), find_unused_parameters=True),
+        world.wrap(Objective(vqgan.disc, vqgan.discriminator_loss)),
+    )
+
+
+def train_step(vqgan, objectives, ema, optimizers, images, step, H, precision, world):
+    """One step of the autoencoder and, from `disc_start_step` on, one of the discriminator.
+
+    `images` [B, C, S, S] are this process's share of the batch; the discriminator's BatchNorm
+    and the adaptive weight see this share only.
+    """
     vqgan.train()
     if H.quantizer == "gumbel":
         vqgan.ae.quantize.temperature = gumbel_temperature(step)
-    with precision.autocast():
-        loss, reconstructions, stats = vqgan.generator_losses(
-            images, step, grad_scale=precision.scaler.get_scale()
-        )
-    backward_step(loss, optimizers["ae_optim"], precision)
-    if step >= H.disc_start_step:
+    ae_loss, disc_loss = objectives
+    learning = [optimizers["ae_optim"]]
+    with buffers_kept(vqgan):
         with precision.autocast():
-            d_loss = vqgan.discriminator_loss(images, reconstructions.detach())
-        backward_step(d_loss, optimizers["disc_optim"], precision)
-        stats["d_loss"] = d_loss.detach()
-    precision.scaler.update()
+            loss, reconstructions, stats = ae_loss(images, step, precision.scaler.get_scale())
+        backward(loss, learning[0], precision)
+        losses = [loss]
+        if step >= H.disc_start_step:
+            with precision.autocast():
+                d_loss = disc_loss(images, reconstructions.detach())
+            learning.append(optimizers["disc_optim"])
+            backward(d_loss, learning[1], precision)
+            losses.append(d_loss)
+            stats["d_loss"] = d_loss.detach()
+        take_step(losses, learning, precision, world, H.clip_grad_norm)
     if ema is not None and due(step, H.steps_per_update_ema):
         ema.update(vqgan)
     return {"loss": loss.detach(), **stats}
@@ -62,8 +97,10 @@ def validate(vqgan, dataset, H, device, on_unreadable):
 
 def main(argv=None):
     H = get_vqgan_hparams(argv)
-    device = resolve_device(H.device)
-    with start_run(H, device) as log:
+    world = join(H.device)
+    device = world.device
+    with start_run(H, device, world) as log:
+        choose_checkpoint(H, log)
         dataset = load_dataset(H)
         train_set, validation_set = dataset, None
         if H.steps_per_eval:
@@ -76,7 +113,9 @@ def main(argv=None):
 
         seed_step(H.seed, 0, "weights")
         vqgan = build_vqgan(H, log).to(device)
-        ema = EMA(vqgan, H.ema_beta, shared=["perceptual"]) if H.ema else None
+        ema = None
+        if H.ema and world.is_first:
+            ema = EMA(vqgan, H.ema_beta, shared=["perceptual"])
         best = ema.model if ema else vqgan
         optimizers = {
             "ae_optim": torch.optim.Adam(vqgan.ae.parameters(), lr=H.lr),
@@ -85,7 +124,9 @@ def main(argv=None):
         precision = Precision(H.amp, device)
         log.info(f"precision: {precision.description}")
         models = {"vqgan": vqgan, **({"vqgan_ema": ema.model} if ema else {})}
-        checkpoints = Checkpoints(log.folder, models, optimizers, precision.scaler)
+        checkpoints = Checkpoints(
+            log.folder, models, optimizers, precision.scaler, H.keep_checkpoints
+        )
         stats = {}
         if H.load_step:
             run = RunFolder(H.load_dir)
@@ -93,13 +134,24 @@ def main(argv=None):
                 run, H.load_step, log, optimizers=H.load_optim, optional=["perceptual."]
             )
             log_changed_settings(H, run, log)
-        record_settings(H, log)
+        objectives = objectives_of(vqgan, world)
+        if world.is_first:
+            record_settings(H, log)
 
         batches = training_batches(
             train_set, H.batch_size, H.seed, H.load_step, H.horizontal_flip, H.num_workers,
-            device, on_unreadable,
+            device, on_unreadable, (world.rank, world.size),
         )
-        shown = first_images(validation_set or train_set, device, on_unreadable)
+        if world.is_first:
+            shown = first_images(validation_set or train_set, device, on_unreadable)
+
+        def step_of_training(step):
+            return train_step(
+                vqgan, objectives, ema, optimizers, next(batches), step, H, precision, world
+            )
+
+        def batch(step):
+            return stream_positions(len(train_set), H.batch_size * world.size, H.seed, step - 1)[0]
 
         def run_validation(step):
             best.eval()
@@ -116,10 +168,8 @@ def main(argv=None):
                        individually=H.save_individually)
 
         training_loop(
-            H, log, stats.get("seconds", 0.0),
-            lambda step: train_step(vqgan, ema, optimizers, next(batches), step, H, precision),
-            validate=run_validation, display=display,
-            save=checkpoints.save,
+            H, log, world, stats.get("seconds", 0.0), step_of_training,
+            batch=batch, validate=run_validation, display=display, save=checkpoints.save,
         )
         batches.close()
         if len(on_unreadable):

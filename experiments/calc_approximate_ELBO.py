@@ -29,12 +29,17 @@ from tqdm import tqdm
 from hparams import get_elbo_hparams
 from hparams.runs import RunFolder
 from models.vqgan import bits_per_dim, gaussian_level_nll, gaussian_nll
-from utils.checkpoints import load_file, save_file, weights_hash
+from utils.checkpoints import (
+    load_file, load_optimizer, load_weights, save_file, weights_hash,
+)
 from utils.data import load_dataset, train_validation_split
+from utils.distributed import World
 from utils.experiment import experiment
-from utils.loading import UnreadableFiles, evaluation_batches, training_batches
+from utils.loading import (
+    UnreadableFiles, evaluation_batches, stream_positions, training_batches,
+)
 from utils.scripts import holds_out, run_script
-from utils.training import seed_step, training_loop
+from utils.training import Precision, backward, seed_step, take_step, training_loop
 
 CHUNK = 16  # images whose masks are drawn together: a fixed number, whatever the batch size
 UNITS = "bits per dimension"
@@ -112,13 +117,15 @@ def fit_logsigma(run, train_set, evaluate, on_unreadable):
     optimizer = torch.optim.Adam(head.parameters(), lr=H.logsigma_lr)
     start = 0
     for step in reversed(folder.steps("logsigma")):
-        kept = load_file(folder.model("logsigma", step)) if step <= H.train_steps else {}
+        path = folder.model("logsigma", step)
+        kept = load_file(path) if step <= H.train_steps else {}
         if kept.get("key") == key:
-            head.load_state_dict(kept["logsigma"])
-            optimizer.load_state_dict(kept["optimizer"])
-            run.log.info(f"goes on from {folder.model('logsigma', step)}")
+            load_weights(head, kept["logsigma"], path)
+            load_optimizer(optimizer, kept["optimizer"], path)
+            run.log.info(f"goes on from {path}")
             start = step
             break
+    world, precision = World(device=run.device), Precision(False, run.device)
     batches = training_batches(
         train_set, H.batch_size, H.seed, start, False, H.num_workers, run.device, on_unreadable
     )
@@ -127,10 +134,12 @@ def fit_logsigma(run, train_set, evaluate, on_unreadable):
         images = next(batches)
         nats = gaussian_nll(images, *gaussians(autoencoder, images))
         loss = bits_per_dim(nats, images[0].numel(), levels=256).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        backward(loss, optimizer, precision)
+        take_step([loss], [optimizer], precision, world)
         return {"loss": loss.detach()}
+
+    def batch(step):
+        return stream_positions(len(train_set), H.batch_size, H.seed, step - 1)[0]
 
     def save(step, so_far=None):
         content = {"logsigma": head.state_dict(), "optimizer": optimizer.state_dict()}
@@ -143,8 +152,8 @@ def fit_logsigma(run, train_set, evaluate, on_unreadable):
 
     reached = training_loop(
         replace(H, load_step=start, steps_per_display_output=0, steps_per_save_output=0),
-        run.log, 0.0, train_step, validate=save_and_evaluate, display=None, save=save,
-        go_on="the same command goes on from there",
+        run.log, world, 0.0, train_step, batch=batch, validate=save_and_evaluate, display=None,
+        save=save, go_on="the same command goes on from there",
     )
     batches.close()
     return reached

@@ -1,4 +1,4 @@
-"""The two errors that are shown to people as one sentence instead of a traceback."""
+"""The errors that are shown to people as one sentence instead of a traceback."""
 
 
 class UserError(Exception):
@@ -14,3 +14,7 @@ class SettingsError(UserError):
     """A flag or a settings file asks for what cannot be; scripts exit with 2."""
 
     exit_status = 2
+
+
+class DiskError(UserError):
+    """A file cannot be written; what is in memory is intact, and a later attempt may succeed."""

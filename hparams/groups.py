@@ -29,7 +29,7 @@ class Training(Settings):
 
     train_steps: int = setting(100000000, "step to train to; a checkpoint is written there",
                                minimum=1)
-    batch_size: int = setting(20, "images a step", minimum=1)
+    batch_size: int = setting(20, "images a step, of each of torchrun's processes", minimum=1)
     lr: float | None = setting(None, "learning rate (none, autoencoder: base_lr x batch_size)",
                                above=0)
     amp: bool = setting(False, "mixed precision: bfloat16 on CPUs and on GPUs that have it, "
@@ -42,6 +42,15 @@ class Training(Settings):
     load_step: int = setting(0, "step of the checkpoint to load; 0 loads none", minimum=0)
     load_optim: bool = setting(True, "also restore the optimisers; --no_load_optim starts them "
                                "afresh")
+    resume: bool = setting(False, "go on from the newest complete checkpoint of --log_dir, where "
+                           "there is one: the same command again and again")
+    keep_checkpoints: int = setting(0, "how many of the newest checkpoints are kept; 0 for all",
+                                    minimum=0)
+    clip_grad_norm: float = setting(0.0, "largest norm of the gradient; 0 for no limit", minimum=0)
+    max_bad_steps: int = setting(10, "how many steps in a row may be passed over because a loss "
+                                 "or a gradient is not finite", minimum=0)
+    deterministic: bool = setting(False, "use deterministic algorithms only, which repeat to the "
+                                  "bit on GPUs too, more slowly")
     seed: int = setting(0, "seed of weights, data order and noise: equal seeds, equal runs",
                         minimum=0)
     device: str | None = setting(None, "cpu, cuda, cuda:1, ... (none: a GPU where there is one)")
@@ -176,7 +185,6 @@ class Sampler(Settings):
                                 minimum=0)
     lr_schedule: str = setting("constant", "after the warm-up: constant, or falling to 0 at "
                                "train_steps", choices=["constant", "cosine", "linear"])
-    clip_grad_norm: float = setting(0.0, "largest norm of the gradient; 0 for no limit", minimum=0)
 
 
 @dataclass

@@ -18,7 +18,7 @@ class RunFolder:
     def __init__(self, name, root=LOGS):
         self.name = name
         self.path = Path(root) / name
-        if not self.path.resolve().is_relative_to(Path(root).resolve()):
+        if "\0" in name or Path(root).resolve() not in self.path.resolve().parents:
             raise SettingsError(f"the run folder {name!r} lies outside {root}/: use a plain name")
         self.log = self.path / "log.txt"
         self.metrics = self.path / "metrics.jsonl"
@@ -45,6 +45,16 @@ class RunFolder:
     def stats(self, step):
         """Path of what resuming needs beyond models and optimisers, `stats_<step>`."""
         return self.saved_stats / f"stats_{step}"
+
+    def manifest(self, step):
+        """Path of the sizes and hashes of a checkpoint's files, the last one that is written."""
+        return self.saved_stats / f"manifest_{step}.json"
+
+    def complete_steps(self):
+        """Steps, ascending, of the checkpoints that were written to their end."""
+        matches = (re.fullmatch(r"manifest_(\d+)\.json", file.name)
+                   for file in self.saved_stats.glob("manifest_*.json"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def steps(self, name):
         """Steps, ascending, at which `<name>_<step>.th` exists."""

@@ -1,6 +1,7 @@
 """The hyperparameters of each script: its groups of settings, its defaults, and its checks."""
 
 import dataclasses
+import os
 
 from hparams.defaults import SAMPLER_DEFAULTS, UNALIGNED, VQGAN_DEFAULTS, dataset_defaults
 from hparams.errors import SettingsError
@@ -33,7 +34,8 @@ class VQGANSettings(Data, Autoencoder, Training, Logging):
         check_training(self)
         check_autoencoder(self)
         if self.lr is None:
-            self.lr = self.base_lr * self.batch_size
+            # torchrun tells its processes how many they are; each has a batch of its own.
+            self.lr = self.base_lr * self.batch_size * int(os.environ.get("WORLD_SIZE", 1))
 
 
 @register
@@ -104,7 +106,7 @@ class PRDCSettings(SamplesToMeasure, Features, PRDC, ExperimentSettings):
 class ELBOSettings(ELBO, ExperimentSettings):
     """experiments/calc_approximate_ELBO.py."""
 
-    without_flag = TRAINING_ONLY - names_of(ELBO)
+    without_flag = TRAINING_ONLY - names_of(ELBO) - {"max_bad_steps", "deterministic"}
 
 
 @register
@@ -179,8 +181,8 @@ def check_data(H):
 
 
 def check_training(H):
-    """There are steps left to train."""
-    if H.load_step >= H.train_steps:
+    """There are steps left to train, unless a run is resumed, which may be at its end."""
+    if H.load_step >= H.train_steps and not H.resume:
         raise SettingsError(
             f"load_step {H.load_step} leaves nothing to train: train_steps is {H.train_steps}"
         )
@@ -301,6 +303,10 @@ def get_hparams(settings_class, argv, description, defaults, loaded_runs, must_l
     if must_load and not (given.get("load_dir") and given.get("load_step")):
         parser.error("--load_dir and --load_step must name the checkpoint to load")
     try:
+        if given.get("resume") and not must_load:
+            run = given.get("log_dir", settings_class.log_dir)
+            if steps := RunFolder(run).complete_steps():
+                given |= {"load_dir": run, "load_step": steps[-1], "load_optim": True}
         if must_load and not RunFolder(given["load_dir"]).path.is_dir():
             raise SettingsError(
                 f"there is no run folder {RunFolder(given['load_dir']).path}: --load_dir is the "

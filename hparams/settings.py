@@ -9,6 +9,7 @@ architecture of a run that is loaded (its `hparams.yaml`), the command line.
 import argparse
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from hparams.errors import SettingsError
+from hparams.files import whole_file
 
 
 def setting(default, help, *, choices=None, minimum=None, above=None, maximum=None, below=None,
@@ -36,6 +38,9 @@ def setting(default, help, *, choices=None, minimum=None, above=None, maximum=No
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
+
+LARGEST = 2**53  # what no number of any setting can mean
+LONGEST = 1 << 20  # bytes of a settings file
 
 HOLDS = {
     "at least": lambda value, bound: value >= bound,
@@ -68,21 +73,13 @@ class Settings:
     def validate(self):
         """Check every value against its declaration; raises SettingsError with one sentence."""
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            optional = isinstance(field.type, types.UnionType)
-            if value is None and optional:
-                continue
-            if isinstance(value, list) != value_type(field)[1]:
-                raise SettingsError(f"{field.name} cannot be {value!r}")
-            for item in value if isinstance(value, list) else [value]:
-                check_value(field, item)
+            check_setting(field, getattr(self, field.name))
 
     def save(self, path):
         """Write all settings to a YAML file, one `name: value` a line."""
         text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, default_flow_style=None)
-        temporary = Path(path).with_name(Path(path).name + ".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+        with whole_file(path) as file:
+            file.write(text.encode())
 
 
 def did_you_mean(name, names):
@@ -93,6 +90,16 @@ def did_you_mean(name, names):
     return f": did you mean {near[0]!r}?" if near else ""
 
 
+def check_setting(field, value):
+    """Raise SettingsError where a value, or one in a list of them, breaks its declaration."""
+    if value is None and isinstance(field.type, types.UnionType):
+        return
+    if isinstance(value, list) != value_type(field)[1]:
+        raise SettingsError(f"{field.name} cannot be {value!r}")
+    for item in value if isinstance(value, list) else [value]:
+        check_value(field, item)
+
+
 def check_value(field, value):
     """Raise SettingsError where a single value breaks its field's type, choices or limits."""
     kind, _ = value_type(field)
@@ -100,6 +107,8 @@ def check_value(field, value):
     fits = is_number if kind is float else type(value) is kind
     if not fits:
         raise SettingsError(f"{field.name} must be of type {kind.__name__}, not {value!r}")
+    if is_number and not abs(value) < LARGEST:  # neither does infinity, nor what is no number
+        raise SettingsError(f"{field.name} must be a number, and below {LARGEST}")
     choices = field.metadata["choices"]
     if choices and value not in choices:
         raise SettingsError(f"{field.name} must be one of {', '.join(choices)}, not {value!r}")
@@ -132,10 +141,14 @@ class Toggle(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one sentence, without the usage of sixty flags before it."""
+    """Errors are one sentence, without the usage of sixty flags before it.
+
+    All of torchrun's processes are given the same flags: the first one says what is wrong.
+    """
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
+        sentence = f"{self.prog}: error: {message} (--help lists every flag)\n"
+        self.exit(2, sentence if os.environ.get("RANK", "0") == "0" else None)
 
 
 def show(value):
@@ -193,12 +206,27 @@ def build_parser(settings_class, defaults, description):
     return parser
 
 
+class PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, by which a short file can stand for values without end."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it uses aliases, which settings do not need")
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path):
     """The mapping in a settings file; SettingsError where it is not one."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        with open(path, "rb") as file:
+            content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
+            raise ValueError(f"it has more than {LONGEST} bytes")
+        values = yaml.load(content, PlainLoader)
+    # Besides yaml's own errors: no text, a date that is none, lists in lists in lists.
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SettingsError(f"cannot read {path}: {reason}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"{path} does not hold settings (name: value, one a line)")
     return values
@@ -269,6 +297,10 @@ def resolve(settings_class, given, defaults_of, loaded_runs, settings_file):
         for name, value in read_settings(path).items():
             if name not in source.adopt | source.borrow:
                 continue
+            try:
+                check_setting(settings_class.__dataclass_fields__[name], value)
+            except SettingsError as error:
+                raise SettingsError(f"{path}: {error}") from None
             loaded[name] = value
             if name in source.borrow or name not in given:
                 continue

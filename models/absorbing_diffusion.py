@@ -7,6 +7,7 @@ Shapes: B batch, N tokens, K codebook size; T = total_steps; t int64 [B] in 1..T
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -98,15 +99,19 @@ class AbsorbingDiffusion(nn.Module):
         logits = self._denoise_fn(ids.masked_fill(mask, self.mask_id))
         return diffusion_losses(logits, ids, mask, t, self.total_steps)
 
-    def forward(self, ids, generator=None):
+    def forward(self, ids, generator=None, share=(0, 1)):
         """Training objective for ids [B, N]: a dict with `loss` and `bits_per_token`, means.
 
-        In training mode the histories of the times drawn are brought up to date.
+        In training mode the histories of the times drawn are brought up to date. With a `share`
+        (r, R) the ids are part r of R of a batch, whose whole noise is drawn from `generator`: the
+        parts' losses are then those of the whole batch.
         """
+        part, parts = share
         t = draw_times(
-            len(ids), self.total_steps, self.low_discrepancy, generator, device=ids.device
+            len(ids) * parts, self.total_steps, self.low_discrepancy, generator, device=ids.device
         )
         mask = draw_mask(t, ids.shape[1], self.total_steps, self.mask_schedule, generator)
+        t, mask = t.chunk(parts)[part], mask.chunk(parts)[part]
         losses = self.losses(ids, t, mask)
         loss = losses[self.loss_type]
         if self.training:
@@ -115,12 +120,19 @@ class AbsorbingDiffusion(nn.Module):
 
     @torch.no_grad()
     def update_histories(self, t, loss, elbo):
-        """Average this batch's losses per time into the histories; a first visit sets them."""
-        visits = torch.zeros_like(self.Lt_count).index_add_(0, t, torch.ones_like(loss))
+        """Average this batch's losses per time into the histories; a first visit sets them.
+
+        Where several processes train together, the batch is that of all of them.
+        """
+        values = torch.stack((torch.ones_like(loss), loss, elbo**2))  # [3, B]
+        sums = values.new_zeros(3, self.total_steps + 1).index_add_(1, t, values)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        visits = sums[0]
         seen = visits > 0
         decay = torch.where(self.Lt_count > 0, 0.9, 0.0)
-        for history, value in ((self.loss_history, loss), (self.Lt_history, elbo**2)):
-            mean = torch.zeros_like(history).index_add_(0, t, value) / visits.clamp(min=1)
+        for history, total in ((self.loss_history, sums[1]), (self.Lt_history, sums[2])):
+            mean = total / visits.clamp(min=1)
             history.copy_(torch.where(seen, decay * history + (1 - decay) * mean, history))
         self.Lt_count += visits
 

@@ -32,8 +32,11 @@ class AutoregressiveTransformer(nn.Module):
         nats = F.cross_entropy(logits.transpose(1, 2).float(), ids, reduction="none")
         return nats / math.log(2)
 
-    def forward(self, ids, generator=None):
-        """Training objective for ids [B, N]: `loss` and `bits_per_token`, both that mean."""
+    def forward(self, ids, generator=None, share=(0, 1)):
+        """Training objective for ids [B, N]: `loss` and `bits_per_token`, both that mean.
+
+        There is no noise to draw or to `share`.
+        """
         loss = self.bits(ids).mean()
         return {"loss": loss, "bits_per_token": loss.detach()}
 

@@ -614,6 +614,59 @@ def test_unreadable_images_of_a_subset_are_replaced_within_it():
     assert levels(images).count(7) == 16 and levels(images).count(2) == 8
 
 
+def test_what_is_no_file_of_an_image_is_named_and_neither_waited_for_nor_read(
+    tmp_path, monkeypatch
+):
+    os.mkfifo(tmp_path / "0.png")  # has no end until somebody writes
+    (tmp_path / "1.png").symlink_to("/dev/zero")
+    (tmp_path / "2.png").symlink_to(tmp_path / "2.png")
+    with open(tmp_path / "3.png", "wb") as file:
+        file.truncate(1 << 40)  # takes no room on the disk
+    (tmp_path / "4.png").mkdir()
+    dataset = custom(tmp_path)
+    reasons = []
+    for index in range(len(dataset)):
+        with pytest.raises(UnreadableImage) as raised:
+            dataset.load(index)
+        reasons.append(raised.value.reason)
+    assert reasons == ["it is no regular file", "it is no regular file",
+                       "Too many levels of symbolic links",
+                       "it has 1099511627776 bytes: no image has"]
+
+
+def test_links_that_go_round_in_circles_are_followed_once(tmp_path):
+    save(tmp_path / "a" / "x.png", 10)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "to_b").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "to_a").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "to_all").symlink_to(tmp_path)
+    found = [name for name, _, _ in custom(tmp_path).found]
+    assert found == ["a/x.png", "b/to_a/x.png"]
+
+
+def test_a_folder_that_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
+    save(tmp_path / "secret" / "x.png", 10)
+    real = os.scandir
+
+    def scandir(path):  # in place of chmod, which root does not notice
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="cannot read the folder .*secret: Permission denied"):
+        custom(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [63, 33, 10])
+def test_a_bomb_is_refused_also_where_pillow_only_warns(tmp_path, monkeypatch, recwarn, limit):
+    save(tmp_path / "0.png", 10)  # 64 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(UnreadableImage, match="decompression bomb"):
+        custom(tmp_path).load(0)
+    assert not recwarn.list
+
+
 def test_a_file_name_that_is_no_text_can_be_logged(tmp_path):
     name = os.fsencode(tmp_path) + b"/\xff.jpg"
     try:

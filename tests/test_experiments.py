@@ -265,7 +265,7 @@ def test_an_experiment_reports_what_is_unknown():
         this.report({"known": 0.5, "not": None}, distances=[1, 2])
     [result] = read_results(RunFolder("out").results).values()
     assert result["figures"] == {"known": 0.5, "not": None} and result["distances"] == [1, 2]
-    assert "| not | unknown |" in RunFolder("out").log.read_text()
+    assert "\n| known | 0.5 |\n| not | unknown |\n" in RunFolder("out").log.read_text()
 
 
 ELBO = f"{PUBLISHED} --steps_per_eval 2 --train_steps 4"

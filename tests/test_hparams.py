@@ -10,6 +10,7 @@ from hparams import (
     get_elbo_hparams, get_fid_hparams, get_nearest_neighbours_hparams, get_prdc_hparams,
     get_sampler_hparams, get_samples_hparams, get_vqgan_fid_hparams, get_vqgan_hparams,
 )
+from hparams.errors import SettingsError
 from hparams.runs import RunFolder
 from hparams.scripts import (
     ELBOSettings, FIDSettings, NearestNeighboursSettings, SamplerSettings, SamplesSettings,
@@ -118,7 +119,9 @@ def test_yaml_round_trip(tmp_path):
     ("--ema_beta 1", "ema_beta must be less than 1"),
     ("--batch_size 0", "batch_size must be at least 1"),
     ("--batch_size x", "invalid int value"),
-    ("--lr nan", "lr must be more than 0"),
+    ("--lr nan", "lr must be a number"),
+    ("--lr inf", "lr must be a number"),
+    ("--log_dir .", "lies outside"),
     ("--quantizer vq", "invalid choice"),
     ("--load_step 5 --train_steps 5", "leaves nothing to train"),
     ("--colour", "unrecognized arguments: --colour"),
@@ -243,6 +246,42 @@ def test_unknown_keys_of_a_settings_file(capsys):
     assert "does not hold settings" in refusal(capsys, get_sampler_hparams, SAMPLER)
     folder.hparams.write_text("x: !!python/object/apply:os.system ['true']\n")
     assert "cannot read" in refusal(capsys, get_sampler_hparams, SAMPLER)
+
+
+@pytest.mark.parametrize("text, says", [
+    ("nf: &a [1]\nch_mult: *a", "it uses aliases"),
+    ("nf: " + "[" * 5000, "cannot read"),
+    ("nf: " + "9" * 5000, "cannot read"),
+    ("nf: 0x" + "f" * 5000, "nf must be a number, and below"),
+    ("nf: 2024-99-99", "cannot read"),
+    ("nf: [1, 2]", "nf cannot be [1, 2]"),
+    ("ch_mult: {1: 2}", "ch_mult cannot be"),
+    ("img_size: .inf", "img_size must be of type int"),
+    ("nf: " + " " * (1 << 20), "more than 1048576 bytes"),
+    ("\x00", "cannot read"),
+])
+def test_a_hostile_settings_file_is_one_sentence_that_names_it(text, says, capsys):
+    folder = RunFolder("ae").create()
+    folder.hparams.write_text(text)
+    sentence = refusal(capsys, get_sampler_hparams, SAMPLER)
+    assert says in sentence and "hparams.yaml" in sentence and len(sentence) < 1000
+
+
+@pytest.mark.parametrize("name", ["/etc", "..", "a/../..", ".", "", "a\0b"])
+def test_no_name_leaves_the_folder_of_runs(name):
+    with pytest.raises(SettingsError, match="lies outside"):
+        RunFolder(name)
+
+
+def test_resume_takes_the_newest_complete_checkpoint(tmp_path):
+    run = RunFolder("a").create()
+    assert get_vqgan_hparams([*VQGAN, "--log_dir", "a", "--resume"]).load_step == 0
+    for step in (2, 10, 9):
+        run.manifest(step).touch()
+    run.model("vqgan", 11).touch()  # was not written to its end
+    flags = [*VQGAN, "--log_dir", "a", "--load_dir", "b", "--load_step", "3", "--resume"]
+    H = get_vqgan_hparams(flags)
+    assert (H.load_dir, H.load_step) == ("a", 10)
 
 
 def test_parsers_take_no_abbreviations(capsys):

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import socket
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -16,10 +17,12 @@ from PIL import Image
 
 import utils.visdom_server as visdom_server
 from helpers import free_port, wait_until
+from hparams import get_vqgan_hparams
 from hparams.errors import SettingsError, UserError
 from hparams.runs import RunFolder
 from utils.image_files import image_grid, save_image, save_images_individually, to_uint8
 from utils.logger import RunLogger
+from utils.scripts import record_settings, start_run
 from utils.visdom_board import MAX_POINTS, VisdomBoard
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,11 +122,65 @@ def test_individual_images_are_numbered_from_the_start_index(tmp_path):
 
 
 def test_an_image_that_cannot_be_written_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="cannot write the image .*No such file"):
+    with pytest.raises(UserError, match="cannot write .*image.png: No such file"):
         save_image(torch.zeros(1, 2, 2), tmp_path / "missing" / "image.png")
 
 
 # Files of the logger
+
+
+def test_a_file_name_cannot_forge_a_line_or_speak_to_the_terminal(folder, capsys):
+    with RunLogger(folder) as log:
+        log.warning("passed over \x1b[2Jé\n2026-01-01 00:00:00,000 INFO all is well")
+    (line,) = folder.log.read_text().splitlines()
+    assert "\\x1b[2Jé\\n2026" in line and "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("server, shown", [
+    ("http://me:secret@host:8000/x", "http://host:8000/x"),
+    ("me:secret@host", "host"),
+    ("http://me:sec@ret@host", "http://host"),
+    ("http://localhost", "http://localhost"),
+])
+def test_no_credentials_of_the_visdom_server_are_written(server, shown, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x.py", "--no_visdom", f"--visdom_server={server}"])
+    flags = f"--dataset digits --log_dir a --visdom_server {server} --visdom_port 1"
+    H = get_vqgan_hparams(flags.split())
+    with start_run(H, torch.device("cpu")) as log:
+        record_settings(H, log)
+    written = "".join(path.read_text() for path in Path("logs").rglob("*") if path.is_file())
+    assert f"visdom_server: {shown}" in written and f"--visdom_server={shown}" in written
+    assert "secret" not in written and "sec@ret" not in written and "me:sec" not in written
+    assert H.visdom_server == server  # which the board needs
+
+
+def test_lines_that_a_full_disk_does_not_take_are_written_later(folder, capsys):
+    class Full:
+        """A file that takes ten bytes, then none."""
+
+        def __init__(self, file):
+            self.file, self.room = file, 10
+
+        def write(self, content):
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            taken, self.room = self.room, 0
+            return self.file.write(content[:taken])
+
+        def close(self):
+            self.file.close()
+
+    with RunLogger(folder) as log:
+        file = log._metrics
+        log._metrics = Full(file)
+        for step in range(3):
+            log.metrics(step, {"loss": step})
+        log._metrics = file
+        log.metrics(3, {"loss": 3})
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert capsys.readouterr().out.count("No space left on device") == 1
 
 
 def test_messages_go_to_the_console_and_the_file_of_their_run(tmp_path, capsys):

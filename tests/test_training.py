@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -56,10 +58,8 @@ def sampler(flags):
 
 
 def files_of(run, step):
-    folder = RunFolder(run)
-    return {path.name: torch.load(path, weights_only=True) for path in folder.models.glob(
-        f"*_{step}.th"
-    )}
+    paths = sorted(RunFolder(run).models.glob(f"*_{step}.th"))
+    return {path.name: torch.load(path, weights_only=True) for path in paths}
 
 
 def lines_of(run):
@@ -347,6 +347,7 @@ def sentence(main, flags, capsys, monkeypatch):
     (train_vqgan, f"{VQGAN} --load_dir ae --load_step 2 --codebook_size 32", "contradicts"),
     (train_vqgan, f"{VQGAN} --device cuda:99", "--device cuda:99 is not usable here"),
     (train_vqgan, f"{VQGAN} --perceptual_weight 1 --vgg_weights none.pth", "no file none.pth"),
+    (train_vqgan, "--dataset digits --nf 3200000", "there is not enough memory"),
     (train_vqgan, "--dataset digits --visdom_server http://[", "visdom_server is not an address"),
     (train_sampler, f"{SAMPLER} --ae_load_dir none", "vqgan_2.th"),
     (train_sampler, f"{SAMPLER} --ae_load_step 3", "vqgan is there at steps 2"),
@@ -391,12 +392,13 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def two_runs(trained, workplace):
-    for entry in trained.iterdir():
-        (workplace / entry.name).symlink_to(entry)
+    shutil.copytree(trained, workplace, dirs_exist_ok=True)
 
 
 @pytest.mark.parametrize("content, says", [
     (b"this is text", "vqgan_2.th"),
+    ("compressed", "torch does not compress"),
+    ("keys", "'3' names no tensor"),
     (b"", "cannot be read"),
     ("truncated", "cannot be read"),
     ("code", "is refused"),
@@ -407,6 +409,7 @@ def two_runs(trained, workplace):
 def test_hostile_model_files(content, says, capsys, monkeypatch, workplace):
     vqgan("--log_dir ae --train_steps 2")
     path = RunFolder("ae").model("vqgan", 2)
+    RunFolder("ae").manifest(2).unlink()  # a published file has none
     state = torch.load(path, weights_only=True)
     if content == "truncated":
         path.write_bytes(path.read_bytes()[:2000])
@@ -414,6 +417,11 @@ def test_hostile_model_files(content, says, capsys, monkeypatch, workplace):
         torch.save(Malicious(), path)
     elif content == "other":
         torch.save({"layer.weight": torch.zeros(3)}, path)
+    elif content == "compressed":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", bytes(1 << 20))
+    elif content == "keys":
+        torch.save({3: torch.zeros(3)}, path)
     elif content == "list":
         torch.save([torch.zeros(3)], path)
     elif content == "shape":

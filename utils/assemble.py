@@ -5,7 +5,9 @@ from hparams.runs import RunFolder
 from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
 from models.perceptual import build_perceptual, load_vgg16
 from models.vqgan import VQGAN, VQAutoEncoder
-from utils.checkpoints import load_file, load_weights, weights_hash
+from utils.checkpoints import (
+    check_state_dict, load_checkpoint, load_file, load_stats, load_weights, weights_hash,
+)
 
 
 def build_vqgan(H, log):
@@ -27,7 +29,8 @@ def load_perceptual(H, device, log):
     """LPIPS to measure with, its trunk from `--vgg_weights`, from the autoencoder's file where
     that holds it, or downloaded; UserError where none of these is to be had."""
     perceptual, path = build_perceptual(), autoencoder_path(H)
-    state = {} if H.vgg_weights else load_file(path)
+    state = {} if H.vgg_weights else load_checkpoint(path)
+    check_state_dict(state, path)
     keys = [key for key in state if key.startswith("perceptual.")]
     if keys:
         own = {key.removeprefix("perceptual."): state[key] for key in keys}
@@ -42,8 +45,10 @@ def fill_trunk(perceptual, vgg_weights, log, without):
     """Fill LPIPS' trunk from the file `vgg_weights`, or from torchvision's download where that is
     None; UserError names `without`, the flag that does without LPIPS."""
     if vgg_weights:
+        state = load_file(vgg_weights)
+        check_state_dict(state, vgg_weights)
         try:
-            load_vgg16(perceptual, load_file(vgg_weights))
+            load_vgg16(perceptual, state)
         except ValueError as error:
             raise UserError(f"--vgg_weights {vgg_weights}: {error}") from None
         log.info(f"LPIPS: {vgg_weights}")
@@ -54,7 +59,9 @@ def fill_trunk(perceptual, vgg_weights, log, without):
 
 def has_perceptual(path):
     """Whether a VQGAN's file holds LPIPS' trunk."""
-    return any(str(key).startswith("perceptual.net.") for key in load_file(path))
+    state = load_file(path)
+    check_state_dict(state, path)
+    return any(key.startswith("perceptual.net.") for key in state)
 
 
 def download_vgg16(without):
@@ -84,11 +91,11 @@ def autoencoder_path(H):
 def load_autoencoder(H, device, log, path=None):
     """The trained autoencoder in `path` (None: in `autoencoder_path`), frozen."""
     path = path or autoencoder_path(H)
-    state = load_file(path)
+    state = load_checkpoint(path)
+    check_state_dict(state, path)
     autoencoder = VQAutoEncoder(H)
     others = ("disc.", "perceptual.")
-    if isinstance(state, dict):
-        state = {k.removeprefix("ae."): v for k, v in state.items() if not k.startswith(others)}
+    state = {k.removeprefix("ae."): v for k, v in state.items() if not k.startswith(others)}
     load_weights(autoencoder, state, path)
     log.info(f"autoencoder: {path}")
     return autoencoder.requires_grad_(False).eval().to(device)
@@ -127,8 +134,8 @@ def load_sampler(H, autoencoder, device, log):
     """The trained sampler of `--load_dir`: its EMA with `--ema`, which must then be there."""
     run, path = RunFolder(H.load_dir), sampler_path(H)
     sampler = build_sampler(H, autoencoder)
-    load_weights(sampler, load_file(path), path)
+    load_weights(sampler, load_checkpoint(path), path)
     if run.stats(H.load_step).exists():
-        check_autoencoder(autoencoder, load_file(run.stats(H.load_step)), path)
+        check_autoencoder(autoencoder, load_stats(run, H.load_step), path)
     log.info(f"sampler: {path}")
     return sampler.requires_grad_(False).eval().to(device)

@@ -1,49 +1,90 @@
 """Model files: written whole or not at all, read without running code, refused with a sentence."""
 
 import hashlib
-import os
+import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
 
-from hparams.errors import UserError
+from hparams.errors import DiskError, UserError
+from hparams.files import sync_folder, whole_file
 from hparams.runs import RunFolder
 
 
+class HashedFile:
+    """A binary file to write, which knows the `size` and the `sha256` of what was written.
+
+    It keeps a full disk's error for `finish`: torch's writer would hide it behind its own.
+    """
+
+    def __init__(self, file):
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.size = 0
+        self.error = None
+
+    def write(self, content):
+        """Take all of `content`, whatever the disk says."""
+        if self.error is None:
+            try:
+                self.file.write(content)
+            except OSError as error:
+                self.error = error
+        self.digest.update(content)
+        self.size += len(content)
+        return len(content)
+
+    def flush(self):
+        """Nothing yet: `whole_file` waits for the disk once all is written."""
+
+    def finish(self):
+        """{"size", "sha256"} of the whole; raises the OSError that came up on the way."""
+        if self.error is not None:
+            raise self.error
+        return {"size": self.size, "sha256": self.digest.hexdigest()}
+
+
 def save_file(content, path):
-    """torch.save `content` so that `path` holds the old file or the whole new one, never a part."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    """torch.save `content` into a `whole_file`; returns its size and hash, as `HashedFile`."""
+    with whole_file(path) as file:
+        hashed = HashedFile(file)
+        torch.save(content, hashed)
+        return hashed.finish()
 
 
-def cached(path, key, make, log):
+def cached(path, key, make, log, check=None):
     """The dict that `make()` gives, from the file at `path` where that was made under `key`.
 
     It is kept there with its key. A file that is broken, or of another key, is made again.
+    `check`: see `read_cached`.
     """
     path = Path(path)
     if path.exists():
         try:
-            content = load_file(path)
-            if content["key"] == key:
-                return content
-            problem = "it belongs to other data"
-        except (UserError, KeyError, TypeError) as error:
-            problem = str(error)
-        log.warning(f"{path} is made again: {problem}")
-    content = {"key": key, **make()}
+            return read_cached(path, key, check)
+        except UserError as error:
+            log.warning(f"{path} is made again: {error}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"key": key, **make()}
     save_file(content, path)
+    return content
+
+
+def read_cached(path, key, check=None):
+    """The dict that `cached` has kept; UserError where there is none, or one of another key.
+
+    `check(content)` raises where the content is of another kind.
+    """
+    content = load_file(path)
+    try:
+        if content["key"] != key:
+            raise UserError("it belongs to other data")
+        if check is not None:
+            check(content)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"it holds something else ({type(error).__name__}: {error})") from None
     return content
 
 
@@ -53,7 +94,10 @@ def load_file(path):
     if not path.exists():
         raise UserError(f"there is no file {path}{steps_there(path)}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # An archive's tensors are mapped: read into memory, torch believes the sizes that the
+        # file claims, and what lies beyond the end of a shorter one is then anything.
+        mmap = is_archive(path)
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is refused: it is no file of tensors, or holds code that would be run"
@@ -66,6 +110,25 @@ def load_file(path):
         ) from None
 
 
+def is_archive(path):
+    """Whether a file is a zip archive, as torch writes, rather than one pickle, as it once did.
+
+    Raises ValueError where its entries would take more room in memory than the file has, or are
+    not what was written, which torch itself does not look at.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return False
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if compressed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("torch does not compress, this archive does")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} in it is damaged")
+    return True
+
+
 def steps_there(path):
     """`: NAME is there at steps ...` for a path NAME_<step>.th, to help who mistyped the step."""
     name = path.stem.rpartition("_")[0]
@@ -73,11 +136,17 @@ def steps_there(path):
         return ""
     if not path.parent.is_dir():
         return f": {path.parent} does not exist, check the run's name"
-    run = RunFolder(path.parent.parent.name, root=path.parent.parent.parent)
+    run = run_of(path)
     steps = run.steps(name)
     if not steps:
         return f": the run has no {name} checkpoint"
     return f": {name} is there at steps {' '.join(map(str, steps[-8:]))}"
+
+
+def run_of(path):
+    """The RunFolder that a model's or a stats file lies in."""
+    folder = path.parent.parent
+    return RunFolder(folder.name, root=folder.parent)
 
 
 def load_weights(module, state, path, optional=()):
@@ -86,8 +155,7 @@ def load_weights(module, state, path, optional=()):
     Entries whose name starts with one of `optional` may be missing on either side.
     """
     own, optional = module.state_dict(), tuple(optional)
-    if not isinstance(state, dict):
-        raise UserError(f"{path} is no model's file: it holds no state dict")
+    check_state_dict(state, path)
     state = {k: v for k, v in state.items() if k in own or not k.startswith(optional)}
     missing = [k for k in own if k not in state and not k.startswith(optional)]
     surplus = [key for key in state if key not in own]
@@ -100,7 +168,20 @@ def load_weights(module, state, path, optional=()):
                 f"{path} does not fit: {key} has shape {list(value.shape)} where these settings "
                 f"make {list(own[key].shape)}"
             )
-    module.load_state_dict(state, strict=not optional)
+    try:
+        module.load_state_dict(state, strict=not optional)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path} holds what is no model's weight: {reason}") from None
+
+
+def check_state_dict(state, path):
+    """Raise UserError unless `state`, read from `path`, maps names to tensors."""
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is no model's file: it holds no state dict")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise UserError(f"{path} is no model's file: {str(key)[:80]!r} names no tensor")
 
 
 def flag_hint(own, state):
@@ -144,26 +225,147 @@ def weights_hash(module):
     return digest.hexdigest()
 
 
+def checkpoint_file(run, name):
+    """Where a file lies that a manifest calls `name`: a plain name, which leaves no folder."""
+    return (run.saved_stats if name.startswith("stats_") else run.models) / Path(name).name
+
+
+def manifest_of(run, step):
+    """{file name: {"size", "sha256"}} of a checkpoint; ValueError where the manifest is damaged."""
+    try:
+        files = json.loads(run.manifest(step).read_bytes())["files"]
+        for name, entry in files.items():
+            if not name.removesuffix(".th").endswith(f"_{step}"):
+                raise ValueError(name)
+            entry["size"], entry["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{run.manifest(step)} is damaged ({type(error).__name__})") from None
+    return files
+
+
+def file_damage(path, entry):
+    """What is wrong with a file that a manifest has an `entry` on, or None."""
+    if not path.is_file():
+        return f"{path} is not there"
+    if path.stat().st_size != entry["size"]:
+        return f"{path} is damaged: it has {path.stat().st_size} bytes, {entry['size']} were written"
+    if file_hash(path) != entry["sha256"]:
+        return f"{path} is damaged: its bytes are not those that were written"
+    return None
+
+
+def damage(run, step):
+    """What is wrong with a complete checkpoint, in words that name the file, or None."""
+    try:
+        files = manifest_of(run, step)
+    except ValueError as error:
+        return str(error)
+    problems = (file_damage(checkpoint_file(run, name), entry) for name, entry in files.items())
+    return next(filter(None, problems), None)
+
+
+def load_checkpoint(path):
+    """`load_file` of one of a checkpoint's files, checked first where there is a manifest.
+
+    Raises UserError that names a damaged file and the step before it that is whole.
+    """
+    run, step = run_of(path), int(path.name.removesuffix(".th").rpartition("_")[2])
+    if run.manifest(step).exists():
+        try:
+            entry = manifest_of(run, step).get(path.name)
+            problem = file_damage(path, entry) if entry else None
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            earlier = (s for s in reversed(run.complete_steps()) if s < step and not damage(run, s))
+            whole = next(earlier, None)
+            offer = "no earlier checkpoint is whole" if whole is None else f"step {whole} is whole"
+            raise UserError(f"{problem}; {offer}")
+    return load_file(path)
+
+
+def load_stats(run, step):
+    """The dict that was saved beside a checkpoint; UserError where the file holds another thing."""
+    stats = load_checkpoint(run.stats(step))
+    if not isinstance(stats, dict):
+        raise UserError(f"{run.stats(step)} holds no dict of values")
+    return stats
+
+
+def choose_checkpoint(H, log):
+    """With --resume, make `H.load_step` the newest checkpoint of the run that is not damaged.
+
+    Raises UserError where all of them are.
+    """
+    if not H.resume:
+        return
+    run = RunFolder(H.log_dir)
+    steps = run.complete_steps()
+    for step in reversed(steps):
+        problem = damage(run, step)
+        if problem is None:
+            log.info(f"--resume: going on from step {step} of {run.path}")
+            H.load_step = step
+            return
+        log.warning(f"{problem}: --resume takes the checkpoint before step {step}")
+    if steps:
+        raise UserError(f"every checkpoint of {run.path} is damaged: give another --log_dir")
+    log.info(f"--resume: {run.path} has no complete checkpoint, training begins at its first step")
+
+
 class Checkpoints:
     """Saves and restores a run's named models and optimisers as `<name>_<step>.th`.
 
     `models` and `optimizers` map names to objects with state_dict / load_state_dict; `scaler` is
-    the gradient scaler. `stats_<step>` is written last: a step that has it is complete.
+    the gradient scaler. The manifest of a step, with the size and hash of its files, is written
+    last: a step that has it is complete. `keep` is how many complete checkpoints are kept, 0 all.
     """
 
-    def __init__(self, folder, models, optimizers, scaler):
+    def __init__(self, folder, models, optimizers, scaler, keep=0):
         self.folder = folder
         self.models = models
         self.optimizers = optimizers
         self.scaler = scaler
+        self.keep = keep
 
     def save(self, step, stats):
-        """Write all files of a step; `stats` is a dict of plain values to keep beside them."""
-        for name, thing in {**self.models, **self.optimizers}.items():
-            save_file(thing.state_dict(), self.folder.model(name, step))
-        save_file(
-            {"step": step, "scaler": self.scaler.state_dict(), **stats}, self.folder.stats(step)
-        )
+        """Write all files of a step; `stats` is a dict of plain values to keep beside them.
+
+        Raises DiskError; the checkpoints of other steps are then as they were, and nothing of
+        this one takes room.
+        """
+        self.folder.manifest(step).unlink(missing_ok=True)  # the old files are about to go
+        files = {}
+        try:
+            for name, thing in {**self.models, **self.optimizers}.items():
+                path = self.folder.model(name, step)
+                files[path.name] = save_file(thing.state_dict(), path)
+            path = self.folder.stats(step)
+            stats = {"step": step, "scaler": self.scaler.state_dict(), **stats}
+            files[path.name] = save_file(stats, path)
+            with whole_file(self.folder.manifest(step)) as file:
+                file.write(json.dumps({"files": files}, indent=1).encode())
+        except DiskError:
+            for name in files:
+                checkpoint_file(self.folder, name).unlink()
+            raise
+        if self.keep:
+            self.remove_old(step)
+
+    def remove_old(self, step):
+        """Remove all but the last `keep` complete checkpoints up to `step`, if that one is good."""
+        old = [s for s in self.folder.complete_steps() if s <= step][: -self.keep]
+        if not old or damage(self.folder, step):
+            return
+        for step in old:
+            try:
+                files = manifest_of(self.folder, step)
+            except ValueError:
+                continue  # damaged: which files are its own is not known
+            self.folder.manifest(step).unlink()  # first, or it would promise what is not there
+            sync_folder(self.folder.saved_stats)
+            for name in files:
+                checkpoint_file(self.folder, name).unlink(missing_ok=True)
 
     def restore(self, run, step, log, *, optimizers=True, optional=()):
         """Load a step of `run`, a RunFolder; returns its stats ({} for published checkpoints).
@@ -177,36 +379,40 @@ class Checkpoints:
             if name != first and not path.exists():
                 log.warning(f"{path} is not there: {name} starts from {first}")
                 path = run.model(first, step)
-            load_weights(model, load_file(path), path, optional)
+            load_weights(model, load_checkpoint(path), path, optional)
         for name, optimizer in self.optimizers.items() if optimizers else ():
             path = run.model(name, step)
             if path.exists():
-                load_optimizer(optimizer, path)
+                load_optimizer(optimizer, load_checkpoint(path), path)
             else:
                 log.warning(f"{path} is not there: {name} starts afresh")
         if not run.stats(step).exists():
             log.warning(f"{run.stats(step)} is not there: gradient scaler starts afresh")
             return {}
-        stats = load_file(run.stats(step))
+        stats = load_stats(run, step)
         if stats.get("scaler"):
-            self.scaler.load_state_dict(stats["scaler"])
+            try:
+                self.scaler.load_state_dict(stats["scaler"])
+            except (RuntimeError, KeyError, TypeError):
+                raise UserError(f"{run.stats(step)} holds no gradient scaler's state") from None
         log.info(f"restored step {step} of {run.path}")
         return stats
 
 
-def load_optimizer(optimizer, path):
-    """Restore an optimiser's state; its settings, the learning rate among them, stay as they are.
+def load_optimizer(optimizer, content, path):
+    """Restore the state in an optimiser's file; its settings, such as the rate, stay as they are.
 
     Raises UserError where the file is another optimiser's.
     """
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(load_file(path))
+        optimizer.load_state_dict(content)
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
                 if value.dim() and value.shape != parameter.shape:
                     raise ValueError(f"{name} has shape {list(value.shape)}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                state[name] = value.clone()  # it was the file, mapped into memory
+    except Exception as error:  # what an optimiser makes of another's state is open
         raise UserError(
             f"{path} does not fit this optimiser ({error}): check --optimizer, or start it afresh "
             f"with --no_load_optim"

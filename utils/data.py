@@ -10,6 +10,7 @@ Shapes: C = n_channels (3 for RGB, 1 for grey), S = img_size.
 import csv
 import hashlib
 import os
+import stat
 from array import array
 from pathlib import Path, PurePosixPath
 
@@ -25,6 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DATASETS_YAML = REPOSITORY / "datasets.yaml"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 LSUN_FOLDERS = {"churches": "church_outdoor_train_lmdb", "bedrooms": "bedroom_train_lmdb"}
+LARGEST_FILE = 1 << 30  # bytes
 VALIDATION_SHARE, VALIDATION_LIMIT, VALIDATION_SEED = 10, 10_000, 0
 
 
@@ -141,6 +143,11 @@ class ImageFiles(ImageDataset):
     def open(self, index):
         path = Path(self.path(index))
         try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device has no end
+                raise UnreadableImage(path, "it is no regular file")
+            if status.st_size > LARGEST_FILE:
+                raise UnreadableImage(path, f"it has {status.st_size} bytes: no image has")
             content = path.read_bytes()
         except OSError as error:
             raise UnreadableImage(path, error.strerror or str(error)) from None
@@ -339,7 +346,7 @@ def scan(root):
             for entry in entries:
                 if entry.name.startswith(".") or entry.name == "__MACOSX":
                     continue
-                if entry.is_dir():
+                if is_folder(entry):
                     if os.path.realpath(entry.path) not in above:  # a link back up has no end
                         visit(entry.path, f"{prefix}{entry.name}/", above)
                 elif entry.name.lower().endswith(EXTENSIONS):
@@ -354,6 +361,14 @@ def scan(root):
     except OSError as error:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from None
     return sorted(found)
+
+
+def is_folder(entry):
+    """Whether a directory entry is a folder; a link to itself is not."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _real_faces(root, found):

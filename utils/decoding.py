@@ -4,6 +4,7 @@ Shapes: C = n_channels (3 for RGB, 1 for grey), S = img_size.
 """
 
 import io
+import warnings
 
 import numpy as np
 import torch
@@ -32,9 +33,14 @@ def decode(content, path):
     if not content:
         raise UnreadableImage(path, "the file is empty")
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken metadata, which the pixels do not need
+            # Above 89 million pixels Pillow only warns, yet each of four workers would need
+            # gigabytes for such an image.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
         return image
     except UnidentifiedImageError:
         reason = "it is no image of a known format"

@@ -13,13 +13,13 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import sys
 import time
 
 from hparams.errors import UserError
+from hparams.files import whole_file
 from utils.assemble import autoencoder_path, load_autoencoder, load_sampler, sampler_path
 from utils.checkpoints import file_hash
 from utils.image_files import remove_images, save_images_individually
@@ -142,8 +142,9 @@ class Experiment:
         results = read_results(path)
         results.pop(key, None)  # the newest comes last
         results[key] = {"figures": figures, **details, "manifest": manifest}
-        write_json(results, path)
-        self.log.info(f"{self.name}\n\n{markdown_table(figures)}\n")
+        with whole_file(path) as file:
+            file.write(json.dumps(results, indent=1).encode())
+        self.log.info(self.name, markdown_table(figures))
         self.log.info(f"kept as {key!r} in {path}")
         self.log.table(self.name, figures)
         numbers = {name: value for name, value in figures.items() if value is not None}
@@ -170,10 +171,3 @@ def read_results(path):
     if not isinstance(results, dict):
         raise UserError(f"{path} holds no results by name: move it away")
     return results
-
-
-def write_json(content, path):
-    """Write JSON so that `path` holds the old content or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)

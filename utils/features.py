@@ -8,7 +8,6 @@ features float32 [n, D].
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,8 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from tqdm import tqdm
 
 from hparams.errors import UserError
-from utils.checkpoints import cached, file_hash, load_file, weights_hash
+from hparams.files import whole_file
+from utils.checkpoints import HashedFile, cached, file_hash, load_file, weights_hash
 from utils.data import Subset
 from utils.image_files import to_uint8
 from utils.loading import UnreadableFiles, evaluation_batches
@@ -186,7 +186,8 @@ def reference_statistics(dataset, extractor, H, device, log, folder=STATISTICS):
             statistics.update(features["fid"])
         return statistics.state_dict()
 
-    statistics = FeatureStatistics.from_state(cached(path, key, make, log))
+    kept = cached(path, key, make, log, FeatureStatistics.from_state)
+    statistics = FeatureStatistics.from_state(kept)
     log.info(f"statistics of {statistics.count} real images in {path}")
     return statistics
 
@@ -245,13 +246,11 @@ def read_json(path):
 
 def save_array(features, path, before):
     """Write a .npy file whole or not at all; `before(sha256)` is called just before it is there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.save(file, features.numpy(), allow_pickle=False)
-        before(file_hash(temporary))
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot create {path.parent}: {error.strerror}") from None
+    with whole_file(path) as file:
+        hashed = HashedFile(file)
+        np.save(hashed, features.numpy(), allow_pickle=False)
+        before(hashed.finish()["sha256"])

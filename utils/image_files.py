@@ -4,13 +4,13 @@ Shapes: N images, C channels (1 or 3), H rows, W columns.
 """
 
 import math
-import os
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from hparams.errors import UserError
+from hparams.errors import DiskError
+from hparams.files import whole_file
 
 GRID_CELL = 64  # smaller images are enlarged in grids until a side has about this many pixels
 
@@ -65,17 +65,11 @@ def to_pil(image):
 def save_image(image, path):
     """Write one image [C, H, W], floats in [0, 1] or uint8, as PNG; never a half-written file.
 
-    Raises UserError where the file cannot be written.
+    Raises DiskError where the file cannot be written.
     """
-    path = Path(path)
     picture = to_pil(image)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write the image {path}: {error.strerror or error}") from None
+    with whole_file(path, durable=False) as file:
+        picture.save(file, format="PNG")
 
 
 def remove_images(folder):
@@ -87,13 +81,13 @@ def remove_images(folder):
 def save_images_individually(images, folder, start_index=0):
     """Write images [N, C, H, W] as folder/000000.png and on, numbered from `start_index`.
 
-    Returns the paths. Raises UserError where the folder or a file cannot be written.
+    Returns the paths. Raises DiskError where the folder or a file cannot be written.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot create the folder {folder}: {error.strerror}") from None
+        raise DiskError(f"cannot create the folder {folder}: {error.strerror}") from None
     paths = [folder / f"{start_index + index:06d}.png" for index in range(len(images))]
     for image, path in zip(images, paths):
         save_image(image, path)

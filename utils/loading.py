@@ -46,10 +46,16 @@ def stream_positions(n, batch_size, seed, batch):
     return np.concatenate(indices), np.concatenate(flips)
 
 
-def stream(n, batch_size, seed, start_batch=0):
-    """Endless iterator of `stream_positions` from `start_batch` on."""
+def stream(n, batch_size, seed, start_batch=0, share=(0, 1)):
+    """Endless iterator of `stream_positions` from `start_batch` on.
+
+    With a `share` (r, R) it is process r of R: B positions each, that together are R·B a batch.
+    """
+    rank, shares = share
+    ours = slice(rank * batch_size, (rank + 1) * batch_size)
     for batch in itertools.count(start_batch):
-        yield stream_positions(n, batch_size, seed, batch)
+        indices, flips = stream_positions(n, batch_size * shares, seed, batch)
+        yield indices[ours], flips[ours]
 
 
 @functools.lru_cache(maxsize=4)  # a batch at the end of an epoch needs two; 27 MB at n = 3 million
@@ -92,16 +98,16 @@ class UnreadableFiles:
 
 
 def training_batches(
-    dataset, batch_size, seed, start_batch, flip, num_workers, device, on_unreadable
+    dataset, batch_size, seed, start_batch, flip, num_workers, device, on_unreadable, share=(0, 1)
 ):
     """Endless iterator of float32 [B, C, S, S] on `device`, starting at batch `start_batch`.
 
     Each image is flipped left to right by its position's coin when `flip` is true. An unreadable
     image is replaced by the next readable index, and `on_unreadable(path, reason)` is called once
     for it. `num_workers` (None: 0 for embedded data, else up to 4) does not change the batches.
-    Raises UserError when no image at all can be read.
+    `share`: see `stream`. Raises UserError when no image at all can be read.
     """
-    plans = stream(len(dataset), batch_size, seed, start_batch)
+    plans = stream(len(dataset), batch_size, seed, start_batch, share)
     if not flip:
         plans = ((indices, None) for indices, _ in plans)
     report = UnreadableFiles(on_unreadable)

@@ -1,9 +1,9 @@
 """What a run tells people: the console, log.txt, metrics.jsonl, image files and live plots."""
 
+import contextlib
 import json
 import logging
 import math
-import os
 import threading
 import time
 
@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from hparams.errors import UserError
+from hparams.files import whole_file
 from utils.image_files import (
     image_grid, remove_images, save_image, save_images_individually, to_uint8,
 )
@@ -34,7 +35,7 @@ class RunLogger:
         # one process never write into each other's files.
         self._log = logging.Logger("run", level=logging.INFO)
         try:
-            handlers = [_ConsoleHandler(), logging.FileHandler(folder.log, encoding="utf-8")]
+            handlers = [_ConsoleHandler(), _LogFile(folder.log, encoding="utf-8")]
         except OSError as error:
             raise UserError(f"cannot write {folder.log}: {error.strerror}") from None
         for handler in handlers:
@@ -43,6 +44,8 @@ class RunLogger:
         self._lock = threading.Lock()  # the board reports from its own thread
         self._closed = False
         self._metrics = None
+        self._unwritten = b""  # lines of metrics.jsonl that a full disk has not taken yet
+        self._disk_is_full = False
         self._load_metrics(math.inf)
         if board is not None:
             board.start(on_info=self.info, on_warning=self.warning)
@@ -53,9 +56,9 @@ class RunLogger:
     def __exit__(self, *exception):
         self.close()
 
-    def info(self, message):
-        """One line on the console and in log.txt, with the time."""
-        self._write(logging.INFO, message)
+    def info(self, message, table=""):
+        """One line on the console and in log.txt, with the time; the lines of a table below it."""
+        self._write(logging.INFO, message, table and f"\n\n{table}\n")
 
     def warning(self, message):
         """As `info`, marked as a warning."""
@@ -64,21 +67,22 @@ class RunLogger:
     def error_to_file(self, message):
         """An error in log.txt only, for scripts that say it on the console as they end."""
         with self._lock:
+            message = one_line(message)
             record = self._log.makeRecord("run", logging.ERROR, "", 0, message, (), None)
             self._log.handlers[-1].handle(record)
 
-    def _write(self, level, message):
+    def _write(self, level, message, below=""):
         with self._lock:
             if not self._closed:  # the board's thread may still be waiting for a hung server
-                self._log.log(level, "%s", message)
+                self._log.log(level, "%s%s", one_line(message), below)
 
     def metrics(self, step, values, group="train"):
         """One line of metrics.jsonl, and a point on the curve `group` of each metric.
 
         `values` is a dict of numbers or tensors with one element. JSON has no NaN and no
         infinities: they are written as the strings "nan", "inf" and "-inf", which `float` reads
-        back, and are gaps in the curves. Raises ValueError for metrics named "step", "group" or
-        "time", UserError where the disk does not take the line.
+        back, and are gaps in the curves. Lines that a full disk does not take are written once it
+        does. Raises ValueError for metrics named "step", "group" or "time".
         """
         values = {name: _number(value) for name, value in values.items()}
         for name in LINE_KEYS:
@@ -86,12 +90,20 @@ class RunLogger:
                 raise ValueError(f"a metric cannot be named {name!r}: that is a key of every line")
         line = {"step": int(step), "group": group, "time": round(time.time(), 3)}
         line |= {name: v if math.isfinite(v) else str(v) for name, v in values.items()}
-        try:
-            self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-            self._metrics.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self.folder.metrics}: {error.strerror}") from None
+        self._unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
+        self._write_metrics()
         self._draw(line)
+
+    def _write_metrics(self):
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+            self._disk_is_full = False
+        except OSError as error:
+            if not self._disk_is_full:
+                self.warning(f"cannot write {self.folder.metrics}: {error.strerror}; its lines "
+                             "are kept in memory until the disk takes them")
+            self._disk_is_full = True
 
     def bars(self, step, name, values):
         """Bars over the index, such as the loss of each time step, on the board only.
@@ -138,11 +150,13 @@ class RunLogger:
         """Send the last plots, for at most `timeout` seconds, and close the files."""
         if self._board is not None:
             self._board.close(timeout)
+        self._write_metrics()
         with self._lock:
             self._closed = True
         self._metrics.close()
         for handler in self._log.handlers:
-            handler.close()
+            with contextlib.suppress(OSError):  # a full disk, which has been warned of
+                handler.close()
 
     def _load_metrics(self, last_step):
         """Bring metrics.jsonl and the curves to `last_step`, and open the file to go on.
@@ -168,10 +182,10 @@ class RunLogger:
                         kept.append(text)
                         self._draw(line)
             if dropped:
-                temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-                temporary.write_text("".join(kept), encoding="utf-8")
-                os.replace(temporary, path)
-            self._metrics = open(path, "a", encoding="utf-8")
+                with whole_file(path) as file:
+                    file.write("".join(kept).encode())
+            # Without a buffer, which would write a line twice where the disk is full for a while.
+            self._metrics = open(path, "ab", buffering=0)
         except OSError as error:
             raise UserError(f"cannot read and write {path}: {error.strerror}") from None
 
@@ -184,11 +198,52 @@ class RunLogger:
                 self._board.curve(name, line["step"], float(value), line["group"])
 
 
+class SilentLogger:
+    """A RunLogger's likeness that keeps and shows nothing, for all processes but the first."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __getattr__(self, name):
+        if name.startswith("_") or not hasattr(RunLogger, name):
+            raise AttributeError(name)
+        return lambda *arguments, **options: None
+
+
+class _LogFile(logging.FileHandler):
+    """log.txt, which may miss a line where the disk is full: the console has it."""
+
+    def handleError(self, record):
+        pass
+
+
 class _ConsoleHandler(logging.Handler):
     """Prints through tqdm, which keeps a progress bar below the lines."""
 
     def emit(self, record):
-        tqdm.write(self.format(record))
+        with contextlib.suppress(OSError):
+            tqdm.write(self.format(record))
+
+
+class ProgressBar(tqdm):
+    """tqdm's bar, which does without where its output goes to a file on a full disk."""
+
+    def display(self, *arguments, **options):
+        with contextlib.suppress(OSError):
+            return super().display(*arguments, **options)
+
+    def clear(self, *arguments, **options):
+        with contextlib.suppress(OSError):
+            super().clear(*arguments, **options)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+def one_line(message):
+    """A message whose control characters, as file names may hold them, are shown escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
 
 
 def _number(value):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import platform
 import shlex
 import shutil
@@ -11,37 +12,68 @@ import time
 import torch
 
 from hparams.errors import UserError
+from hparams.files import remove_leftovers
 from hparams.runs import RunFolder
 from hparams.settings import read_settings, show
-from utils.logger import RunLogger
+from utils.distributed import World, is_lost_peer, leave
+from utils.logger import RunLogger, SilentLogger, one_line
 from utils.visdom_board import VisdomBoard
+
+OUT_OF_MEMORY = "there is not enough memory: lower --batch_size or the sizes of the model"
 
 
 def run_script(main):
     """Run `main()` and end the process: 0, or the status of a UserError after one sentence."""
     try:
         main()
+        leave()
     except UserError as error:
-        print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+        end(str(error), error.exit_status)
     except OSError as error:
         if error.filename is None:
             raise
-        sys.exit(f"{sys.argv[0]}: error: {error.filename}: {error.strerror}")
+        end(f"{error.filename}: {error.strerror}", 1)
+    except (MemoryError, torch.OutOfMemoryError):
+        end(OUT_OF_MEMORY, 1)
+    except RuntimeError as error:
+        if is_lost_peer(error):
+            end("another of torchrun's processes has ended, which ends this one", 1)
+        if "can't allocate memory" in str(error):
+            end(OUT_OF_MEMORY, 1)
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def end(message, status):
+    """End the process after one sentence.
+
+    What is wrong is mostly wrong in all of torchrun's processes: the first one says it, and
+    torchrun ends the others before they do.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(2)
+    print(f"{sys.argv[0]}: error: {one_line(message)}", file=sys.stderr)
+    sys.exit(status)
+
+
 @contextlib.contextmanager
-def start_run(H, device):
+def start_run(H, device, world=World()):
     """Open the run folder of `H.log_dir`; gives its RunLogger, with visdom unless `no_visdom`.
 
-    The log begins with the command and the versions; an error that ends the run is logged.
+    The log begins with the command and the versions; an error that ends the run is logged. Only
+    the first process of the world has a log. `--deterministic` takes effect here.
     """
+    if H.deterministic:
+        compute_deterministically()
     folder = RunFolder(H.log_dir)
+    if not world.is_first:
+        yield SilentLogger(folder)
+        return
     board = None if H.no_visdom else VisdomBoard(H.visdom_server, H.visdom_port, env=H.log_dir)
     with RunLogger(folder, board) as log:
-        log.info("command: " + shlex.join(sys.argv))
+        command = [argument.replace(H.visdom_server, address_of(H)) for argument in sys.argv]
+        log.info("command: " + shlex.join(command))
         log.info(
             f"python {platform.python_version()}, torch {torch.__version__}, {device}"
             + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "")
@@ -53,16 +85,46 @@ def start_run(H, device):
             raise
 
 
+def compute_deterministically():
+    """Make torch refuse what does not repeat to the bit on one machine."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def address_of(H):
+    """The visdom server without the name and the password that its address may hold."""
+    scheme, separator, rest = H.visdom_server.rpartition("://")
+    return scheme + separator + rest.rpartition("@")[2]
+
+
 def record_settings(H, log):
     """Save H as the run's hparams.yaml and show it; metrics after the step loaded are dropped.
 
-    Called once everything is loaded, so that a command that fails leaves the run as it was.
+    So are what a killed process left half-written, and the manifests of later checkpoints: those
+    are not of this run, and --resume is not to take them. Called once everything is loaded, so
+    that a command that fails leaves the run as it was.
     """
-    if not H.load_step:
+    H = dataclasses.replace(H, visdom_server=address_of(H))
+    folder = log.folder
+    if not H.load_step and not began_here(H, folder):
         keep_earlier_records(log)
+    for path in (folder.path, folder.images, folder.models, folder.saved_stats):
+        remove_leftovers(path)
+    for step in folder.complete_steps():
+        if step > H.load_step:
+            folder.manifest(step).unlink()
     log.rewind(H.load_step or -1)
-    H.save(log.folder.hparams)
+    H.save(folder.hparams)
     log.table("hyperparameters", dataclasses.asdict(H))
+
+
+def began_here(H, folder):
+    """Whether the folder holds the record of the same run, killed before its first checkpoint."""
+    try:
+        return H.resume and read_settings(folder.hparams) == dataclasses.asdict(H)
+    except UserError:
+        return False
 
 
 def keep_earlier_records(log):
@@ -81,7 +143,7 @@ def log_changed_settings(H, run, log):
         log.warning(f"{run.hparams} is not there: the settings are those of this command")
         return
     before = read_settings(run.hparams)
-    ignored = {"load_dir", "load_step", "log_dir", "train_steps"}
+    ignored = {"load_dir", "load_step", "load_optim", "log_dir", "resume", "train_steps"}
     for name, value in dataclasses.asdict(H).items():
         if name in before and name not in ignored and before[name] != value:
             log.info(f"{name} is now {show(value)}, was {show(before[name])}")

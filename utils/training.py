@@ -9,9 +9,9 @@ import time
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from hparams.errors import UserError
+from hparams.errors import DiskError, UserError
+from utils.logger import ProgressBar
 
 
 def resolve_device(name):
@@ -69,14 +69,19 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype)
 
 
+def step_seed(seed, step, purpose="train"):
+    """The number that (seed, step, purpose) stand for in torch's generators."""
+    digest = hashlib.sha256(f"{seed} {step} {purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def seed_step(seed, step, purpose="train"):
     """Seed torch's generators from (seed, step, purpose).
 
     Called at the start of every step, it makes the noise of a step a function of its number, so
     that a resumed run needs no generator's state and what is displayed in between does not matter.
     """
-    digest = hashlib.sha256(f"{seed} {step} {purpose}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    torch.manual_seed(step_seed(seed, step, purpose))
 
 
 class EMA:
@@ -116,24 +121,63 @@ def set_learning_rate(optimizer, rate):
         group["lr"] = rate
 
 
-def backward_step(loss, optimizer, precision, clip=0.0, parameters=()):
-    """One optimiser step on `loss` (0-d); gradients are scaled where the precision asks for it.
+class BadStep(Exception):
+    """A loss or a gradient is not finite; nothing has learned from it."""
 
-    `clip` limits the norm of the gradient of `parameters`; 0 does not. `precision.scaler.update()`
-    is due once after all the steps of an iteration.
-    """
-    scaler = precision.scaler
+
+@contextlib.contextmanager
+def buffers_kept(model):
+    """Where the block raises BadStep, the model's buffers are afterwards what they were."""
+    buffers = list(model.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    except BadStep:
+        for buffer, value in zip(buffers, before):
+            buffer.copy_(value)
+        raise
+
+
+def backward(loss, optimizer, precision):
+    """The gradients of `loss` (0-d) alone, scaled where the precision asks for it."""
     optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    if clip:
+    precision.scaler.scale(loss).backward()
+
+
+def take_step(losses, optimizers, precision, world, clip=0.0):
+    """One step of each optimiser on the gradients that `backward` has left, or of none.
+
+    Raises BadStep where a loss or the norm of an optimiser's gradient is not finite, in any of the
+    world's processes. A gradient that float16's scale has made overflow is no bad one: the scaler
+    passes that step over and lowers the scale. `clip` limits the norms; 0 does not.
+    """
+    scaler, norms, parameters = precision.scaler, [], []
+    for optimizer in optimizers:
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(parameters, clip)
-    scaler.step(optimizer)
+        parameters.append([p for group in optimizer.param_groups for p in group["params"]])
+        gradients = [p.grad for p in parameters[-1] if p.grad is not None]
+        norms.append(nn.utils.get_total_norm(gradients))
+    values = torch.stack([value.detach().float() for value in (*losses, *norms)])
+    finite = world.all(values.isfinite())
+    if scaler.get_scale() > 1:
+        finite = finite[: len(losses)]
+    if not finite.all():  # the one wait for the device
+        scaler.update()
+        shown = ", ".join(f"{value:.3g}" for value in values.tolist())
+        raise BadStep(f"not finite (losses, then norms of gradients: {shown})")
+    for optimizer, ours, norm in zip(optimizers, parameters, norms):
+        if clip:
+            nn.utils.clip_grads_with_norm_(ours, clip, norm)
+        scaler.step(optimizer)
+    scaler.update()
 
 
 class Interruption:
     """Context that turns the first Ctrl-C (or SIGTERM) into the flag `.asked`; a second one is
-    a KeyboardInterrupt as usual."""
+    a KeyboardInterrupt as usual, unless `patient`."""
+
+    def __init__(self, patient=False):
+        self.patient = patient
 
     def __enter__(self):
         self.asked = False
@@ -144,7 +188,8 @@ class Interruption:
 
     def ask(self, number, frame):
         self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not self.patient:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *exception):
         for number, handler in self.previous.items():
@@ -156,50 +201,97 @@ def due(step, interval):
     return interval > 0 and step % interval == 0
 
 
-def training_loop(H, log, seconds, train_step, *, validate, display, save, go_on=None):
+def training_loop(
+    H, log, world, seconds, train_step, *, batch, validate, display, save, go_on=None
+):
     """Run `train_step(step)` for the steps after `H.load_step`, to `H.train_steps`.
 
     `train_step` returns a dict of 0-d tensors or floats with a `loss`; means over `steps_per_log`
     are logged with images/s and `seconds`, the time spent so far on top of what `seconds` says
     the loaded run had taken. `validate(step)`, `display(step, save=, show=)` and
-    `save(step, {"seconds": ...})` are called when their settings say so; `save` also at the end
-    and after Ctrl-C, where `go_on` says how the run goes on. Returns the step that was reached.
+    `save(step, {"seconds": ...})` are called when their settings say so, in the first process of
+    the world; `save` also at the end and after Ctrl-C, where `go_on` says how the run goes on.
+    `batch(step)` are the indices of a step's images, to name them where it raises BadStep: such a
+    step is passed over, and more than `max_bad_steps` in a row are a UserError. What a full disk
+    refuses is tried again when it is next due; the last checkpoint is a DiskError. Returns the
+    step that was reached.
     """
     started = time.perf_counter() - seconds
-    bar = tqdm(
+    bar = ProgressBar(
         total=H.train_steps, initial=H.load_step, desc=H.log_dir, unit="step", dynamic_ncols=True,
-        mininterval=0.5,
+        mininterval=0.5, disable=not world.is_first,
     )
-    sums, counts, training_time = {}, {}, 0.0
-    with Interruption() as interruption, bar:
+    sums, counts, training_time, bad_steps = {}, {}, 0.0, 0
+    with Interruption(patient=world.size > 1) as interruption, bar:
         for step in range(H.load_step + 1, H.train_steps + 1):
             begun = time.perf_counter()
-            seed_step(H.seed, step)
-            for name, value in train_step(step).items():
+            seed_step(H.seed, step, world.purpose)
+            try:
+                stats, bad_steps = train_step(step), 0
+            except BadStep as error:
+                stats, bad_steps = {}, bad_steps + 1
+                pass_over(error, step, bad_steps, batch(step), H.max_bad_steps, log)
+            for name, value in stats.items():
                 sums[name] = sums.get(name, 0) + value
                 counts[name] = counts.get(name, 0) + 1
             bar.update()
-            if due(step, H.steps_per_log):
+            if due(step, H.steps_per_log) and sums:
                 means = {name: float(value) / counts[name] for name, value in sums.items()}
+                means = world.mean(means)
                 now = time.perf_counter()
-                speed = counts["loss"] * H.batch_size / (training_time + now - begun)
+                images = counts["loss"] * H.batch_size * world.size
+                speed = images / (training_time + now - begun)
                 log.metrics(step, {**means, "images_per_second": speed, "seconds": now - started})
                 bar.set_postfix_str(f"loss {means['loss']:.4f}, {speed:.0f} images/s")
                 sums, counts, training_time = {}, {}, 0.0
             else:
                 training_time += time.perf_counter() - begun
             last = step == H.train_steps
+            asked = world.any(interruption.asked)
+            if not world.is_first:
+                if asked:
+                    return step
+                continue
             if H.steps_per_eval and (due(step, H.steps_per_eval) or last):
                 validate(step)
             shows = due(step, H.steps_per_display_output) and not H.no_visdom
             saves = due(step, H.steps_per_save_output)
             if shows or saves:
-                display(step, save=saves, show=shows)
-            if due(step, H.steps_per_checkpoint) or last or interruption.asked:
+                with later_if_disk_is_full(log):
+                    display(step, save=saves, show=shows)
+            if last or asked:
                 save(step, {"seconds": time.perf_counter() - started})
-            if interruption.asked and not last:
-                go_on = go_on or f"go on with --load_dir {H.log_dir} --load_step {step}"
+            elif due(step, H.steps_per_checkpoint):
+                with later_if_disk_is_full(log):
+                    save(step, {"seconds": time.perf_counter() - started})
+            if asked and not last:
+                go_on = go_on or (
+                    f"go on with --resume, or with --load_dir {H.log_dir} --load_step {step}"
+                )
                 log.info(f"interrupted: saved step {step}; {go_on}")
                 return step
-    log.info(f"trained to step {H.train_steps}: checkpoints are in {log.folder.models}")
-    return H.train_steps
+    reached = max(H.train_steps, H.load_step)
+    log.info(f"trained to step {reached}: checkpoints are in {log.folder.models}")
+    return reached
+
+
+def pass_over(error, step, in_a_row, indices, limit, log):
+    """Log a BadStep with its batch; raises UserError where it is one too many in a row."""
+    images = " ".join(map(str, indices))
+    log.warning(f"step {step} is passed over, it is {error}; images of its batch: {images}")
+    if in_a_row > limit:
+        steps = log.folder.complete_steps()
+        kept = f"the last checkpoint is that of step {steps[-1]}" if steps else "nothing was saved"
+        raise UserError(
+            f"{in_a_row} steps in a row up to step {step} were not finite, which --max_bad_steps "
+            f"{limit} does not allow: lower the learning rate, or clip gradients ({kept})"
+        )
+
+
+@contextlib.contextmanager
+def later_if_disk_is_full(log):
+    """Log the DiskError of something that is done again later, and go on."""
+    try:
+        yield
+    except DiskError as error:
+        log.warning(f"{error}; training goes on, and the next time will be another attempt")

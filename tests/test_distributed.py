@@ -1,0 +1,185 @@
+"""Several processes train as one does with their batches together; one log, one set of files."""
+
+import os
+import subprocess
+import sys
+import traceback
+
+import pytest
+import torch
+
+import train_sampler
+import train_vqgan
+from helpers import ROOT, free_port
+from hparams import get_vqgan_hparams
+from hparams.runs import RunFolder
+from test_training import (
+    SAMPLER, VQGAN, files_of, lines_of, sampler, trained, two_runs, vqgan, workplace,
+)
+from utils.distributed import World
+from utils.loading import stream
+
+__all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
+
+EXACT = "--embd_pdrop 0 --resid_pdrop 0 --steps_per_log 1 --ema --steps_per_checkpoint 5"
+
+
+def on_processes(count, main, flags):
+    """Run `main` in forked processes, as torchrun would; returns their exit statuses."""
+    environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in range(count):
+        process = os.fork()
+        if process == 0:
+            status = 1
+            try:
+                os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                torch.set_num_threads(1)
+                main(flags.split())
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        processes.append(process)
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
+def losses(run):
+    return [line["loss"] for line in lines_of(run) if line["group"] == "train"]
+
+
+def assert_near(left, right, tolerance):
+    """State dicts of the same names, with no value further apart than `tolerance`."""
+    assert list(left) == list(right)
+    for name in left:
+        assert float((left[name] - right[name]).abs().max()) <= tolerance, name
+
+
+@pytest.mark.parametrize("flags", ["--optimizer adam", "--optimizer muon --mask_schedule fixed"])
+def test_two_processes_are_one_with_twice_the_batch(flags, two_runs):
+    """20 steps; then one process goes on from what two have left, and the other way round."""
+    command = f"{SAMPLER} {EXACT} {flags}"
+    statuses = on_processes(
+        2, train_sampler.main, f"{command} --batch_size 4 --log_dir two --train_steps 20"
+    )
+    assert statuses == [0, 0]
+    sampler(f"{EXACT} {flags} --batch_size 8 --log_dir one --train_steps 20")
+    assert len(losses("one")) == 20
+    assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
+    two, one = files_of("two", 20), files_of("one", 20)
+    assert set(two) == set(one)
+    for name in ("absorbing_20.th", "absorbing_ema_20.th"):
+        assert_near(two[name], one[name], 1e-3)
+    assert RunFolder("two").log.read_text().count("command: ") == 1
+
+    sampler(f"{EXACT} {flags} --batch_size 8 --log_dir two --resume --train_steps 25")
+    on_processes(2, train_sampler.main,
+                 f"{command} --batch_size 4 --log_dir one --resume --train_steps 25")
+    assert len(losses("one")) == len(losses("two")) == 25
+    assert losses("two") == pytest.approx(losses("one"), rel=1e-4)
+
+
+def test_two_processes_train_an_autoencoder_and_keep_the_same_weights(workplace):
+    """Without noise or BatchNorm in play, two processes are one with twice the batch."""
+    flags = "--steps_per_log 1 --ema --lr 1e-4 --train_steps 6 --num_workers 0"
+    assert on_processes(
+        2, train_vqgan.main, f"{VQGAN} {flags} --batch_size 2 --log_dir two"
+    ) == [0, 0]
+    vqgan(f"{flags} --batch_size 4 --log_dir one")
+    assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
+    assert_near(files_of("two", 6)["vqgan_6.th"], files_of("one", 6)["vqgan_6.th"], 1e-3)
+
+
+def test_the_discriminator_takes_part_in_several_processes(workplace):
+    flags = f"{VQGAN} --steps_per_log 1 --disc_start_step 2 --diff_aug --train_steps 4"
+    assert on_processes(2, train_vqgan.main, f"{flags} --batch_size 2 --log_dir a") == [0, 0]
+    (_, second, *_) = [line for line in lines_of("a") if line["group"] == "train"]
+    assert second["d_loss"] > 0 and second["d_weight"] > 0
+    before, after = (files_of("a", 4)[f"{name}_4.th"] for name in ("vqgan", "disc_optim"))
+    assert after["state"] and before["disc.main.0.weight"].isfinite().all()
+
+
+def test_the_learning_rate_of_the_autoencoder_follows_the_whole_batch(monkeypatch):
+    flags = "--dataset churches --batch_size 4".split()
+    one = get_vqgan_hparams(flags).lr
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert get_vqgan_hparams(flags).lr == 8 * one == pytest.approx(8 * 4 * 4.5e-6)
+
+
+def test_shares_of_the_stream_are_its_batches():
+    whole = stream(50, 12, seed=1, start_batch=3)
+    parts = [stream(50, 4, seed=1, start_batch=3, share=(rank, 3)) for rank in range(3)]
+    for _ in range(10):
+        indices, flips = next(whole)
+        got = [next(part) for part in parts]
+        assert [i for part, _ in got for i in part] == list(indices)
+        assert [f for _, part in got for f in part] == list(flips)
+
+
+def test_shares_of_a_sequence_are_all_of_it_once():
+    shares = [World(rank, 3).share(range(10)) for rank in range(3)]
+    assert sorted(item for share in shares for item in share) == list(range(10))
+    assert World().share(range(10)) == range(10)
+
+
+def run_torchrun(script, flags):
+    """What `torchrun --nproc_per_node=2` of a script prints and returns."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc_per_node=2", str(ROOT / script), *flags.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.slow
+def test_torchrun(two_runs):
+    flags = f"{SAMPLER} {EXACT} --log_dir run --train_steps 4"
+    done = run_torchrun("train_sampler.py", flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained to step 4") == 1, done.stdout
+    assert RunFolder("run").complete_steps() == [4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, says", [
+    ("--codebook_size 77", "contradicts codebook_size 16"),
+    ("--load_dir prior --load_step 7", "absorbing is there at steps 2"),
+])
+def test_an_error_of_all_processes_is_said_once(flags, says, two_runs):
+    done = run_torchrun("train_sampler.py", f"{SAMPLER} {flags} --train_steps 20")
+    lines = [line for line in done.stderr.splitlines() if "error: " in line and "train_" in line]
+    assert done.returncode != 0 and len(lines) == 1 and says in lines[0], done.stderr
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_all(two_runs, workplace):
+    """The second process loses its data on the way."""
+    script = workplace / "train_one_fails.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_sampler\n"
+        "from hparams import UserError\n"
+        "from utils.scripts import run_script\n"
+        "step = train_sampler.train_step\n"
+        "def failing(*arguments):\n"
+        "    if os.environ['RANK'] == '1' and arguments[5] == 3:\n"
+        "        raise UserError('the data is gone')\n"
+        "    return step(*arguments)\n"
+        "train_sampler.train_step = failing\n"
+        "run_script(train_sampler.main)\n"
+    )
+    done = run_torchrun(script, f"{SAMPLER} --train_steps 100000")
+    assert done.returncode != 0 and "the data is gone" in done.stderr
+    ours = [line for line in done.stderr.splitlines() if "train_one_fails.py: error: " in line]
+    assert len(ours) <= 2 and "Traceback" not in done.stderr.split("the data is gone")[0]
+
+
+def test_histories_are_those_of_the_whole_batch(two_runs):
+    flags = f"{SAMPLER} {EXACT} --train_steps 2 --batch_size 4 --log_dir two"
+    assert on_processes(2, train_sampler.main, flags) == [0, 0]
+    sampler(f"{EXACT} --train_steps 2 --batch_size 8 --log_dir one")
+    two, one = (files_of(run, 2)["absorbing_2.th"] for run in ("two", "one"))
+    assert torch.equal(two["Lt_count"], one["Lt_count"]) and float(one["Lt_count"].sum()) == 16
+    assert_near({"h": two["loss_history"]}, {"h": one["loss_history"]}, 1e-5)

@@ -1,0 +1,16 @@
+"""Broken and hostile files in a process of its own, which they may not bring down: see fuzz.py."""
+
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT
+
+
+@pytest.mark.parametrize("files", [130, pytest.param(2000, marks=pytest.mark.slow)])
+def test_broken_files_come_to_sentences(files):
+    command = [sys.executable, str(ROOT / "tests" / "fuzz.py"), "--files", str(files)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{files} mutated files" in done.stdout
