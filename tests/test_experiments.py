@@ -25,7 +25,7 @@ from helpers import ROOT, wait_until
 from hparams import UserError, get_samples_hparams
 from hparams.runs import RunFolder
 from models import AutoregressiveTransformer
-from models.perceptual import build_perceptual, load_vgg16
+from models.perceptual import PerceptualDistance, build_perceptual, load_vgg16
 from models.vqgan import VQAutoEncoder
 from utils import sampling
 from utils.checkpoints import file_hash, save_file
@@ -373,9 +373,14 @@ def vgg_weights(workplace):
     return f"--vgg_weights {workplace / 'vgg16.pth'}"
 
 
-def test_nearest_neighbours(vgg_weights):
+def test_nearest_neighbours(vgg_weights, monkeypatch):
+    seen, vectors = [], PerceptualDistance.vectors
+    monkeypatch.setattr(
+        PerceptualDistance, "vectors", lambda self, x: seen.append(len(x)) or vectors(self, x)
+    )
     flags = f"{PUBLISHED} {vgg_weights} --n_samples 5 --k_nearest 3 --save_individually"
     figures = run(calc_nearest_neighbours, flags)
+    assert sum(seen) == 5 + 1618  # each image goes through the network once
     [result] = read_results(RunFolder("out").results).values()
     train_set = train_validation_split(Digits("digits", 16, 1))[0]
     images = torch.stack([train_set.load(index) for index in range(len(train_set))])
@@ -411,9 +416,10 @@ def test_nearest_neighbours(vgg_weights):
 
 
 def test_neighbours_in_a_small_folder_without_lpips(workplace, monkeypatch):
-    run(get_samples, f"{LOAD} --n_samples 4 --save_individually", "photos")
+    load = f"{LOAD} --n_samples 4 --temp 0.8 --sample_steps 8"  # whatever the dataset's defaults
+    run(get_samples, f"{load} --save_individually", "photos")
     photos = RunFolder("photos").images / "samples_2"
-    flags = f"{LOAD} --dataset custom --custom_dataset_path {photos} --n_samples 4"
+    flags = f"{load} --dataset custom --custom_dataset_path {photos} --num_workers 0"
     run(calc_nearest_neighbours, f"{flags} --spaces pixels")
     [result] = read_results(RunFolder("out").results).values()
     found = result["neighbours"]
