@@ -14,7 +14,7 @@ def perceptual():
     return build_perceptual()
 
 
-@pytest.mark.filterwarnings("ignore:The parameter|ignore:Arguments other than")  # from lpips
+@pytest.mark.filterwarnings("ignore:The parameter", "ignore:Arguments other than")  # from lpips
 @pytest.mark.parametrize("channels, size, value_range", [
     (3, (32, 32), "-1_1"), (1, (32, 32), "0_1"), (3, (20, 43), "0_1"),
 ])

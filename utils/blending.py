@@ -1,4 +1,4 @@
-"""Lay generated pixels into an image so that no edge is seen where they meet those that are kept."""
+"""Lay generated pixels into an image so that no edge is seen where they meet the kept ones."""
 
 import numpy as np
 import scipy.sparse

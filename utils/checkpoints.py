@@ -248,7 +248,8 @@ def file_damage(path, entry):
     if not path.is_file():
         return f"{path} is not there"
     if path.stat().st_size != entry["size"]:
-        return f"{path} is damaged: it has {path.stat().st_size} bytes, {entry['size']} were written"
+        size = path.stat().st_size
+        return f"{path} is damaged: it has {size} bytes, {entry['size']} were written"
     if file_hash(path) != entry["sha256"]:
         return f"{path} is damaged: its bytes are not those that were written"
     return None
