@@ -52,7 +52,7 @@ def end(message, status):
     torchrun ends the others before they do.
     """
     if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(2)
+        time.sleep(10)
     print(f"{sys.argv[0]}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(status)
 
