@@ -15,7 +15,7 @@ from utils.data import load_dataset
 from utils.experiment import experiment
 from utils.features import dataset_images, rebatch
 from utils.fidelity import fid_figures
-from utils.image_files import remove_images, save_images_individually, to_uint8
+from utils.image_files import to_uint8
 from utils.metrics import psnr
 from utils.sampling import DECODED
 from utils.scripts import run_script
@@ -25,16 +25,9 @@ from utils.scripts import run_script
 def reconstructions(run, dataset, quality):
     """Iterator of a dataset's reconstructions uint8 [b, C, S, S]; their PSNRs [b] are appended to
     the list `quality`."""
-    H, done = run.H, 0
-    folder = run.log.folder.images / f"reconstructions_{H.load_step}"
-    if H.save_individually:
-        remove_images(folder)  # those of an earlier command
-    for images in rebatch(dataset_images(dataset, H, run.device, run.log), DECODED):
+    for images in rebatch(dataset_images(dataset, run.H, run.device, run.log), DECODED):
         decoded = to_uint8(run.autoencoder(images.to(run.device) / 255)[0])
         quality.append(psnr(images / 255, decoded / 255))
-        if H.save_individually:
-            save_images_individually(decoded, folder, done)
-        done += len(images)
         yield decoded
 
 
@@ -46,7 +39,7 @@ def main(argv=None):
         name = "vqgan_ema" if H.ema else "vqgan"
         run.load_autoencoder(RunFolder(H.load_dir).model(name, H.load_step), H.load_step)
         quality = []
-        images = reconstructions(run, dataset, quality)
+        images = run.written(reconstructions(run, dataset, quality), "reconstructions")
         figures = fid_figures(run, dataset, images, len(dataset))
         run.report({**figures, "PSNR (dB)": torch.cat(quality).mean().item()})
 

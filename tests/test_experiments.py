@@ -434,3 +434,12 @@ def test_neighbours_in_a_small_folder_without_lpips(workplace, monkeypatch):
     monkeypatch.setattr(torchvision.models.VGG16_Weights, "get_state_dict", refuse)
     with pytest.raises(UserError, match="--vgg_weights.*--spaces pixels"):
         run(calc_nearest_neighbours, flags)
+
+
+def test_results_hold_no_credentials_of_the_visdom_server(workplace, monkeypatch):
+    server = "http://somebody:secret@localhost"
+    flags = f"{LOAD} --n_samples 2 --visdom_server {server}"
+    monkeypatch.setattr(sys, "argv", ["get_samples.py", *flags.split()])
+    run(get_samples, flags)
+    text = RunFolder("out").results.read_text()
+    assert "secret" not in text and "somebody" not in text and "http://localhost" in text

@@ -14,8 +14,6 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import shlex
-import sys
 import time
 
 from hparams.errors import UserError
@@ -24,7 +22,7 @@ from utils.assemble import autoencoder_path, load_autoencoder, load_sampler, sam
 from utils.checkpoints import file_hash
 from utils.image_files import remove_images, save_images_individually
 from utils.sampling import CHUNK, decoded, read_ids, sample_ids, sampling_settings
-from utils.scripts import start_run
+from utils.scripts import address_of, command_of, start_run
 from utils.training import Precision, resolve_device
 
 LIBRARIES = ("torch", "torchvision", "torch-fidelity", "lpips", "numpy", "scipy", "pillow")
@@ -104,17 +102,20 @@ class Experiment:
     def samples(self):
         """Iterator of images uint8 [b, C, S, S], `n_samples` in all, of `sample_ids`.
 
-        With `--save_individually` they are written to images/samples_<step>/ on their way.
+        With `--save_individually` they are `written` on their way.
         """
-        H, done = self.H, 0
-        folder = self.log.folder.images / f"samples_{H.load_step}"
-        if H.save_individually:
-            remove_images(folder)  # those of an earlier command
-        for images in decoded(self.sampler, self.autoencoder, self.sample_ids(), H.n_samples):
-            if H.save_individually:
-                save_images_individually(images, folder, done)
-            done += len(images)
-            yield images
+        ids = self.sample_ids()
+        return self.written(
+            decoded(self.sampler, self.autoencoder, ids, self.H.n_samples), "samples"
+        )
+
+    def written(self, batches, name):
+        """The images of an iterator of batches, with `--save_individually` also written to
+        images/<name>_<step>/ on their way."""
+        if not self.H.save_individually:
+            return batches
+        folder = self.log.folder.images / f"{name}_{self.H.load_step}"
+        return save_on_the_way(batches, folder)
 
     def report(self, figures, **details):
         """Print the figures, a dict, as a table, show them, and keep them in results.json.
@@ -123,12 +124,12 @@ class Experiment:
         and the manifest. The key changes with whatever was measured: settings, checkpoints, data;
         measuring the same again replaces the entry.
         """
-        settings = dataclasses.asdict(self.H)
+        settings = dataclasses.asdict(self.H) | {"visdom_server": address_of(self.H)}
         measured = {k: v for k, v in settings.items() if k not in ELSEWHERE}
         identity = json.dumps([self.name, measured, self.facts], sort_keys=True)
         key = f"{self.name} {hashlib.sha256(identity.encode()).hexdigest()[:12]}"
         manifest = {
-            "command": shlex.join(sys.argv),
+            "command": command_of(self.H),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(time.perf_counter() - self.began, 1),
             "device": str(self.device),
@@ -149,6 +150,17 @@ class Experiment:
         self.log.table(self.name, figures)
         numbers = {name: value for name, value in figures.items() if value is not None}
         self.log.metrics(self.H.load_step, numbers, group=self.name)
+
+
+def save_on_the_way(batches, folder):
+    """The batches [b, C, S, S] of an iterator, each written to `folder` as single images before it
+    is handed on; images of an earlier command go first."""
+    remove_images(folder)
+    done = 0
+    for images in batches:
+        save_images_individually(images, folder, done)
+        done += len(images)
+        yield images
 
 
 def markdown_table(figures):

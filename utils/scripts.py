@@ -72,8 +72,7 @@ def start_run(H, device, world=World()):
         return
     board = None if H.no_visdom else VisdomBoard(H.visdom_server, H.visdom_port, env=H.log_dir)
     with RunLogger(folder, board) as log:
-        command = [argument.replace(H.visdom_server, address_of(H)) for argument in sys.argv]
-        log.info("command: " + shlex.join(command))
+        log.info("command: " + command_of(H))
         log.info(
             f"python {platform.python_version()}, torch {torch.__version__}, {device}"
             + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "")
@@ -90,6 +89,13 @@ def compute_deterministically():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def command_of(H):
+    """The command line as it may be written down, without what `address_of` leaves out."""
+    return shlex.join(
+        argument.replace(H.visdom_server, address_of(H)) for argument in sys.argv
+    )
 
 
 def address_of(H):
