@@ -76,9 +76,7 @@ def main(argv=None):
         if H.steps_per_eval:
             train_set, validation_set = train_validation_split(dataset)
         flip, workers = H.horizontal_flip, H.num_workers
-        ids = world.first(lambda: load_latents(
-            train_set, autoencoder, flip, workers, device, log
-        ))
+        ids = load_latents(train_set, autoencoder, flip, workers, device, log, world)
         if validation_set is not None and world.is_first:
             held_out = load_latents(validation_set, autoencoder, False, workers, device, log)
             held_out = held_out[:, 0].long()  # [n, N]

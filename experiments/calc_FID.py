@@ -7,13 +7,14 @@
 Samples stream from the sampler into the extractor, exactly --n_samples of them; all images of the
 dataset are the reference, and its statistics are kept in statistics/. --kid, --isc and --prc
 measure more on the same samples. An interrupted command goes on where it stopped when it is given
-again. Prints a table and keeps it in logs/<log_dir>/results.json with what it takes to repeat it.
+again, and torchrun's processes divide samples and images among them. Prints a table and keeps it
+in logs/<log_dir>/results.json with what it takes to repeat it.
 """
 
 from hparams import get_fid_hparams
 from utils.data import load_dataset
 from utils.experiment import experiment
-from utils.fidelity import fid_figures
+from utils.fidelity import fid_extractor, fid_figures
 from utils.scripts import run_script
 
 
@@ -23,7 +24,9 @@ def main(argv=None):
         dataset = load_dataset(H)
         run.note_data(dataset)
         run.load_sampler()
-        run.report(fid_figures(run, dataset, run.samples(), H.n_samples))
+        extractor = fid_extractor(run)
+        samples = run.sample_features(extractor)
+        run.report(fid_figures(run, dataset, extractor, samples))
 
 
 if __name__ == "__main__":

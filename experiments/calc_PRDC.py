@@ -7,7 +7,8 @@
 Compares the features of --n_samples samples with those of as many images of the dataset (all,
 where it has no more). --fake_images_path measures a folder of images instead. Features are kept
 where --real_feats and --fake_feats say, and made again when they belong to other images, another
-extractor or another checkpoint.
+extractor or another checkpoint. An interrupted command goes on where it stopped when it is given
+again, and torchrun's processes divide samples and images among them.
 """
 
 import torch
@@ -18,7 +19,7 @@ from utils.checkpoints import file_hash
 from utils.data import ImageFiles, load_dataset, scan
 from utils.experiment import experiment
 from utils.features import (
-    Extractor, dataset_images, features_key, features_of, kept_features, real_subset,
+    PART, Extractor, KeptFeatures, dataset_images, features_key, features_of, real_subset,
     reference_features,
 )
 from utils.metrics import prdc, prdc_blocks
@@ -38,26 +39,18 @@ def images_of_folder(H):
     )
 
 
-def measured_images(run):
-    """Function that gives a stream of images uint8 [b, C, S, S]: a folder's, or samples."""
+def fake_features(run, extractor):
+    """Parts of the features of samples, or of the images of `--fake_images_path`."""
     H = run.H
     if not H.fake_images_path:
-        run.load_sampler()
-        return run.samples
+        return run.sample_features(extractor)
     folder = images_of_folder(H)
-    run.facts["samples"] = {"folder": H.fake_images_path, "fingerprint": folder.fingerprint()}
-    return lambda: dataset_images(folder, H, run.device, run.log)
-
-
-def fake_features(run, extractor, images):
-    """Features [n_samples, D] of what `images()` gives, kept in `--fake_feats` where that is."""
-    H = run.H
-    if H.fake_feats is None:
-        parts = features_of(images(), extractor, H.batch_size)
-        return torch.cat([part["prc"] for part in parts])
-    what = {"n": H.n_samples, **run.facts["samples"], **run.facts["checkpoints"]}
-    key = features_key(what, extractor, "prc")
-    return kept_features(H.fake_feats, key, images, extractor, "prc", H.batch_size, run.log)
+    fingerprint = folder.fingerprint()
+    run.facts["samples"] = {"folder": H.fake_images_path, "fingerprint": fingerprint}
+    return run.temporary_features(
+        dataset_images(folder, H, run.device), extractor, len(folder), PART,
+        features_key(fingerprint, extractor, "prc"), "images to measure",
+    )
 
 
 def main(argv=None):
@@ -65,14 +58,22 @@ def main(argv=None):
     with experiment(H, "PRDC") as run:
         dataset = load_dataset(H)
         run.note_data(dataset)
-        images = measured_images(run)
+        if not H.fake_images_path:
+            run.load_sampler()
         extractor = Extractor(
             H.feature_extractor, H.feature_extractor_weights, run.device, ["prc"]
         )
         run.facts["extractor"] = extractor.facts
-        real = real_subset(dataset, H.n_samples)
-        real = reference_features(real, extractor, "prc", H, run.device, run.log, H.real_feats)
-        fake = fake_features(run, extractor, images)
+        real = reference_features(
+            real_subset(dataset, H.n_samples), extractor, "prc", H, run.device, run.log,
+            H.real_feats,
+        )
+        fake = fake_features(run, extractor)
+        if H.fake_feats:
+            fake = KeptFeatures(H.fake_feats, fake, "prc")
+        run.divide(real, fake)
+        real = real.get()
+        fake = fake.get() if H.fake_feats else torch.cat(list(features_of(fake, "prc")))
         # such a file may be somebody's own, of which nothing else is known
         run.facts["features"] = {
             path: file_hash(path) for path in (H.real_feats, H.fake_feats) if path

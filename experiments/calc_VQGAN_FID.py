@@ -13,22 +13,36 @@ from hparams import get_vqgan_fid_hparams
 from hparams.runs import RunFolder
 from utils.data import load_dataset
 from utils.experiment import experiment
-from utils.features import dataset_images, rebatch
-from utils.fidelity import fid_figures
-from utils.image_files import to_uint8
+from utils.features import PART, dataset_images, features_key, features_of, rebatch
+from utils.fidelity import fid_extractor, fid_figures
+from utils.image_files import save_images_individually, to_uint8
 from utils.metrics import psnr
 from utils.sampling import DECODED
 from utils.scripts import run_script
 
 
-@torch.no_grad()
-def reconstructions(run, dataset, quality):
-    """Iterator of a dataset's reconstructions uint8 [b, C, S, S]; their PSNRs [b] are appended to
-    the list `quality`."""
-    for images in rebatch(dataset_images(dataset, run.H, run.device, run.log), DECODED):
-        decoded = to_uint8(run.autoencoder(images.to(run.device) / 255)[0])
-        quality.append(psnr(images / 255, decoded / 255))
-        yield decoded
+def reconstruction_features(run, dataset, extractor):
+    """Parts of the features of a dataset's reconstructions, and of their `psnr` [b]."""
+    folder, images = run.image_folder("reconstructions"), dataset_images(dataset, run.H, run.device)
+
+    @torch.no_grad()
+    def batches(first, n, on_unreadable):
+        for originals in rebatch(images(first, n, on_unreadable), DECODED):
+            reconstructions = to_uint8(run.autoencoder(originals.to(run.device) / 255)[0])
+            if folder:
+                save_images_individually(reconstructions, folder, first)
+            first += len(originals)
+            yield torch.stack((originals, reconstructions), dim=1)  # [b, 2, C, S, S]
+
+    def extract(pairs):
+        originals, reconstructions = pairs.unbind(1)
+        return {**extractor(reconstructions), "psnr": psnr(originals / 255, reconstructions / 255)}
+
+    data = [dataset.fingerprint(), run.facts["checkpoints"]]
+    key = features_key(data, extractor, *extractor.layers)
+    return run.temporary_features(
+        batches, extract, len(dataset), PART, key, "images to reconstruct"
+    )
 
 
 def main(argv=None):
@@ -38,10 +52,11 @@ def main(argv=None):
         run.note_data(dataset)
         name = "vqgan_ema" if H.ema else "vqgan"
         run.load_autoencoder(RunFolder(H.load_dir).model(name, H.load_step), H.load_step)
-        quality = []
-        images = run.written(reconstructions(run, dataset, quality), "reconstructions")
-        figures = fid_figures(run, dataset, images, len(dataset))
-        run.report({**figures, "PSNR (dB)": torch.cat(quality).mean().item()})
+        extractor = fid_extractor(run)
+        reconstructions = reconstruction_features(run, dataset, extractor)
+        figures = fid_figures(run, dataset, extractor, reconstructions)
+        quality = torch.cat(list(features_of(reconstructions, "psnr")))
+        run.report({**figures, "PSNR (dB)": quality.mean().item()})
 
 
 if __name__ == "__main__":

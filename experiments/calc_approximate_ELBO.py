@@ -172,7 +172,7 @@ def warn_of_seen_images(H, log):
 
 def main(argv=None):
     H = get_elbo_hparams(argv)
-    with experiment(H, "ELBO") as run:
+    with experiment(H, "ELBO", shared=False) as run:
         train_set, validation_set = train_validation_split(load_dataset(H))
         run.note_data(validation_set)
         run.load_sampler()

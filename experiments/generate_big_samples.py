@@ -15,8 +15,9 @@ from tqdm import tqdm
 from hparams import get_big_samples_hparams
 from models.canvas import WindowedDenoiser, decode_canvas
 from utils.assemble import load_autoencoder, load_sampler
+from utils.distributed import alone
 from utils.scripts import run_script, start_run
-from utils.training import Precision, resolve_device, seed_step
+from utils.training import Precision, seed_step
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def decode_big(sampler, autoencoder, ids, shape):
 
 def main(argv=None):
     H = get_big_samples_hparams(argv)
-    device = resolve_device(H.device)
+    device = alone(H.device)
     with start_run(H, device) as log:
         autoencoder = load_autoencoder(H, device, log)
         sampler = load_sampler(H, autoencoder, device, log)

@@ -7,7 +7,8 @@ Everything else (dataset, autoencoder, architecture) is read from the run's hpar
 without one, such as published checkpoints, need the flags that train_sampler.py was given.
 Writes logs/<log_dir>/images/samples_<step>.png, the first hundred side by side, and
 logs/<log_dir>/ids_<step>.pt, the ids of all, which --latents_path of the measuring scripts takes.
-An interrupted command goes on where it stopped when it is given again.
+An interrupted command goes on where it stopped when it is given again, and torchrun's processes
+divide the samples among them.
 """
 
 import torch
@@ -29,7 +30,7 @@ def main(argv=None):
             shown.append(images[: max(0, SHOWN - count)])
             count += len(images)
         run.log.images(H.load_step, "samples", torch.cat(shown))
-        ids = torch.cat(list(run.sample_ids()))  # from where the stream kept them
+        ids = torch.cat([run.ids.part(*span)["ids"] for span in run.ids.spans])
         path = run.log.folder.path / f"ids_{H.load_step}.pt"
         save_file(ids.int(), path)
         run.log.info(f"samples are in {run.log.folder.images}, their ids in {path}")

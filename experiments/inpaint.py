@@ -18,9 +18,10 @@ from utils.blending import lay_in
 from utils.data import load_dataset
 from utils.decoding import decode as decode_file
 from utils.decoding import to_square
+from utils.distributed import alone
 from utils.sampling import decode
 from utils.scripts import run_script, start_run
-from utils.training import Precision, resolve_device, seed_step
+from utils.training import Precision, seed_step
 
 def read_image(path, img_size, n_channels):
     """An image file as [C, S, S] in [0, 1], cut to a square like the data trained on."""
@@ -70,7 +71,7 @@ def complete(H, sampler, autoencoder, precision, image, hidden, count, log):
 
 def main(argv=None):
     H = get_inpaint_hparams(argv)
-    device = resolve_device(H.device)
+    device = alone(H.device)
     with start_run(H, device) as log:
         if H.image:
             image = read_image(H.image, H.img_size, H.n_channels)

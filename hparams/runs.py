@@ -26,6 +26,7 @@ class RunFolder:
         self.images = self.path / "images"
         self.results = self.path / "results.json"
         self.samples = self.path / "samples"
+        self.features = self.path / "features"
         self.models = self.path / "saved_models"
         self.saved_stats = self.path / "saved_stats"
 

@@ -54,7 +54,7 @@ class SamplerSettings(Data, Sampler, Training, Logging, Autoencoder):
 TRAINING_ONLY = (
     (names_of(Data) - {"dataset", "custom_dataset_path", "num_workers"})
     | (names_of(Training)
-       - {"batch_size", "amp", "ema", "load_dir", "load_step", "seed", "device"})
+       - {"batch_size", "amp", "ema", "load_dir", "load_step", "seed", "device", "resume"})
     | (names_of(Logging)
        - {"log_dir", "save_individually", "visdom_server", "visdom_port", "no_visdom"})
     | (names_of(Autoencoder) - architecture(Autoencoder, "autoencoder"))
@@ -133,6 +133,8 @@ class VQGANFIDSettings(Features, FID, Data, Autoencoder, Training, Logging):
 class InpaintSettings(SamplesSettings, Inpainting):
     """experiments/inpaint.py."""
 
+    without_flag = TRAINING_ONLY | {"resume"}
+
     def validate(self):
         super().validate()
         if self.sampler != "absorbing":
@@ -152,6 +154,8 @@ class InpaintSettings(SamplesSettings, Inpainting):
 @register
 class BigSamplesSettings(SamplesSettings, Canvas):
     """experiments/generate_big_samples.py."""
+
+    without_flag = TRAINING_ONLY | {"resume"}
 
     def validate(self):
         super().validate()

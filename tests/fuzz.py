@@ -31,9 +31,9 @@ from PIL import Image
 from hparams import UserError, get_sampler_hparams, get_vqgan_hparams
 from hparams.runs import RunFolder
 from models import VQGAN, AbsorbingDiffusion, Transformer
+from utils.caches import read_cached
 from utils.checkpoints import (
-    Checkpoints, damage, load_file, load_optimizer, load_stats, load_weights, read_cached,
-    save_file,
+    Checkpoints, damage, load_file, load_optimizer, load_stats, load_weights, save_file,
 )
 from utils.data import ImageFiles
 from utils.decoding import UnreadableImage

@@ -1,17 +1,19 @@
-"""Kill training with SIGKILL at random moments, go on with --resume, and compare the weights.
+"""Kill a run with SIGKILL at random moments, go on with --resume, and compare what it comes to.
 
-    python tests/pull_the_plug.py --stage vqgan --kills 100
+    PYTHONPATH=. python tests/pull_the_plug.py --stage vqgan --kills 100
 
 Every attempt is a process of its own that runs the script's `main`, forked from this one, so that
 torch is imported once. When a run reaches its end its files must be those, to the bit, of a run
 that nothing disturbed; then the next run begins, until there were enough kills. Prints how many
-hit which phase. `latents` is the sampler's stage killed before it trains, mostly while it encodes.
+hit which phase. `latents` is the sampler's stage killed before it trains, mostly while it encodes;
+`experiment` is calc_FID.py with a tiny extractor, which must come to the same ids and figures.
 """
 
 import argparse
 import mmap
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,19 +21,28 @@ import time
 from collections import Counter
 
 import torch
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 import train_sampler
 import train_vqgan
+from experiments import calc_FID
+from helpers import TinyExtractor
 from hparams.runs import RunFolder
+from models import AbsorbingDiffusion
 from test_training import COMMON, SAMPLER, VQGAN, assert_identical, files_of
-from utils import checkpoints, latents, training
+from utils import caches, checkpoints, experiment, features, latents, training
 
-PHASES = ("startup", "caching", "training", "checkpointing", "ending")
+PHASES = ("startup", "caching", "training", "checkpointing", "drawing", "extracting", "reporting",
+          "ending")
 TRAINING = "--train_steps 24 --steps_per_checkpoint 4 --keep_checkpoints 2 --steps_per_log 1 --ema"
 COMMANDS = {
     "vqgan": (train_vqgan.main, f"{VQGAN} {TRAINING}"),
     "sampler": (train_sampler.main, f"{SAMPLER} {TRAINING}"),
     "latents": (train_sampler.main, f"{SAMPLER} --train_steps 1 --horizontal_flip --ema {COMMON}"),
+    "experiment": (
+        calc_FID.main, "--load_dir prior --load_step 2 --n_samples 500 --sample_steps 4 --kid "
+        "--kid_subset_size 99 --no_visdom"
+    ),
 }
 phase = mmap.mmap(-1, 1)  # shared with the forked processes: an index of PHASES
 
@@ -84,23 +95,21 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rng = random.Random(arguments.seed)
-    announce(latents, "load_latents", "caching", "startup")
-    train_sampler.load_latents = latents.load_latents
-    announce(training, "training_loop", "training", "ending")
-    train_vqgan.training_loop = train_sampler.training_loop = training.training_loop
-    announce(checkpoints.Checkpoints, "save", "checkpointing", "training")
-    latents.PART = 256  # several parts of the 1,618 digits
+    announce_phases()
+    latents.PART = features.PART = 256  # several parts of the 1,797 digits
     run_main, flags = COMMANDS[arguments.stage]
+    outcome = measured if arguments.stage == "experiment" else trained
 
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         attempt(train_vqgan.main, f"{VQGAN} --log_dir ae --train_steps 2")
+        if arguments.stage == "experiment":
+            attempt(train_sampler.main, f"{SAMPLER} --log_dir prior --train_steps 2")
         _, whole = attempt(run_main, f"{flags} --log_dir undisturbed")
-        undisturbed, caches = files_of_last("undisturbed"), cached()
-        kills, finished = Counter(), 0
+        undisturbed, kills, finished = outcome("undisturbed"), Counter(), 0
         while kills.total() < arguments.kills:
-            for path in latents.LATENTS.glob("*"):
-                path.unlink()
+            for cache in (latents.LATENTS, features.STATISTICS):
+                shutil.rmtree(cache, ignore_errors=True)
             run, killed = f"run_{finished}", True
             while killed and kills.total() < arguments.kills:
                 moment = rng.uniform(0, whole)
@@ -108,8 +117,7 @@ def main():
                 kills[killed] += killed is not None
             if killed:
                 attempt(run_main, f"{flags} --log_dir {run} --resume")
-            assert_identical(undisturbed, files_of_last(run))
-            assert_identical(caches, cached())
+            assert_identical(undisturbed, outcome(run))
             finished += 1
             print(f"run {finished} is bit-identical after {kills.total()} kills", flush=True)
         os.chdir("/")
@@ -119,15 +127,38 @@ def main():
         print(f"  {name:14} {kills[name]:4}")
 
 
-def files_of_last(run):
-    """The models and optimisers of a run's last checkpoint."""
-    return files_of(run, RunFolder(run).complete_steps()[-1])
+def announce_phases():
+    """Let what takes long in training and in experiments say what it is."""
+    announce(latents, "load_latents", "caching", "startup")
+    train_sampler.load_latents = latents.load_latents
+    announce(training, "training_loop", "training", "ending")
+    train_vqgan.training_loop = train_sampler.training_loop = training.training_loop
+    announce(checkpoints.Checkpoints, "save", "checkpointing", "training")
+    # what an experiment does; training draws nothing here
+    announce(caches.Whole, "get", "caching", "extracting")
+    announce(AbsorbingDiffusion, "sample", "drawing", "extracting")
+    announce(experiment.Experiment, "report", "reporting", "ending")
+    FEATURE_EXTRACTORS_REGISTRY["tiny"] = TinyExtractor
+    features.NAMES["inception"] = "tiny"
 
 
-def cached():
-    """The files of cached ids, by name."""
+def trained(run):
+    """The models and optimisers of a run's last checkpoint, and all cached ids."""
+    return files_of(run, RunFolder(run).complete_steps()[-1]), tensors(latents.LATENTS)
+
+
+def measured(run):
+    """The figures of an experiment, its samples' ids, and the statistics of real images."""
+    results = experiment.read_results(RunFolder(run).results)
+    figures = [result["figures"] for result in results.values()]
+    assert not list(RunFolder(run).features.glob("*/*"))
+    return figures, tensors(RunFolder(run).samples), tensors(features.STATISTICS)
+
+
+def tensors(folder):
+    """The contents of the files in a folder that are written by torch, by name."""
     return {path.name: torch.load(path, weights_only=True)
-            for path in sorted(latents.LATENTS.glob("*.pt"))}
+            for path in sorted(folder.rglob("*.pt"))}
 
 
 if __name__ == "__main__":

@@ -317,7 +317,7 @@ def test_an_interrupted_encoding_goes_on_where_it_was(two_runs, workplace, monke
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(latents, "encode", interrupted)
         sampler("--log_dir parts --train_steps 1")
-    flip_a_bit(path.with_suffix(".part_512"))
+    flip_a_bit(path.with_suffix(".part_512_512"))
     encoded = []
     monkeypatch.setattr(
         latents, "encode", lambda part, *how: encoded.append(len(part)) or encode(part, *how)
@@ -332,9 +332,12 @@ def test_an_interrupted_encoding_goes_on_where_it_was(two_runs, workplace, monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["vqgan", "sampler", "latents"])
+@pytest.mark.parametrize("stage", ["vqgan", "sampler", "latents", "experiment"])
 def test_kills_at_any_moment_change_no_bit(stage, workplace):
     command = [sys.executable, str(ROOT / "tests" / "pull_the_plug.py"), "--stage", stage]
-    done = subprocess.run([*command, "--kills", "12"], capture_output=True, text=True, timeout=580)
+    done = subprocess.run(
+        [*command, "--kills", "12"], capture_output=True, text=True, timeout=580,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "12 kills" in done.stdout and "bit-identical" in done.stdout

@@ -1,22 +1,31 @@
 """Several processes train as one does with their batches together; one log, one set of files."""
 
 import os
+import shutil
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
 
 import train_sampler
 import train_vqgan
+from experiments import (
+    calc_approximate_ELBO, calc_FID, calc_PRDC, calc_VQGAN_FID, generate_big_samples, get_samples,
+    inpaint,
+)
 from helpers import ROOT, free_port
-from hparams import get_vqgan_hparams
+from hparams import UserError, get_vqgan_hparams
 from hparams.runs import RunFolder
 from test_training import (
     SAMPLER, VQGAN, files_of, lines_of, sampler, trained, two_runs, vqgan, workplace,
 )
+from utils import features, latents
+from utils.checkpoints import load_file
 from utils.distributed import World
+from utils.experiment import read_results
 from utils.loading import stream
 
 __all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
@@ -122,6 +131,68 @@ def test_shares_of_a_sequence_are_all_of_it_once():
     shares = [World(rank, 3).share(range(10)) for rank in range(3)]
     assert sorted(item for share in shares for item in share) == list(range(10))
     assert World().share(range(10)) == range(10)
+
+
+# --- experiments -------------------------------------------------------------------------------
+
+
+MEASURES = {
+    "FID": (calc_FID, "--n_samples 200 --kid --kid_subset_size 50 --isc --prc"),
+    "PRDC": (calc_PRDC, "--n_samples 200 --fake_feats fake.npy"),
+    "VQGAN FID": (calc_VQGAN_FID, "--load_dir ae"),
+    "samples": (get_samples, "--n_samples 200"),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_processes_divide_what_is_measured_and_measure_the_same(name, tiny, two_runs, monkeypatch):
+    """To the bit, with one log, one set of images, and nothing left of the parts."""
+    monkeypatch.setattr(features, "PART", 256)
+    monkeypatch.setattr(calc_VQGAN_FID, "PART", 256)
+    script, flags = MEASURES[name]
+    command = f"--load_dir prior --load_step 2 --no_visdom {flags} --save_individually"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of the processes has
+    try:
+        script.main([*command.split(), "--log_dir", "one"])
+    finally:
+        torch.set_num_threads(threads)
+    for path in (*Path("statistics").glob("*"), *Path().glob("fake.npy*")):
+        path.unlink()
+    assert on_processes(3, script.main, f"{command} --log_dir three") == [0, 0, 0]
+    one, three = (read_results(RunFolder(run).results) for run in ("one", "three"))
+    [(key, result)] = one.items()
+    assert three[key]["figures"] == result["figures"] and len(three) == 1
+    assert RunFolder("three").log.read_text().count("command: ") == 1
+    assert images_of("one") == images_of("three") and images_of("one")
+    assert not list(RunFolder("three").features.glob("*/*"))
+    assert not [path for path in Path("statistics").glob("*") if "part" in path.name]
+
+
+def images_of(run):
+    return {path.name: path.read_bytes() for path in RunFolder(run).images.rglob("*.png")}
+
+
+def test_a_dataset_is_encoded_in_shares(two_runs, monkeypatch):
+    """Each process encodes some parts of it, and the ids are those of one process."""
+    monkeypatch.setattr(latents, "PART", 300)
+    shutil.rmtree(latents.LATENTS)
+    sampler("--log_dir one --train_steps 1 --horizontal_flip")
+    ids = {path.name: load_file(path)["ids"] for path in latents.LATENTS.glob("*.pt")}
+    shutil.rmtree(latents.LATENTS)
+    flags = f"{SAMPLER} --log_dir two --train_steps 1 --horizontal_flip"
+    assert on_processes(2, train_sampler.main, flags) == [0, 0]
+    for name, theirs in ids.items():
+        assert torch.equal(load_file(latents.LATENTS / name)["ids"], theirs)
+    assert not list(latents.LATENTS.glob("*part*"))
+
+
+@pytest.mark.parametrize("script", [calc_approximate_ELBO, inpaint, generate_big_samples])
+def test_what_cannot_be_divided_says_so(script, two_runs, monkeypatch):
+    flags = {inpaint: "--box 0 0 8 8", generate_big_samples: "--shape 8 8"}.get(script, "")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start it without torchrun"):
+        script.main(f"--load_dir prior --load_step 2 --no_visdom {flags}".split())
 
 
 def run_torchrun(script, flags):

@@ -15,8 +15,11 @@ from helpers import TinyExtractor
 from hparams import UserError
 from utils.checkpoints import save_file
 from utils.data import ImageFiles, scan
-from utils.features import Extractor, features_key, kept_features, real_subset, rebatch
-from utils.fidelity import fid_figures
+from utils.distributed import World
+from utils.features import (
+    Extractor, KeptFeatures, features_in_parts, features_key, features_of, real_subset, rebatch,
+)
+from utils.fidelity import fid_extractor, fid_figures
 from utils.image_files import save_images_individually
 
 CPU = torch.device("cpu")
@@ -53,8 +56,19 @@ def figures(real, fake, batch_size=7, **flags):
         num_workers=0, kid=False, isc=False, prc=False, kid_subset_size=20,
     )
     H.__dict__.update(flags)
-    run = SimpleNamespace(H=H, device=CPU, log=Log(), facts={})
-    return fid_figures(run, real, iter(fake.split(11)), len(fake)), run
+    run = SimpleNamespace(H=H, device=CPU, log=Log(), facts={}, divide=lambda *things: None)
+    extractor = fid_extractor(run)
+    return fid_figures(run, real, extractor, parts_of(fake, extractor, run.log)), run
+
+
+def parts_of(images, extractor, log, size=11, path_of=None, key=None):
+    """Parts of the features of images [n, C, S, S]; they are kept nowhere by default."""
+    def batches(first, n, on_unreadable):
+        return images[first : first + n].split(4)
+
+    return features_in_parts(
+        batches, extractor, len(images), size, path_of, key, log, "samples"
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -136,23 +150,29 @@ def test_kept_features(tiny, tmp_path):
     extractor, path, log, calls = Extractor("inception", None, CPU), tmp_path / "f.npy", Log(), []
 
     def features_by(key, images):
-        def batches():
-            calls.append(key)
-            return iter(images.split(4))
+        def extract(batch):
+            if not calls or calls[-1] != key:
+                calls.append(key)
+            return extractor(batch)
 
-        return kept_features(path, key, batches, extractor, "fid", 3, log)
+        def path_of(first, n):
+            return tmp_path / f"part_{first}"
+
+        return KeptFeatures(path, parts_of(images, extract, log, 4, path_of, key), "fid").get()
 
     a, b = random_images(0, 10), random_images(1, 10)
     first = features_by("a", a)
     assert torch.allclose(first, extractor(a)["fid"])
+    assert not list(tmp_path.glob("part_*"))
     assert torch.equal(features_by("a", a), first) and calls == ["a"]
     second = features_by("b", b)
     assert not torch.equal(second, first) and calls == ["a", "b"]
     np.save(path, first.numpy())  # the array changed behind its record's back
-    assert torch.equal(features_by("b", b), second) and calls == ["a", "b", "b"]
+    calls.append("again")
+    assert torch.equal(features_by("b", b), second) and calls == ["a", "b", "again", "b"]
     (tmp_path / "f.npy.json").unlink()
     np.save(path, first.numpy())
-    assert torch.equal(features_by("b", b), first) and calls == ["a", "b", "b"]
+    assert torch.equal(features_by("b", b), first) and calls == ["a", "b", "again", "b"]
     assert "taken as it is" in log.lines[-1]
     np.save(path, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="f.npy"):
@@ -160,6 +180,50 @@ def test_kept_features(tiny, tmp_path):
     np.save(path, np.zeros(3))
     with pytest.raises(UserError, match=r"not features \[n, D\]"):
         features_by("b", b)
+
+
+def test_parts_of_unreadable_images_are_passed_over(tiny, tmp_path, monkeypatch):
+    """A part of them, at either end, is no reason to stop; a dataset of them is."""
+    monkeypatch.setattr("utils.features.PART", 4)
+    images = random_images(0, 21)
+    real, log = folder_of(images, tmp_path / "real"), Log()
+    broken = [0, 1, 2, 3, 9, 20]
+    for index in broken:
+        (tmp_path / "real" / f"{index:06d}.png").write_bytes(b"no image")
+    ours, run = figures(real, random_images(1, 20))
+    assert ours["real images"] == 15
+    for index in broken:
+        said = [line for line in run.log.lines if f"{index:06d}.png: it is no image" in line]
+        assert len(said) == 1
+    for path in (tmp_path / "real").iterdir():
+        path.write_bytes(b"no image")
+    real = ImageFiles("real", 10, 3, tmp_path / "real", scan(tmp_path / "real"))
+    with pytest.raises(UserError, match="none of the 21 real images can be read.*000000.png"):
+        figures(real, random_images(1, 20))
+
+
+def test_each_process_makes_its_share_of_the_parts(tiny, tmp_path, monkeypatch):
+    images, extractor, made = random_images(0, 50), Extractor("inception", None, CPU), []
+
+    def parts():
+        def extract(batch):
+            made.append(len(batch))
+            return extractor(batch)
+
+        return parts_of(images, extract, Log(), 8, lambda first, n: tmp_path / f"{first}", "key")
+
+    monkeypatch.setattr(World, "wait", lambda world: None)  # one after the other
+    parts().share(World())
+    assert not made and not list(tmp_path.iterdir())
+    for rank in range(3):
+        parts().share(World(rank, 3))
+    assert sum(made) == 50 and len(list(tmp_path.iterdir())) == 7
+    found = torch.cat(list(features_of(parts(), "fid")))
+    assert sum(made) == 50  # they were read
+    whole = torch.cat(list(features_of(parts_of(images, extractor, Log(), 8), "fid")))
+    assert torch.equal(found, whole)
+    parts().remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_rebatch():

@@ -220,6 +220,7 @@ def test_latents_are_cached_until_something_changes(workplace, monkeypatch):
     assert len(cached() - first) == 1  # validation is never flipped
     sampler("--log_dir prior --train_steps 1 --ae_load_dir other")
     assert len(cached() - first) == 3 and len(encodings) == 3
+    assert not list((workplace / "latents").glob("*part*"))
     path = workplace / "latents" / sorted(first)[0]
     path.write_bytes(path.read_bytes()[:100])
     sampler("--log_dir prior --train_steps 1")

@@ -54,40 +54,6 @@ def save_file(content, path):
         return hashed.finish()
 
 
-def cached(path, key, make, log, check=None):
-    """The dict that `make()` gives, from the file at `path` where that was made under `key`.
-
-    It is kept there with its key. A file that is broken, or of another key, is made again.
-    `check`: see `read_cached`.
-    """
-    path = Path(path)
-    if path.exists():
-        try:
-            return read_cached(path, key, check)
-        except UserError as error:
-            log.warning(f"{path} is made again: {error}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"key": key, **make()}
-    save_file(content, path)
-    return content
-
-
-def read_cached(path, key, check=None):
-    """The dict that `cached` has kept; UserError where there is none, or one of another key.
-
-    `check(content)` raises where the content is of another kind.
-    """
-    content = load_file(path)
-    try:
-        if content["key"] != key:
-            raise UserError("it belongs to other data")
-        if check is not None:
-            check(content)
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"it holds something else ({type(error).__name__}: {error})") from None
-    return content
-
-
 def load_file(path):
     """What `save_file` wrote, on the CPU; UserError where the file is missing or no such file."""
     path = Path(path)

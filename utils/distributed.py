@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from hparams.errors import SettingsError
 from utils.training import resolve_device
 
 # The first process may encode a dataset for hours while the others wait. One that ends is noticed
@@ -75,13 +76,17 @@ class World:
         dist.all_reduce(sums)
         return dict(zip(values, (sums / self.size).tolist()))
 
+    def wait(self):
+        """Until all processes have come here."""
+        if self.size > 1:
+            dist.barrier()
+
     def first(self, function):
         """What `function()` gives: called by the first process, and then by the others, which
         find what it left on the disk."""
         if self.is_first:
             result = function()
-        if self.size > 1:
-            dist.barrier()
+        self.wait()
         return result if self.is_first else function()
 
 
@@ -99,6 +104,16 @@ def join(name):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return World(dist.get_rank(), size, device)
+
+
+def alone(name):
+    """The device of a script that runs in one process, `name` as in `resolve_device`.
+
+    Raises SettingsError where torchrun has started several.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SettingsError("this script runs in one process: start it without torchrun")
+    return resolve_device(name)
 
 
 def leave():

@@ -6,10 +6,15 @@ they came about.
         for images in run.samples():  # uint8 [b, C, S, S], n_samples in all
             ...
         run.report({"FID": ...})
+
+Ids of samples are kept as they are drawn, and features of images as they are computed, so that an
+interrupted experiment goes on where it stopped. The processes that torchrun starts divide both
+among them; then the first one goes on alone.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -17,26 +22,39 @@ import platform
 import time
 
 from hparams.errors import UserError
-from hparams.files import whole_file
+from hparams.files import remove_leftovers, whole_file
 from utils.assemble import autoencoder_path, load_autoencoder, load_sampler, sampler_path
 from utils.checkpoints import file_hash
-from utils.image_files import remove_images, save_images_individually
-from utils.sampling import CHUNK, decoded, read_ids, sample_ids, sampling_settings
+from utils.distributed import World, alone, join
+from utils.features import features_in_parts, features_key
+from utils.image_files import remove_images, save_images_individually, to_uint8
+from utils.sampling import CHUNK, decode, drawn_ids, given_ids, sampling_settings
 from utils.scripts import address_of, command_of, start_run
-from utils.training import Precision, resolve_device
+from utils.training import Precision
 
 LIBRARIES = ("torch", "torchvision", "torch-fidelity", "lpips", "numpy", "scipy", "pillow")
 # where a measurement runs and is shown, which is no part of what is measured
 ELSEWHERE = {"log_dir", "visdom_server", "visdom_port", "no_visdom", "num_workers",
-             "save_individually"}
+             "save_individually", "resume"}
+
+
+class ShareIsDone(Exception):
+    """This process has done its share; the first one goes on alone."""
 
 
 @contextlib.contextmanager
-def experiment(H, name):
-    """The run of an experiment: opens its log, gives an `Experiment` called `name`."""
-    device = resolve_device(H.device)
-    with start_run(H, device) as log:
-        yield Experiment(H, name, device, log)
+def experiment(H, name, shared=True):
+    """The run of an experiment: opens its log, gives an `Experiment` called `name`.
+
+    An experiment that is not `shared` refuses to be run by torchrun.
+    """
+    world = join(H.device) if shared else World(device=alone(H.device))
+    with start_run(H, world.device, world) as log, contextlib.suppress(ShareIsDone):
+        for folder in (log.folder.path, log.folder.images):
+            remove_leftovers(folder)
+        if H.resume:
+            log.info(f"--resume: going on with what is kept in {log.folder.path}")
+        yield Experiment(H, name, world, log)
 
 
 class Experiment:
@@ -47,12 +65,14 @@ class Experiment:
     samples. Whatever a result depends on is put there before `report`.
     """
 
-    def __init__(self, H, name, device, log):
-        self.H, self.name, self.device, self.log = H, name, device, log
-        self.precision = Precision(H.amp, device)
+    def __init__(self, H, name, world, log):
+        self.H, self.name, self.world, self.log = H, name, world, log
+        self.device = world.device
+        self.precision = Precision(H.amp, self.device)
         self.facts = {"checkpoints": {}}
         self.began = time.perf_counter()
         self.autoencoder = self.sampler = None
+        self.temporary = []  # Parts that go once the results are there
 
     def load_autoencoder(self, path=None, step=None):
         """Load the autoencoder that `--ae_load_dir` names, or the one in `path`."""
@@ -88,34 +108,82 @@ class Experiment:
             "dataset": dataset.name, "images": len(dataset), "fingerprint": dataset.fingerprint()
         }
 
-    def sample_ids(self):
-        """Iterator of ids int64 [b, N], `n_samples` in all: read from `--latents_path`, or else
-        drawn, or kept from an earlier start."""
-        H, facts = self.H, self.facts["samples"]
+    @functools.cached_property
+    def ids(self):
+        """Parts of the ids of `n_samples` samples: drawn and kept, or read from
+        `--latents_path`."""
+        H, sampler, log, facts = self.H, self.sampler, self.log, self.facts["samples"]
         if "latents" in facts:
-            ids = read_ids(H.latents_path, H.n_samples, self.sampler.tokens, H.codebook_size)
-            return iter(ids.split(CHUNK))
-        return sample_ids(
-            H, self.sampler, self.precision, facts, H.n_samples, self.log.folder.samples, self.log
-        )
+            return given_ids(H, sampler.tokens, log)
+        return drawn_ids(H, sampler, self.precision, facts, log.folder.samples, log)
+
+    def divide(self, *things):
+        """Let each of torchrun's processes make its share of Parts or Wholes.
+
+        The first one then goes on, the others leave the block of `experiment`.
+        """
+        for thing in things:
+            thing.share(self.world)
+        if not self.world.is_first:
+            raise ShareIsDone
+
+    def image_folder(self, name):
+        """With `--save_individually` the folder images/<name>_<step>/, emptied of the images of
+        an earlier command; None without."""
+        if not self.H.save_individually:
+            return None
+        folder = self.log.folder.images / f"{name}_{self.H.load_step}"
+        if self.world.is_first:
+            remove_images(folder)
+        self.world.wait()
+        return folder
+
+    def decode(self, part):
+        """Images uint8 [b, C, S, S] of a part of `ids`."""
+        ids = part["ids"].long().to(self.device)
+        return to_uint8(decode(self.sampler, self.autoencoder, ids))
 
     def samples(self):
-        """Iterator of images uint8 [b, C, S, S], `n_samples` in all, of `sample_ids`.
+        """Iterator of images uint8 [b, C, S, S], `n_samples` in all.
 
-        With `--save_individually` they are `written` on their way.
+        With `--save_individually` they are written on their way. Of several processes the first
+        one alone gets them.
         """
-        ids = self.sample_ids()
-        return self.written(
-            decoded(self.sampler, self.autoencoder, ids, self.H.n_samples), "samples"
-        )
+        folder = self.image_folder("samples")
+        self.divide(self.ids)
+        for (first, _), part in zip(self.ids.spans, self.ids):
+            images = self.decode(part)
+            if folder:
+                save_images_individually(images, folder, first)
+            yield images
 
-    def written(self, batches, name):
-        """The images of an iterator of batches, with `--save_individually` also written to
-        images/<name>_<step>/ on their way."""
-        if not self.H.save_individually:
-            return batches
-        folder = self.log.folder.images / f"{name}_{self.H.load_step}"
-        return save_on_the_way(batches, folder)
+    def sample_features(self, extractor):
+        """Parts of what `extractor` gives for the samples, which `--save_individually` writes."""
+        folder = self.image_folder("samples")
+
+        def batches(first, n, on_unreadable):
+            images = self.decode(self.ids.part(first, n))
+            if folder:
+                save_images_individually(images, folder, first)
+            return images.split(self.H.batch_size)
+
+        data = {**self.facts["samples"], **self.facts["checkpoints"]}
+        key = features_key(data, extractor, *extractor.layers)
+        return self.temporary_features(batches, extractor, self.ids.count, CHUNK, key, "samples")
+
+    def temporary_features(self, batches, extract, count, size, key, description):
+        """`features_in_parts` that are kept in the run's folder until the results are there."""
+        folder = self.log.folder.features / key[:16]
+        parts = features_in_parts(
+            batches, extract, count, size, lambda first, n: folder / f"{first:06d}_{n}.pt", key,
+            self.log, description,
+        )
+        if self.H.save_individually:  # images are written as features are made: all must be
+            if self.world.is_first:
+                parts.remove()
+            self.world.wait()
+        self.temporary.append(parts)
+        return parts
 
     def report(self, figures, **details):
         """Print the figures, a dict, as a table, show them, and keep them in results.json.
@@ -145,22 +213,13 @@ class Experiment:
         results[key] = {"figures": figures, **details, "manifest": manifest}
         with whole_file(path) as file:
             file.write(json.dumps(results, indent=1).encode())
+        for parts in self.temporary:
+            parts.remove()
         self.log.info(self.name, markdown_table(figures))
         self.log.info(f"kept as {key!r} in {path}")
         self.log.table(self.name, figures)
         numbers = {name: value for name, value in figures.items() if value is not None}
         self.log.metrics(self.H.load_step, numbers, group=self.name)
-
-
-def save_on_the_way(batches, folder):
-    """The batches [b, C, S, S] of an iterator, each written to `folder` as single images before it
-    is handed on; images of an earlier command go first."""
-    remove_images(folder)
-    done = 0
-    for images in batches:
-        save_images_individually(images, folder, done)
-        done += len(images)
-        yield images
 
 
 def markdown_table(figures):

@@ -5,7 +5,6 @@ Shapes: images uint8 [b, C, S, S], C = 1 (grey, shown to the extractor as equal 
 features float32 [n, D].
 """
 
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -15,17 +14,18 @@ import torch
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
-from tqdm import tqdm
 
 from hparams.errors import UserError
 from hparams.files import whole_file
-from utils.checkpoints import HashedFile, cached, file_hash, load_file, weights_hash
+from utils.caches import Parts, Whole
+from utils.checkpoints import HashedFile, file_hash, load_file, weights_hash
 from utils.data import Subset
 from utils.image_files import to_uint8
 from utils.loading import UnreadableFiles, evaluation_batches
 from utils.metrics import FeatureStatistics
 
 STATISTICS = Path("statistics")
+PART = 1024  # images of a dataset whose features are computed between one part and the next
 NAMES = {  # what torch-fidelity calls them
     "inception": "inception-v3-compat",
     "vgg16": "vgg16",
@@ -144,20 +144,56 @@ def rebatch(batches, batch_size):
         yield waiting
 
 
-def features_of(batches, extractor, batch_size):
-    """Iterator of what `extractor` gives for a stream of images uint8 [b, C, S, S]."""
-    return map(extractor, rebatch(batches, batch_size))
+def features_in_parts(batches, extract, count, size, path_of, key, log, description):
+    """Parts, `size` each, of what `extract` gives for `count` images.
+
+    `batches(first, n, on_unreadable)` is an iterator of batches of n images from number `first`
+    on; `extract(batch)` is a dict of tensors [b, ...]. A part's dict holds `features`, those
+    tensors of the images that could be read, and `unreadable`, {path: reason} of the others.
+    """
+    def make(first, n, progress):
+        unreadable, found = UnreadableFiles(), []
+        for batch in batches(first, n, unreadable):
+            found.append(extract(batch))
+            progress(len(batch))
+        names = found[0] if found else ()
+        features = {name: torch.cat([part[name] for part in found]) for name in names}
+        return {"features": features, "unreadable": dict(unreadable.reasons)}
+
+    return Parts(count, size, make, path_of, key, log, description)
 
 
-def dataset_images(dataset, H, device, log):
-    """Iterator of a dataset's images uint8 [b, C, S, S]; those that cannot be read are named in
-    the log and passed over."""
-    report = UnreadableFiles(lambda path, reason: log.warning(f"passed over {path}: {reason}"))
-    batches = evaluation_batches(dataset, H.batch_size, H.num_workers, device, report)
-    with tqdm(total=len(dataset), desc="real images", unit="image", dynamic_ncols=True) as bar:
-        for images, _ in batches:
-            yield to_uint8(images)
-            bar.update(len(images))
+def features_of(parts, name):
+    """Iterator of the features [b, ...] called `name` in Parts of features; UserError where no
+    image could be read."""
+    any_readable = False
+    for part in parts:
+        if part["features"]:
+            any_readable = True
+            yield part["features"][name]
+    if not any_readable:
+        raise parts.nothing_readable()
+
+
+def dataset_images(dataset, H, device):
+    """Function (first, n, on_unreadable) -> batches uint8 [b, C, S, S] of a dataset's images."""
+    def batches(first, n, on_unreadable):
+        part = Subset(dataset, np.arange(first, first + n))
+        found = evaluation_batches(part, H.batch_size, H.num_workers, device, on_unreadable, True)
+        return (to_uint8(images) for images, _ in found)
+
+    return batches
+
+
+def dataset_features(dataset, extractor, H, device, log, path, key):
+    """Parts of a dataset's features, which lie beside `path`, the file they are made for."""
+    def path_of(first, n):
+        return path.with_name(f"{path.name}.part_{first}_{n}")
+
+    batches = dataset_images(dataset, H, device)
+    return features_in_parts(
+        batches, extractor, len(dataset), PART, path_of, key, log, "real images"
+    )
 
 
 def real_subset(dataset, n):
@@ -168,61 +204,79 @@ def real_subset(dataset, n):
     return Subset(dataset, np.sort(np.random.RandomState(0).permutation(len(dataset))[:n]))
 
 
-def features_key(data, extractor, metric):
+def features_key(data, extractor, *metrics):
     """Hex digest that changes with `data`, which names images, and with what looks at them."""
-    parts = json.dumps([data, extractor.facts, extractor.layers[metric]])
+    parts = json.dumps([data, extractor.facts, *(extractor.layers[m] for m in metrics)])
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
-def reference_statistics(dataset, extractor, H, device, log, folder=STATISTICS):
-    """FeatureStatistics of a whole dataset under FID's layer, from `folder` where they are kept."""
-    key = features_key(dataset.fingerprint(), extractor, "fid")
-    path = Path(folder) / f"{dataset.name}_{extractor.facts['extractor']}_{key[:16]}.pt"
+def reference_path(dataset, extractor, key, suffix):
+    """Where what is kept of a dataset's features lies."""
+    return STATISTICS / f"{dataset.name}_{extractor.facts['extractor']}_{key[:16]}{suffix}"
 
-    def make():
+
+def reference_statistics(dataset, extractor, H, device, log):
+    """A Whole: the state of the FeatureStatistics of a dataset under FID's layer."""
+    key = features_key(dataset.fingerprint(), extractor, "fid")
+    path = reference_path(dataset, extractor, key, ".pt")
+
+    def join(parts):
         statistics = FeatureStatistics()
-        images = dataset_images(dataset, H, device, log)
-        for features in features_of(images, extractor, H.batch_size):
-            statistics.update(features["fid"])
+        for features in features_of(parts, "fid"):
+            statistics.update(features)
         return statistics.state_dict()
 
-    kept = cached(path, key, make, log, FeatureStatistics.from_state)
-    statistics = FeatureStatistics.from_state(kept)
-    log.info(f"statistics of {statistics.count} real images in {path}")
-    return statistics
+    parts = dataset_features(dataset, extractor, H, device, log, path, key)
+    return Whole(path, parts, join, FeatureStatistics.from_state)
 
 
 def reference_features(dataset, extractor, metric, H, device, log, path=None):
-    """Features float32 [n, D] of a dataset, kept in the .npy file `path` (None: statistics/)."""
+    """KeptFeatures of a dataset, in the .npy file `path` (None: in statistics/)."""
     key = features_key(dataset.fingerprint(), extractor, metric)
-    path = path or STATISTICS / f"{dataset.name}_{extractor.facts['extractor']}_{key[:16]}.npy"
-    batches = functools.partial(dataset_images, dataset, H, device, log)
-    return kept_features(path, key, batches, extractor, metric, H.batch_size, log)
+    path = Path(path or reference_path(dataset, extractor, key, ".npy"))
+    parts = dataset_features(dataset, extractor, H, device, log, path, key)
+    return KeptFeatures(path, parts, metric)
 
 
-def kept_features(path, key, batches, extractor, metric, batch_size, log):
-    """Features float32 [n, D] of the stream `batches()`, kept in the .npy file `path`.
+class KeptFeatures(Whole):
+    """Features float32 [n, D] that Parts of features call `metric`, kept in the .npy file `path`.
 
-    Beside it lies <path>.json with `key` and the array's hash: where either differs the features
-    are computed again. An array without that file is somebody's own and taken as it is.
+    Beside it lies <path>.json with the parts' key and the array's hash: where either differs the
+    features are computed again. An array without that file is somebody's own and taken as it is.
     """
-    path = Path(path)
-    record = path.with_name(path.name + ".json")
-    if path.exists():
-        if not record.exists():
-            log.warning(f"{path} is taken as it is: nothing beside it says what it was made of")
+
+    def __init__(self, path, parts, metric):
+        super().__init__(path, parts, None)
+        self.metric = metric
+        self.record = self.path.with_name(self.path.name + ".json")
+        self.key = f"{parts.key} {parts.count}"
+
+    def is_kept(self):
+        """Whether the file is there and made of these parts, or somebody's own."""
+        if not self.path.exists() or not self.record.exists():
+            return self.path.exists()
+        return read_json(self.record) == {"key": self.key, "sha256": file_hash(self.path)}
+
+    def get(self):
+        """The tensor [n, D], from its file or made of the parts."""
+        path, log = self.path, self.parts.log
+        if self.is_kept():
+            if self.record.exists():
+                log.info(f"features read from {path}")
+            else:
+                log.warning(
+                    f"{path} is taken as it is: nothing beside it says what it was made of"
+                )
             return read_array(path)
-        if read_json(record) == {"key": key, "sha256": file_hash(path)}:
-            log.info(f"features read from {path}")
-            return read_array(path)
-        log.warning(f"{path} is made again: it belongs to other images or another extractor")
-    parts = [f[metric] for f in features_of(batches(), extractor, batch_size)]
-    features = torch.cat(parts).float()
-    save_array(features, path, lambda digest: record.write_text(
-        json.dumps({"key": key, "sha256": digest})
-    ))
-    log.info(f"features kept in {path}")
-    return features
+        if path.exists():
+            log.warning(f"{path} is made again: it belongs to other images or another extractor")
+        features = torch.cat(list(features_of(self.parts, self.metric))).float()
+        save_array(features, path, lambda digest: self.record.write_text(
+            json.dumps({"key": self.key, "sha256": digest})
+        ))
+        log.info(f"features kept in {path}")
+        self.parts.remove()
+        return features
 
 
 def read_array(path):

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from hparams.files import remove_leftovers
-from utils.checkpoints import cached, weights_hash
+from utils.caches import Parts, Whole
+from utils.checkpoints import weights_hash
 from utils.data import Subset
+from utils.distributed import World
 from utils.loading import UnreadableFiles, evaluation_batches, stream
 
 LATENTS = Path("latents")
-PART = 1 << 14  # images after whose encoding their ids are kept: a multiple of encode's batch
+PART = 2048  # images that are encoded between one part and the next; a multiple of encode's batch
 
 
 def latents_key(dataset, autoencoder, flip):
@@ -23,54 +23,61 @@ def latents_key(dataset, autoencoder, flip):
 
 
 @torch.no_grad()
-def encode(dataset, autoencoder, flip, num_workers, device, log, batch_size=32):
+def encode(dataset, autoencoder, flip, num_workers, device, progress, batch_size=32):
     """Encode a dataset, mirrored as well when `flip`, which makes two orientations.
 
     Returns a dict: `ids` int32 [n, orientations, N], and `unreadable`, {path: reason} of the
     images that cannot be read.
     """
-    unreadable = UnreadableFiles(lambda path, reason: log.warning(f"passed over {path}: {reason}"))
-    batches = evaluation_batches(dataset, batch_size, num_workers, device, unreadable)
-    ids = []
-    with tqdm(total=len(dataset), desc="encoding", unit="image", dynamic_ncols=True) as bar:
-        for images, _ in batches:
-            views = [images, images.flip(-1)] if flip else [images]
-            codes = [autoencoder.encode(view)[-1] for view in views]  # each [b, N]
-            ids.append(torch.stack(codes, dim=1).to("cpu", torch.int32))
-            bar.update(len(images))
-    return {"ids": torch.cat(ids), "unreadable": dict(unreadable.reasons)}
+    unreadable = UnreadableFiles()
+    batches = evaluation_batches(dataset, batch_size, num_workers, device, unreadable, True)
+    ids = [torch.empty((0, 0, 0), dtype=torch.int32)]
+    for images, _ in batches:
+        views = [images, images.flip(-1)] if flip else [images]
+        codes = [autoencoder.encode(view)[-1] for view in views]  # each [b, N]
+        ids.append(torch.stack(codes, dim=1).to("cpu", torch.int32))
+        progress(len(images))
+    return {"ids": join(ids), "unreadable": dict(unreadable.reasons)}
 
 
-def load_latents(dataset, autoencoder, flip, num_workers, device, log, folder=LATENTS):
+def load_latents(
+    dataset, autoencoder, flip, num_workers, device, log, world=World(), folder=LATENTS
+):
     """Ids int32 [n, orientations, N] of `dataset`, from the cache where it holds just these.
 
     The file's name and content carry `latents_key`: other data, settings or weights have another.
+    An interrupted run goes on after the last part of the dataset that it has encoded, and the
+    processes of a world divide the parts among them. Raises UserError where no image can be read.
     """
     key = latents_key(dataset, autoencoder, flip)
     path = Path(folder) / f"{dataset.name}_{key[:16]}.pt"
-    how = autoencoder, flip, num_workers, device, log
-    content = cached(path, key, lambda: encode_in_parts(dataset, path, key, *how), log, check_ids)
-    for part in path.parent.glob(f"{path.stem}.part_*"):
-        part.unlink(missing_ok=True)
+
+    def make(first, n, progress):
+        part = Subset(dataset, np.arange(first, first + n))
+        return encode(part, autoencoder, flip, num_workers, device, progress)
+
+    def path_of(first, n):
+        return path.with_suffix(f".part_{first}_{n}")
+
+    def join_parts(parts):
+        ids = join([part["ids"] for part in parts])
+        if not len(ids):
+            raise parts.nothing_readable()
+        return {"ids": ids, "unreadable": dict(parts.unreadable.reasons)}
+
+    parts = Parts(len(dataset), PART, make, path_of, key, log, "images to encode", check_ids)
+    whole = Whole(path, parts, join_parts, check_ids)
+    whole.share(world)
+    content = world.first(whole.get)
     log.info(f"{len(content['ids'])} grids of ids in {path}")
-    report_unreadable(content["unreadable"], dataset, log)
+    if content["unreadable"]:
+        log.warning(f"{len(content['unreadable'])} of {len(dataset)} images could not be read")
     return content["ids"]
 
 
-def encode_in_parts(dataset, path, key, *how):
-    """What `encode` gives for a dataset, a dict of `ids` and `unreadable`.
-
-    Each part is kept beside `path` once it is encoded: an interrupted run goes on after the last.
-    """
-    remove_leftovers(path.parent)
-    ids, unreadable, log = [], {}, how[-1]
-    for first in range(0, len(dataset), PART):
-        part = Subset(dataset, np.arange(first, min(first + PART, len(dataset))))
-        kept = path.with_suffix(f".part_{first}")
-        content = cached(kept, key, lambda: encode(part, *how), log, check_ids)
-        ids.append(content["ids"])
-        unreadable |= content["unreadable"]
-    return {"ids": torch.cat(ids), "unreadable": unreadable}
+def join(ids):
+    """Tensors of ids [n, orientations, N] one after another, without those of no image."""
+    return torch.cat([part for part in ids if len(part)] or ids[:1])
 
 
 def check_ids(content):
@@ -79,12 +86,6 @@ def check_ids(content):
     if ids.dtype != torch.int32 or ids.dim() != 3 or not ids.is_contiguous():
         raise TypeError("its ids are no grids")
     content["ids"], content["unreadable"] = ids.clone(), dict(content["unreadable"])
-
-
-def report_unreadable(unreadable, dataset, log):
-    """Say how many images have no ids because they could not be read."""
-    if unreadable:
-        log.warning(f"{len(unreadable)} of {len(dataset)} images could not be read")
 
 
 def latent_batches(ids, batch_size, seed, start_batch, device, share=(0, 1)):

@@ -117,12 +117,14 @@ def training_batches(
         yield batch.images
 
 
-def evaluation_batches(dataset, batch_size, num_workers, device, on_unreadable):
+def evaluation_batches(
+    dataset, batch_size, num_workers, device, on_unreadable, may_be_empty=False
+):
     """Iterator of (images float32 [b, C, S, S] on `device`, indices int64 [b]), each image once.
 
     In order of index; b is `batch_size` but for the last batch and for batches with unreadable
     images, which are left out. `on_unreadable` and `num_workers` as in `training_batches`.
-    Raises UserError when no image at all can be read.
+    Raises UserError when no image at all can be read, unless that `may_be_empty`.
     """
     starts = range(0, len(dataset), batch_size)
     plans = ((np.arange(s, min(s + batch_size, len(dataset))), None) for s in starts)
@@ -131,7 +133,7 @@ def evaluation_batches(dataset, batch_size, num_workers, device, on_unreadable):
         if batch.images is not None:
             any_readable = True
             yield batch.images, batch.indices
-    if not any_readable:
+    if not any_readable and not may_be_empty:
         raise _nothing_readable(dataset, report)
 
 

@@ -10,11 +10,10 @@ Shapes: n samples, b of them in a chunk, N ids each, K codebook size.
 import hashlib
 
 import torch
-from tqdm import tqdm
 
 from hparams.errors import UserError
-from utils.checkpoints import cached, load_file
-from utils.image_files import to_uint8
+from utils.caches import Parts
+from utils.checkpoints import load_file
 from utils.training import seed_step
 
 CHUNK = 64  # samples drawn together
@@ -45,25 +44,35 @@ def sampling_settings(H, checkpoint, precision):
     )
 
 
-def sample_ids(H, sampler, precision, settings, n_samples, folder, log):
-    """Iterator of ids int64 [b, N], `n_samples` in all: chunks are drawn, or read where kept.
+def drawn_ids(H, sampler, precision, settings, folder, log):
+    """Parts of the ids [b, N] of `H.n_samples` samples, CHUNK of them each.
 
     `settings` is what `sampling_settings` gives: their hash names the subfolder of `folder` that
-    chunks are kept in, one file each.
+    the parts are kept in, one file each.
     """
     key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
     kept = torch.int16 if H.codebook_size <= 2**15 else torch.int32
 
     @torch.no_grad()
-    def draw(first, count):
+    def draw(first, n, progress):
         seed_step(H.seed, first, "samples")
         with precision.autocast():
-            return {"ids": sampler.sample(count, H.temp).to("cpu", kept)}
+            return {"ids": sampler.sample(n, H.temp).to("cpu", kept)}
 
-    for first in range(0, n_samples, CHUNK):
-        count = min(CHUNK, n_samples - first)
-        path = folder / key[:16] / f"{first:06d}_{count}.pt"
-        yield cached(path, key, lambda: draw(first, count), log)["ids"].long()
+    def path_of(first, n):
+        return folder / key[:16] / f"{first:06d}_{n}.pt"
+
+    return Parts(H.n_samples, CHUNK, draw, path_of, key, log, "samples")
+
+
+def given_ids(H, tokens, log):
+    """Parts of the ids [b, N] of `H.n_samples` samples that `--latents_path` holds."""
+    ids = read_ids(H.latents_path, H.n_samples, tokens, H.codebook_size)
+
+    def look_up(first, n, progress):
+        return {"ids": ids[first : first + n]}
+
+    return Parts(H.n_samples, CHUNK, look_up, None, None, log, "samples")
 
 
 def read_ids(path, n_samples, tokens, codebook_size):
@@ -85,11 +94,3 @@ def read_ids(path, n_samples, tokens, codebook_size):
         raise UserError(f"--latents_path {path} holds ids outside 0..{codebook_size - 1}")
     return ids
 
-
-def decoded(sampler, autoencoder, chunks, n_samples):
-    """Iterator of images uint8 [b, C, S, S] of chunks of ids, with a progress bar."""
-    device = sampler.embedding_weight.device
-    with tqdm(total=n_samples, desc="samples", unit="image", dynamic_ncols=True) as bar:
-        for ids in chunks:
-            yield to_uint8(decode(sampler, autoencoder, ids.to(device)))
-            bar.update(len(ids))
