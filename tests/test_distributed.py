@@ -1,5 +1,7 @@
-"""Several processes train as one does with their batches together; one log, one set of files."""
+"""Several processes train as one does with their batches together, and measure as one does; one
+log, one set of files."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -22,7 +24,7 @@ from hparams.runs import RunFolder
 from test_training import (
     SAMPLER, VQGAN, files_of, lines_of, sampler, trained, two_runs, vqgan, workplace,
 )
-from utils import features, latents
+from utils import features, latents, sampling
 from utils.checkpoints import load_file
 from utils.distributed import World
 from utils.experiment import read_results
@@ -151,12 +153,8 @@ def test_processes_divide_what_is_measured_and_measure_the_same(name, tiny, two_
     monkeypatch.setattr(calc_VQGAN_FID, "PART", 256)
     script, flags = MEASURES[name]
     command = f"--load_dir prior --load_step 2 --no_visdom {flags} --save_individually"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each of the processes has
-    try:
+    with one_thread():
         script.main([*command.split(), "--log_dir", "one"])
-    finally:
-        torch.set_num_threads(threads)
     for path in (*Path("statistics").glob("*"), *Path().glob("fake.npy*")):
         path.unlink()
     assert on_processes(3, script.main, f"{command} --log_dir three") == [0, 0, 0]
@@ -167,6 +165,48 @@ def test_processes_divide_what_is_measured_and_measure_the_same(name, tiny, two_
     assert images_of("one") == images_of("three") and images_of("one")
     assert not list(RunFolder("three").features.glob("*/*"))
     assert not [path for path in Path("statistics").glob("*") if "part" in path.name]
+
+
+def test_an_experiment_goes_on_with_another_number_of_processes(tiny, two_runs, monkeypatch):
+    """One of three dies without a word, which ends the others; one process goes on."""
+    flags = "--load_dir prior --load_step 2 --no_visdom --n_samples 400 --sample_steps 8 --resume"
+    seed_step, drawn = sampling.seed_step, []
+
+    def die(seed, first, purpose):
+        if os.environ.get("RANK") == "1" and first > 64:
+            os._exit(9)
+        drawn.append(first)
+        seed_step(seed, first, purpose)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sampling, "seed_step", die)
+        statuses = on_processes(3, calc_FID.main, f"{flags} --log_dir killed")
+    assert statuses[1] == 9 and statuses[0] and statuses[2]
+    killed = RunFolder("killed")
+    kept = {path.name for path in killed.samples.glob("*/*.pt")}
+    assert kept and not killed.results.exists()
+    [path] = killed.features.glob("*/000064_64.pt")
+    path.write_bytes(path.read_bytes()[:-9])
+    with one_thread():
+        calc_FID.main(f"{flags} --log_dir undisturbed".split())
+        with monkeypatch.context() as patched:
+            patched.setattr(sampling, "seed_step", die)
+            calc_FID.main(f"{flags} --log_dir killed".split())
+    assert "000064_64.pt is made again" in killed.log.read_text()
+    assert len(drawn) == 7 - len(kept)
+    undisturbed, found = (read_results(RunFolder(run).results) for run in ("undisturbed", "killed"))
+    assert [r["figures"] for r in found.values()] == [r["figures"] for r in undisturbed.values()]
+
+
+@contextlib.contextmanager
+def one_thread():
+    """As each of several processes has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def images_of(run):
@@ -210,6 +250,22 @@ def test_torchrun(two_runs):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained to step 4") == 1, done.stdout
     assert RunFolder("run").complete_steps() == [4]
+
+
+@pytest.mark.slow
+def test_torchrun_measures(two_runs):
+    """With the extractor that is installed with its weights, and what is kept of real images."""
+    flags = "--load_dir prior --load_step 2 --no_visdom --n_samples 70 --sample_steps 8"
+    flags += " --feature_extractor efficientnet_lite0 --log_dir run"
+    done = run_torchrun("experiments/calc_FID.py", flags)
+    assert done.returncode == 0, done.stderr
+    [result] = read_results(RunFolder("run").results).values()
+    assert result["figures"]["images"] == 70 and result["figures"]["real images"] == 1797
+    assert done.stdout.count("| FID |") == 1
+    again = run_torchrun("experiments/calc_FID.py", f"{flags} --resume")
+    assert again.returncode == 0, again.stderr
+    [repeated] = read_results(RunFolder("run").results).values()
+    assert repeated["figures"] == result["figures"]
 
 
 @pytest.mark.slow
