@@ -1,6 +1,8 @@
 """What several test files share."""
 
 import json
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -39,6 +41,18 @@ def wait_until(condition, seconds=20):
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+def with_small_files(size, function):
+    """What `function` gives where no file may grow beyond `size` bytes: as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        return function()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 class VisdomServer:

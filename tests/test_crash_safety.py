@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train_vqgan
-from helpers import ROOT
+from helpers import ROOT, with_small_files
 from hparams.errors import DiskError, UserError
 from hparams.files import is_running, remove_leftovers, whole_file
 from hparams.runs import RunFolder
@@ -206,18 +206,6 @@ def test_only_leftovers_of_processes_that_are_gone_are_removed(tmp_path):
 
 
 # --- a full disk -------------------------------------------------------------------------------
-
-
-def with_small_files(size, function):
-    """What `function` gives where no file may grow beyond `size` bytes: as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        return function()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("size", [0, 100, 5000, 300_000])

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,8 +22,9 @@ from experiments import (
     calc_approximate_ELBO, calc_FID, calc_nearest_neighbours, calc_PRDC, calc_VQGAN_FID,
     get_samples,
 )
-from helpers import ROOT, wait_until
+from helpers import ROOT, wait_until, with_small_files
 from hparams import UserError, get_samples_hparams
+from hparams.errors import DiskError
 from hparams.runs import RunFolder
 from models import AutoregressiveTransformer
 from models.perceptual import PerceptualDistance, build_perceptual, load_vgg16
@@ -143,6 +145,28 @@ def test_an_interrupted_measurement_goes_on(monkeypatch):
     # other settings, other samples
     assert run(calc_FID, f"{flags} --temp 0.5") != undisturbed and len(draws) == 9
     assert run(calc_FID, f"{flags} --seed 1") != undisturbed and len(draws) == 13
+
+
+def test_a_full_disk_ends_a_measurement_that_goes_on_once_there_is_room(monkeypatch):
+    flags = f"{LOAD} --n_samples 200"
+    undisturbed = run(calc_FID, flags, "undisturbed")
+    seed_step = sampling.seed_step
+
+    def fill_the_disk(seed, first, purpose):
+        seed_step(seed, first, purpose)
+        if first == 128:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patched:
+        patched.setattr(sampling, "seed_step", fill_the_disk)
+        with pytest.raises(DiskError, match="cannot write logs/out/samples/.*File too large"):
+            with_small_files(limits[0], lambda: run(calc_FID, flags))
+    out = RunFolder("out")
+    assert tensors(out.samples).keys() == {"000000_64.pt", "000064_64.pt"}
+    assert not out.results.exists() and not list(out.path.rglob("*.tmp"))
+    assert run(calc_FID, flags) == undisturbed
+    assert not list(out.features.iterdir())
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ run goes on, and which several processes divide among them.
 What is kept carries a key of all that it depends on, and is made again under another one.
 """
 
+import contextlib
 from pathlib import Path
 
 from tqdm import tqdm
@@ -81,7 +82,7 @@ class Parts:
 
     def run_through(self, spans, shown=True):
         """Iterator of the dicts of some parts, with a progress bar where it is to be `shown`."""
-        for folder in {path.parent for path in self.paths.values()}:
+        for folder in self.folders():
             remove_leftovers(folder)  # of a killed process
         there = sum(n for (_, n), path in self.paths.items() if path.exists())
         if 0 < there < self.count:
@@ -118,9 +119,16 @@ class Parts:
                          f"path of the dataset (the first is {path}: {reason})")
 
     def remove(self):
-        """Remove what is kept."""
+        """Remove what is kept, and the folder that it lies in where nothing else does."""
         for path in self.paths.values():
             path.unlink(missing_ok=True)
+        for folder in self.folders():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def folders(self):
+        """Where the parts are kept."""
+        return {path.parent for path in self.paths.values()}
 
 
 class Whole:
