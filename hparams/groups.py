@@ -137,9 +137,11 @@ class Sampler(Settings):
                                     "for absorbing, full for autoregressive)",
                                     choices=["hydra", "full"], architecture="sampler")
     kernel_sizes: list[int] = setting([3, 7], "hydra: kernel of each group of heads, odd",
-                                      minimum=1, architecture="sampler")
+                                      minimum=1, architecture="sampler",
+                                      only_with=("attention", "hydra"))
     dilations: list[int] = setting([1], "hydra: dilation of each group, or one for all",
-                                   minimum=1, architecture="sampler", one_for_all=True)
+                                   minimum=1, architecture="sampler", one_for_all=True,
+                                   only_with=("attention", "hydra"))
     position: list[str] | None = setting(None, "one or more of rpb (hydra: relative bias), "
                                          "rope (hydra: rotary), absolute (a table; ties the model "
                                          "to its grid) (none: rpb absolute for hydra, rpb for "
@@ -172,16 +174,18 @@ class Sampler(Settings):
     sample_steps: int = setting(256, "steps of sampling", minimum=1)
     temp: float = setting(1.0, "temperature of sampling; lower is safer, less diverse", above=0)
     choice_temp: float = setting(4.5, "confidence: noise in the order of tokens, falling to 0",
-                                 minimum=0)
+                                 minimum=0, only_with=("sample_type", "confidence"))
     remask: float = setting(0.05, "remdm: share of the largest possible re-masking", minimum=0,
-                            maximum=1)
+                            maximum=1, only_with=("sample_type", "remdm"))
     top_k: int = setting(0, "autoregressive: draw from the likeliest ids only; 0 for all",
-                         minimum=0)
+                         minimum=0, only_with=("sampler", "autoregressive"))
     top_p: float = setting(1.0, "autoregressive: draw from the likeliest ids that together have "
-                           "this probability", above=0, maximum=1)
+                           "this probability", above=0, maximum=1,
+                           only_with=("sampler", "autoregressive"))
     optimizer: str = setting("adam", "adam as published, or muon for the blocks' matrices with "
                              "AdamW for the rest", choices=["adam", "muon"])
-    weight_decay: float = setting(0.0, "decoupled weight decay of muon and its AdamW", minimum=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of muon and its AdamW", minimum=0,
+                                  only_with=("optimizer", "muon"))
     warmup_iters: int = setting(30000, "steps over which the learning rate rises from 0",
                                 minimum=0)
     lr_schedule: str = setting("constant", "after the warm-up: constant, or falling to 0 at "

@@ -21,17 +21,18 @@ from hparams.files import whole_file
 
 
 def setting(default, help, *, choices=None, minimum=None, above=None, maximum=None, below=None,
-            architecture=None, required=False, one_for_all=False):
+            architecture=None, required=False, one_for_all=False, only_with=None):
     """A field of a settings class.
 
     `minimum`/`maximum` include their bound, `above`/`below` do not. `architecture` names the model
     whose shape the setting decides ("autoencoder" or "sampler"): loading that model's run sets it.
-    `one_for_all`: of a list, a single value stands for as many as are needed.
+    `one_for_all`: of a list, a single value stands for as many as are needed. `only_with`, (name,
+    value): the flag is an error where that other setting has another value.
     """
     limits = {"at least": minimum, "more than": above, "at most": maximum, "less than": below}
     metadata = dict(
         help=help, choices=choices, architecture=architecture, required=required,
-        one_for_all=one_for_all,
+        one_for_all=one_for_all, only_with=only_with,
         limits={words: bound for words, bound in limits.items() if bound is not None},
     )
     if isinstance(default, (list, tuple)):
@@ -320,4 +321,12 @@ def resolve(settings_class, given, defaults_of, loaded_runs, settings_file):
         if name in settings_class.__dataclass_fields__:
             setattr(H, name, value)
     H.validate()
+    for name in given:
+        if only_with := settings_class.__dataclass_fields__[name].metadata["only_with"]:
+            other, value = only_with
+            if getattr(H, other) != value:
+                raise SettingsError(
+                    f"--{name} would do nothing: it is for --{other} {value}, not "
+                    f"{show(getattr(H, other))}"
+                )
     return H
