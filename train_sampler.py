@@ -69,7 +69,7 @@ def main(argv=None):
     world = join(H.device)
     device = world.device
     with start_run(H, device, world) as log:
-        choose_checkpoint(H, log)
+        choose_checkpoint(H, log, world)
         dataset = load_dataset(H)
         autoencoder = load_autoencoder(H, device, log)
         train_set, validation_set = dataset, None

@@ -100,16 +100,14 @@ def main(argv=None):
     world = join(H.device)
     device = world.device
     with start_run(H, device, world) as log:
-        choose_checkpoint(H, log)
+        choose_checkpoint(H, log, world)
         dataset = load_dataset(H)
         train_set, validation_set = dataset, None
         if H.steps_per_eval:
             train_set, validation_set = train_validation_split(dataset)
         held_out = len(dataset) - len(train_set)
         log.info(f"{dataset.name}: {len(train_set)} images to train on, {held_out} held out")
-        on_unreadable = UnreadableFiles(
-            lambda path, reason: log.warning(f"passed over {path}: {reason}")
-        )
+        on_unreadable = UnreadableFiles(log.passed_over)
 
         seed_step(H.seed, 0, "weights")
         vqgan = build_vqgan(H, log).to(device)
@@ -172,7 +170,7 @@ def main(argv=None):
             batch=batch, validate=run_validation, display=display, save=checkpoints.save,
         )
         batches.close()
-        if len(on_unreadable):
+        if len(on_unreadable) and world.size == 1:
             log.warning(f"{len(on_unreadable)} images could not be read and were passed over")
 
 

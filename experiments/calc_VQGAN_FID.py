@@ -41,7 +41,7 @@ def reconstruction_features(run, dataset, extractor):
     data = [dataset.fingerprint(), run.facts["checkpoints"]]
     key = features_key(data, extractor, *extractor.layers)
     return run.temporary_features(
-        batches, extract, len(dataset), PART, key, "images to reconstruct"
+        batches, extract, len(dataset), PART, key, "images to reconstruct", folder
     )
 
 

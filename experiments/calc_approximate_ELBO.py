@@ -26,12 +26,11 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from hparams import get_elbo_hparams
+from hparams import UserError, get_elbo_hparams
 from hparams.runs import RunFolder
 from models.vqgan import bits_per_dim, gaussian_level_nll, gaussian_nll
-from utils.checkpoints import (
-    load_file, load_optimizer, load_weights, save_file, weights_hash,
-)
+from utils.caches import read_cached
+from utils.checkpoints import load_optimizer, load_weights, save_file, weights_hash
 from utils.data import load_dataset, train_validation_split
 from utils.distributed import World
 from utils.experiment import experiment
@@ -118,13 +117,18 @@ def fit_logsigma(run, train_set, evaluate, on_unreadable):
     start = 0
     for step in reversed(folder.steps("logsigma")):
         path = folder.model("logsigma", step)
-        kept = load_file(path) if step <= H.train_steps else {}
-        if kept.get("key") == key:
-            load_weights(head, kept["logsigma"], path)
-            load_optimizer(optimizer, kept["optimizer"], path)
-            run.log.info(f"goes on from {path}")
-            start = step
-            break
+        if step > H.train_steps:
+            continue
+        try:
+            kept = read_cached(path, key)
+        except UserError as error:
+            run.log.warning(f"{path} is passed over: {error}")
+            continue
+        load_weights(head, kept["logsigma"], path)
+        load_optimizer(optimizer, kept["optimizer"], path)
+        run.log.info(f"goes on from {path}")
+        start = step
+        break
     world, precision = World(device=run.device), Precision(False, run.device)
     batches = training_batches(
         train_set, H.batch_size, H.seed, start, False, H.num_workers, run.device, on_unreadable
@@ -177,9 +181,7 @@ def main(argv=None):
         run.note_data(validation_set)
         run.load_sampler()
         held_out = warn_of_seen_images(H, run.log)
-        on_unreadable = UnreadableFiles(
-            lambda path, reason: run.log.warning(f"passed over {path}: {reason}")
-        )
+        on_unreadable = UnreadableFiles(run.log.passed_over)
         ids = ids_nats(
             H, run.sampler, run.autoencoder, run.precision, validation_set, on_unreadable
         )

@@ -49,8 +49,7 @@ def find_neighbours(run, embed, samples, dataset):
         parts = [vectors(part.to(run.device)) for part in samples.split(H.batch_size)]
         nearest[space] = NearestNeighbours(torch.cat(parts), H.k_nearest)
     batches = evaluation_batches(
-        dataset, H.batch_size, H.num_workers, run.device,
-        lambda path, reason: run.log.warning(f"passed over {path}: {reason}"),
+        dataset, H.batch_size, H.num_workers, run.device, run.log.passed_over
     )
     with tqdm(total=len(dataset), desc="training set", unit="image", dynamic_ncols=True) as bar:
         for images, places in batches:

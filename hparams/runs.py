@@ -1,11 +1,21 @@
 """Where the files of a run lie: the one place that builds their paths."""
 
+import os
 import re
 from pathlib import Path
 
 from hparams.errors import SettingsError, UserError
 
 LOGS = Path("logs")
+
+
+def process_count():
+    """How many processes torchrun has started, 1 without it.
+
+    Some clusters set one of its variables themselves: only all of them together mean torchrun.
+    """
+    torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}
+    return int(os.environ["WORLD_SIZE"]) if torchrun else 1
 
 
 class RunFolder:
@@ -21,6 +31,7 @@ class RunFolder:
         if "\0" in name or Path(root).resolve() not in self.path.resolve().parents:
             raise SettingsError(f"the run folder {name!r} lies outside {root}/: use a plain name")
         self.log = self.path / "log.txt"
+        self.lock = self.path / ".lock"
         self.metrics = self.path / "metrics.jsonl"
         self.hparams = self.path / "hparams.yaml"
         self.images = self.path / "images"
@@ -56,6 +67,11 @@ class RunFolder:
         matches = (re.fullmatch(r"manifest_(\d+)\.json", file.name)
                    for file in self.saved_stats.glob("manifest_*.json"))
         return sorted(int(match[1]) for match in matches if match)
+
+    def last_kept(self):
+        """Which checkpoint there is to go back to, in words."""
+        steps = self.complete_steps()
+        return f"the last checkpoint is that of step {steps[-1]}" if steps else "nothing was saved"
 
     def steps(self, name):
         """Steps, ascending, at which `<name>_<step>.th` exists."""

@@ -1,7 +1,6 @@
 """The hyperparameters of each script: its groups of settings, its defaults, and its checks."""
 
 import dataclasses
-import os
 
 from hparams.defaults import SAMPLER_DEFAULTS, UNALIGNED, VQGAN_DEFAULTS, dataset_defaults
 from hparams.errors import SettingsError
@@ -9,7 +8,7 @@ from hparams.groups import (
     ELBO, FID, PRDC, Autoencoder, Canvas, Data, Features, Inpainting, Logging, NearestNeighbours,
     Sampler, Samples, SamplesToMeasure, Training,
 )
-from hparams.runs import RunFolder
+from hparams.runs import RunFolder, process_count
 from hparams.settings import LoadedRun, build_parser, register, resolve, show
 
 
@@ -34,8 +33,7 @@ class VQGANSettings(Data, Autoencoder, Training, Logging):
         check_training(self)
         check_autoencoder(self)
         if self.lr is None:
-            # torchrun tells its processes how many they are; each has a batch of its own.
-            self.lr = self.base_lr * self.batch_size * int(os.environ.get("WORLD_SIZE", 1))
+            self.lr = self.base_lr * self.batch_size * process_count()  # each has a batch
 
 
 @register

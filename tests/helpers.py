@@ -13,6 +13,8 @@ import torch
 import visdom
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
+from utils.distributed import World
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
 
@@ -87,6 +89,16 @@ class VisdomServer:
             "http://127.0.0.1", port=self.port, env=env, use_incoming_socket=False
         )
         return json.loads(client.get_window_data(env=env))
+
+
+class OneOfMany(World):
+    """One process of several that run one after the other and so never talk."""
+
+    def wait(self):
+        pass
+
+    def told(self, value):
+        return value
 
 
 class TinyExtractor(FeatureExtractorBase):

@@ -103,11 +103,42 @@ def test_training_goes_on_to_learn_after_a_bad_step(monkeypatch, two_runs):
     assert float(state["Lt_count"].sum()) == 3 * 8
 
 
-def test_gradients_of_both_stages_are_clipped(workplace):
+@pytest.mark.parametrize("train, more, optimizer", [
+    (vqgan, "", "ae_optim_1.th"),
+    (vqgan, "--disc_start_step 1", "disc_optim_1.th"),
+    (sampler, "--optimizer adam", "absorbing_optim_1.th"),
+])
+def test_gradients_of_both_stages_are_clipped(train, more, optimizer, two_runs):
     for run, clip in (("free", ""), ("clipped", "--clip_grad_norm 1e-9")):
-        vqgan(f"--log_dir {run} --train_steps 1 {clip}")
-    free, clipped = (files_of(run, 1)["ae_optim_1.th"]["state"][0] for run in ("free", "clipped"))
+        train(f"--log_dir {run} --train_steps 1 {more} {clip}")
+    free, clipped = (files_of(run, 1)[optimizer]["state"][0] for run in ("free", "clipped"))
     assert float(clipped["exp_avg"].norm()) < 1e-9 < float(free["exp_avg"].norm())
+
+
+def test_weights_that_are_not_finite_never_replace_the_last_good_checkpoint(
+    monkeypatch, capsys, workplace
+):
+    """The weights go bad in step 5, of which the checkpoints of steps 6 and 8 would be made."""
+    step_of_training = train_vqgan.train_step
+
+    def spoil_weights(vqgan, objectives, ema, optimizers, images, step, *others):
+        result = step_of_training(vqgan, objectives, ema, optimizers, images, step, *others)
+        if step == 5:
+            next(vqgan.ae.parameters()).data[0] = float("inf")
+        return result
+
+    monkeypatch.setattr(train_vqgan, "train_step", spoil_weights)
+    limits = "--steps_per_checkpoint 2 --keep_checkpoints 1 --max_bad_steps 4"
+    shows = "--steps_per_save_output 1 --steps_per_eval 2 --train_steps 20"
+    flags = f"{VQGAN_FLAGS} {limits} {shows} --log_dir a"
+    line = sentence(train_vqgan.main, flags, capsys, monkeypatch)
+    assert "5 steps in a row up to step 10" in line and "that of step 4" in line
+    assert RunFolder("a").complete_steps() == RunFolder("a").steps("vqgan") == [4]
+    # and where it is found out by the checkpoint of that very step
+    flags = f"{VQGAN_FLAGS} --steps_per_checkpoint 5 --train_steps 20 --log_dir b"
+    line = sentence(train_vqgan.main, flags, capsys, monkeypatch)
+    assert "vqgan holds weights at step 5 that are not finite" in line
+    assert not RunFolder("b").complete_steps() and not RunFolder("b").steps("vqgan")
 
 
 @pytest.fixture

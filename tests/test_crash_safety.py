@@ -22,6 +22,7 @@ from test_training import (
 )
 from utils import latents
 from utils.checkpoints import Checkpoints, damage, load_file, save_file
+from utils.logger import SilentLogger
 
 __all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
 
@@ -66,6 +67,82 @@ def test_a_new_run_in_the_folder_is_not_resumed_from_the_checkpoints_of_the_old(
     vqgan(f"{EVERY_2} --log_dir a --train_steps 4 --seed 1 --resume")
     vqgan(f"{EVERY_2} --log_dir b --train_steps 4 --seed 1")
     assert_identical(files_of("b", 4), files_of("a", 4))
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_resume():
+    flags = f"{EVERY_2} --log_dir a --train_steps 6"
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Checkpoints, "save", lambda *arguments: interrupt())
+        vqgan(flags)
+    vqgan(f"{flags} --resume")
+    vqgan(f"{EVERY_2} --log_dir b --train_steps 6")
+    assert_identical(files_of("b", 6), files_of("a", 6))
+    assert "holds another" not in RunFolder("a").log.read_text()
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["after", "amid"])
+def test_files_of_an_earlier_run_are_never_taken_for_this_ones(moment, monkeypatch):
+    """A run with an EMA, then in the same folder one without, which saves or is killed doing so."""
+    vqgan(f"{EVERY_2} --log_dir a --train_steps 2 --seed 1")
+    run, flags = RunFolder("a"), f"{EVERY_2} --no_ema --log_dir a --train_steps 2"
+    if moment == "after":
+        vqgan(flags)
+    else:
+        saved = []
+
+        def save(content, path):
+            if saved:
+                raise KeyboardInterrupt
+            saved.append(path)
+            return save_file(content, path)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr("utils.checkpoints.save_file", save)
+            vqgan(flags)
+    names = {path.name for path in run.models.iterdir()}
+    assert names == {"vqgan_2.th"} | ({"ae_optim_2.th", "disc_optim_2.th"} if moment == "after"
+                                      else set())
+    assert run.stats(2).exists() == (moment == "after")
+
+
+def test_two_programs_do_not_share_a_run_folder(capsys, monkeypatch):
+    monkeypatch.setattr("utils.scripts.LOCK_SECONDS", 1)
+    folder = RunFolder("a").create()
+    code = (f"import fcntl, time; f = open({str(folder.lock)!r}, 'a'); fcntl.lockf(f, "
+            "fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        line = sentence(train_vqgan.main, f"{VQGAN} --log_dir a --train_steps 1", capsys,
+                        monkeypatch)
+        assert "another program is using logs/a" in line
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    vqgan("--log_dir a --train_steps 1")
+
+
+def test_no_credentials_are_logged_when_a_run_goes_on():
+    server = "--visdom_server http://somebody:secret@localhost"
+    vqgan(f"{server} --log_dir a --train_steps 1")
+    vqgan(f"{server} --log_dir a --train_steps 2 --resume")
+    for path in (RunFolder("a").log, RunFolder("a").hparams):
+        text = path.read_text()
+        assert "secret" not in text and "somebody" not in text
+
+
+def test_the_gradient_scalers_state_is_restored(workplace):
+    run, scaler = RunFolder("a").create(), torch.amp.GradScaler("cpu", init_scale=64.0)
+    model = torch.nn.Linear(2, 2)
+    Checkpoints(run, {"thing": model}, {}, scaler).save(1, {})
+    other = torch.amp.GradScaler("cpu")
+    Checkpoints(run, {"thing": model}, {}, other).restore(run, 1, SilentLogger(run))
+    assert other.get_scale() == 64.0
 
 
 # --- damaged checkpoints -----------------------------------------------------------------------

@@ -4,6 +4,7 @@ log, one set of files."""
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import train_sampler
 import train_vqgan
@@ -21,31 +23,39 @@ from experiments import (
 from helpers import ROOT, free_port
 from hparams import UserError, get_vqgan_hparams
 from hparams.runs import RunFolder
+from models import AbsorbingDiffusion
 from test_training import (
-    SAMPLER, VQGAN, files_of, lines_of, sampler, trained, two_runs, vqgan, workplace,
+    SAMPLER, VQGAN, assert_identical, files_of, lines_of, sampler, trained, two_runs, vqgan,
+    workplace,
 )
 from utils import features, latents, sampling
+from utils.caches import Whole
 from utils.checkpoints import load_file
-from utils.distributed import World
+from utils.distributed import World, join
 from utils.experiment import read_results
-from utils.loading import stream
+from utils.loading import stream, stream_positions
+from utils.training import step_seed
 
 __all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
 
 EXACT = "--embd_pdrop 0 --resid_pdrop 0 --steps_per_log 1 --ema --steps_per_checkpoint 5"
 
 
+def as_torchrun(rank, count, port="0"):
+    """The variables by which torchrun tells a process who it is."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
 def on_processes(count, main, flags):
     """Run `main` in forked processes, as torchrun would; returns their exit statuses."""
-    environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(free_port())}
-    processes = []
+    port, processes = str(free_port()), []
     for rank in range(count):
         process = os.fork()
         if process == 0:
             status = 1
             try:
-                os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                os.environ |= as_torchrun(rank, count, port)
                 torch.set_num_threads(1)
                 main(flags.split())
                 status = 0
@@ -103,6 +113,85 @@ def test_two_processes_train_an_autoencoder_and_keep_the_same_weights(workplace)
     assert_near(files_of("two", 6)["vqgan_6.th"], files_of("one", 6)["vqgan_6.th"], 1e-3)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_bad_step_of_one_process_is_passed_over_by_all(rank, two_runs, monkeypatch):
+    forward, seeds = AbsorbingDiffusion.forward, {step_seed(0, 2, f"train, process {rank} of 2")}
+
+    def spoilt(self, *arguments):
+        stats = forward(self, *arguments)
+        if torch.initial_seed() in seeds:
+            stats["loss"] = stats["loss"] * float("nan")
+        return stats
+
+    monkeypatch.setattr(AbsorbingDiffusion, "forward", spoilt)
+    flags = f"{SAMPLER} {EXACT} --train_steps 4 --batch_size 4 --log_dir two"
+    assert on_processes(2, train_sampler.main, flags) == [0, 0]
+    steps = [line["step"] for line in lines_of("two") if line["group"] == "train"]
+    assert steps == [1, 3, 4] and "step 2 is passed over" in RunFolder("two").log.read_text()
+    state = files_of("two", 4)["absorbing_4.th"]
+    assert all(value.isfinite().all() for value in state.values())
+    assert float(state["Lt_count"].sum()) == 3 * 8
+
+
+@pytest.mark.parametrize("sign", ["a signal", "torchrun is gone"])
+def test_several_processes_leave_together_and_go_on(sign, two_runs, monkeypatch):
+    """Where one of them is interrupted, or left alone: all save the same step."""
+    step_of_training = train_sampler.train_step
+
+    def interrupted(sampler, model, ema, optimizer, ids, step, *others):
+        if step == 3 and os.environ.get("RANK") == "1":
+            if sign == "a signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                monkeypatch.setattr(os, "getppid", lambda: 1)
+        return step_of_training(sampler, model, ema, optimizer, ids, step, *others)
+
+    flags = f"{SAMPLER} --ema --batch_size 4 --train_steps 6 --steps_per_checkpoint 100"
+    with monkeypatch.context() as patched:
+        patched.setattr(train_sampler, "train_step", interrupted)
+        assert on_processes(2, train_sampler.main, f"{flags} --log_dir parts") == [0, 0]
+    assert RunFolder("parts").complete_steps() == [3]
+    assert on_processes(2, train_sampler.main, f"{flags} --log_dir parts --resume") == [0, 0]
+    assert on_processes(2, train_sampler.main, f"{flags} --log_dir through") == [0, 0]
+    assert_identical(files_of("through", 6), files_of("parts", 6))
+
+
+def test_an_unreadable_image_of_any_share_is_named_in_the_log(workplace):
+    folder = workplace / "images"
+    folder.mkdir()
+    for index in range(8):
+        noise = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(noise).save(folder / f"{index}.png")
+    flags = VQGAN.replace("--dataset digits", f"--dataset custom --custom_dataset_path {folder}")
+    flags += " --nf 32 --res_blocks 1 --perceptual_weight 0 --n_channels 3 --num_workers 0"
+    flags += " --batch_size 2 --steps_per_eval 0"
+    first = stream_positions(8, 4, 0, 0)[0]
+    for index in first[2:]:  # the second process's part of the first batch
+        (folder / f"{index}.png").write_bytes(b"no image")
+    assert on_processes(2, train_vqgan.main, f"{flags} --log_dir a --train_steps 1") == [0, 0]
+    log = RunFolder("a").log.read_text()
+    for index in first[2:]:
+        assert f"{index}.png: it is no image" in log
+
+
+def test_what_is_kept_is_decided_by_one_process(two_runs, monkeypatch):
+    """Another command may finish the same file between the looks of two processes."""
+    is_kept = Whole.is_kept
+    monkeypatch.setattr(
+        Whole, "is_kept", lambda self: os.environ.get("RANK") == "1" or is_kept(self)
+    )
+    shutil.rmtree(latents.LATENTS)
+    flags = f"{SAMPLER} --log_dir two --train_steps 1"
+    assert on_processes(2, train_sampler.main, flags) == [0, 0]
+
+
+def test_processes_that_find_different_data_say_so(two_runs, monkeypatch, capfd):
+    monkeypatch.setattr(latents, "latents_key", lambda *what: f"key {os.environ.get('RANK')}")
+    statuses = on_processes(2, train_sampler.main, f"{SAMPLER} --log_dir two --train_steps 1")
+    assert statuses == [1, 1] or statuses == [0, 1]
+    assert "the processes found different images to encode" in capfd.readouterr().err
+
+
 def test_the_discriminator_takes_part_in_several_processes(workplace):
     flags = f"{VQGAN} --steps_per_log 1 --disc_start_step 2 --diff_aug --train_steps 4"
     assert on_processes(2, train_vqgan.main, f"{flags} --batch_size 2 --log_dir a") == [0, 0]
@@ -115,7 +204,10 @@ def test_the_discriminator_takes_part_in_several_processes(workplace):
 def test_the_learning_rate_of_the_autoencoder_follows_the_whole_batch(monkeypatch):
     flags = "--dataset churches --batch_size 4".split()
     one = get_vqgan_hparams(flags).lr
-    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("WORLD_SIZE", "8")  # as some clusters do
+    assert get_vqgan_hparams(flags).lr == one and join("cpu").size == 1
+    for name, value in as_torchrun(0, 8).items():
+        monkeypatch.setenv(name, value)
     assert get_vqgan_hparams(flags).lr == 8 * one == pytest.approx(8 * 4 * 4.5e-6)
 
 
@@ -230,7 +322,8 @@ def test_a_dataset_is_encoded_in_shares(two_runs, monkeypatch):
 @pytest.mark.parametrize("script", [calc_approximate_ELBO, inpaint, generate_big_samples])
 def test_what_cannot_be_divided_says_so(script, two_runs, monkeypatch):
     flags = {inpaint: "--box 0 0 8 8", generate_big_samples: "--shape 8 8"}.get(script, "")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in as_torchrun(0, 2).items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="start it without torchrun"):
         script.main(f"--load_dir prior --load_step 2 --no_visdom {flags}".split())
 

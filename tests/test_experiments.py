@@ -49,7 +49,8 @@ PUBLISHED = f"--sampler absorbing --dataset digits --ae_load_dir ae --ae_load_st
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with the runs `ae`, `prior` and `causal`, trained for two steps."""
+    """A folder with the runs `ae`, `prior`, `causal`, and `plain`, whose file does not tell the
+    number of heads nor their kernels; trained for two steps."""
     folder, here = tmp_path_factory.mktemp("trained"), os.getcwd()
     os.chdir(folder)
     try:
@@ -57,6 +58,7 @@ def trained(tmp_path_factory):
         flags = [*SAMPLER.split(), "--sampler"]
         train_sampler.main([*flags, "absorbing", "--log_dir", "prior", "--ema"])
         train_sampler.main([*flags, "autoregressive", "--log_dir", "causal"])
+        train_sampler.main([*flags, "absorbing", "--log_dir", "plain", "--position", "absolute"])
     finally:
         os.chdir(here)
     return folder
@@ -241,6 +243,37 @@ def test_only_this_runs_images_are_in_its_folder():
     assert len(list((RunFolder("out").images / "samples_2").iterdir())) == 5
     run(calc_VQGAN_FID, "--load_dir ae --load_step 2 --no_visdom --save_individually")
     assert len(list((RunFolder("out").images / "reconstructions_2").iterdir())) == 1797
+
+
+def test_images_stay_where_kept_features_need_them_no_more():
+    flags = f"{LOAD} --n_samples 70 --fake_feats fake.npy --save_individually"
+    first = run(calc_PRDC, flags)
+    folder = RunFolder("out").images / "samples_2"
+    images = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(images) == 70 and run(calc_PRDC, flags) == first
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == images
+
+
+@pytest.mark.parametrize("change", [
+    "--sample_type halton", "--sample_type remdm --remask 0.5", "--temp 0.5", "--seed 1",
+    "--sample_type confidence --choice_temp 1", "--sample_steps 4", "--amp",
+    "--bert_n_head 2", "--kernel_sizes 3 5",
+])
+def test_kept_ids_are_those_of_all_settings(change, monkeypatch):
+    """Also of what a published file, without settings beside it, does not tell."""
+    monkeypatch.setattr("utils.training.cpu_has_bfloat16", lambda: True)
+    for name in ("ae", "plain"):
+        RunFolder(name).hparams.unlink()
+    architecture = (
+        "--img_size 16 --ch_mult 1 1 --attn_resolutions 8 --emb_dim 8 --codebook_size 16 --ndf 8 "
+        "--disc_layers 1 --bert_n_emb 32 --bert_n_layers 1 --total_steps 16 --position absolute"
+    )
+    load = PUBLISHED.replace("prior", "plain").replace("--ema", "")
+    flags = f"{load} {architecture} --bert_n_head 4 --sample_steps 8 --n_samples 2"
+    run(get_samples, flags)
+    assert len(tensors(RunFolder("out").samples)) == 1
+    run(get_samples, f"{flags} {change}")
+    assert len(list(RunFolder("out").samples.iterdir())) == 2
 
 
 def test_prdc_of_samples_of_a_folder_and_of_kept_features():

@@ -11,7 +11,7 @@ import torch_fidelity
 from skimage import data
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
-from helpers import TinyExtractor
+from helpers import OneOfMany, TinyExtractor
 from hparams import UserError
 from utils.checkpoints import save_file
 from utils.data import ImageFiles, scan
@@ -177,6 +177,10 @@ def test_kept_features(tiny, tmp_path):
     np.save(path, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="f.npy"):
         features_by("b", b)
+    for content in (b"PK\3\4 and no archive", b"\x93NUMPY\1\0\x10\0{'descr': '(((", b""):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="f.npy is no .npy file"):
+            features_by("b", b)
     np.save(path, np.zeros(3))
     with pytest.raises(UserError, match=r"not features \[n, D\]"):
         features_by("b", b)
@@ -195,6 +199,9 @@ def test_parts_of_unreadable_images_are_passed_over(tiny, tmp_path, monkeypatch)
     for index in broken:
         said = [line for line in run.log.lines if f"{index:06d}.png: it is no image" in line]
         assert len(said) == 1
+    again = figures(real, random_images(1, 20))[1].log.lines  # from the kept statistics
+    assert any("000009.png: it is no image" in line for line in again)
+    assert any("6 of 21 real images could not be read; they are tried" in line for line in again)
     for path in (tmp_path / "real").iterdir():
         path.write_bytes(b"no image")
     real = ImageFiles("real", 10, 3, tmp_path / "real", scan(tmp_path / "real"))
@@ -202,22 +209,22 @@ def test_parts_of_unreadable_images_are_passed_over(tiny, tmp_path, monkeypatch)
         figures(real, random_images(1, 20))
 
 
-def test_each_process_makes_its_share_of_the_parts(tiny, tmp_path, monkeypatch):
+def test_each_process_makes_its_share_of_the_parts(tiny, tmp_path):
     images, extractor, made = random_images(0, 50), Extractor("inception", None, CPU), []
+    folder = tmp_path / "parts"
 
     def parts():
         def extract(batch):
             made.append(len(batch))
             return extractor(batch)
 
-        return parts_of(images, extract, Log(), 8, lambda first, n: tmp_path / f"{first}", "key")
+        return parts_of(images, extract, Log(), 8, lambda first, n: folder / f"{first}", "key")
 
-    monkeypatch.setattr(World, "wait", lambda world: None)  # one after the other
     parts().share(World())
     assert not made and not list(tmp_path.iterdir())
     for rank in range(3):
-        parts().share(World(rank, 3))
-    assert sum(made) == 50 and len(list(tmp_path.iterdir())) == 7
+        parts().share(OneOfMany(rank, 3))
+    assert sum(made) == 50 and len(list(folder.iterdir())) == 7
     found = torch.cat(list(features_of(parts(), "fid")))
     assert sum(made) == 50  # they were read
     whole = torch.cat(list(features_of(parts_of(images, extractor, Log(), 8), "fid")))

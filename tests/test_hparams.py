@@ -136,7 +136,7 @@ def test_refusals_of_the_autoencoder(flags, says, capsys):
     ("--kernel_sizes 3 9", "kernel_sizes 9 x dilations 1 = 9 is larger than the 8x8 grid"),
     ("--kernel_sizes 3 5 --dilations 1 2", "kernel_sizes 5 x dilations 2 = 10 is larger"),
     ("--kernel_sizes 3 4", "kernel_sizes must be odd, not 4"),
-    ("--attention full --kernel_sizes 3", "would do nothing: it is for --attention hydra, not full"),
+    ("--attention full --kernel_sizes 3", "would do nothing: it is for --attention hydra"),
     ("--top_k 5", "--top_k would do nothing: it is for --sampler autoregressive, not absorbing"),
     ("--remask 0.1", "--remask would do nothing: it is for --sample_type remdm, not diffusion"),
     ("--optimizer adam --weight_decay 1", "it is for --optimizer muon, not adam"),

@@ -67,6 +67,7 @@ class Parts:
         self.paths = {span: Path(path_of(*span)) for span in self.spans} if path_of else {}
         self.make, self.key, self.log = make, key, log
         self.description, self.check = description, check
+        self.begin = None  # called once, before the first part is made or read
         self.unreadable = UnreadableFiles(
             lambda path, reason: log.warning(f"passed over {path}: {reason}")
         )
@@ -82,6 +83,9 @@ class Parts:
 
     def run_through(self, spans, shown=True):
         """Iterator of the dicts of some parts, with a progress bar where it is to be `shown`."""
+        begin, self.begin = self.begin, None
+        if begin:
+            begin()
         for folder in self.folders():
             remove_leftovers(folder)  # of a killed process
         there = sum(n for (_, n), path in self.paths.items() if path.exists())
@@ -107,6 +111,7 @@ class Parts:
 
         From then on all parts are there, and iterating reads them.
         """
+        world.agree(self.key, self.description)
         if world.size > 1 and self.paths:
             for _ in self.run_through(world.share(self.spans), world.is_first):
                 pass
@@ -134,7 +139,8 @@ class Parts:
 class Whole:
     """`join(parts)`, a dict, kept in one file: `cached` at `path` under the key of the parts.
 
-    `parts` are Parts, which go once the file is there.
+    `parts` are Parts, which go once the file is there. Where the dict has an entry `unreadable`,
+    {path: reason}, the log names those files each time.
     """
 
     def __init__(self, path, parts, join, check=None):
@@ -150,7 +156,8 @@ class Whole:
 
     def share(self, world):
         """Make this process's share of the parts where the whole is still to be made."""
-        if world.size > 1 and not self.is_kept():
+        world.agree(self.parts.key, self.parts.description)
+        if world.size > 1 and not world.told(self.is_kept()):
             self.parts.share(world)
 
     def get(self):
@@ -158,4 +165,12 @@ class Whole:
         parts = self.parts
         content = cached(self.path, parts.key, lambda: self.join(parts), parts.log, self.check)
         parts.remove()
+        unreadable = content.get("unreadable", {})
+        for path, reason in unreadable.items():
+            parts.unreadable(path, reason)
+        if unreadable:
+            parts.log.warning(
+                f"{len(unreadable)} of {parts.count} {parts.description} could not be read; they "
+                f"are tried again once {self.path} is removed"
+            )
         return content

@@ -259,25 +259,31 @@ def load_stats(run, step):
     return stats
 
 
-def choose_checkpoint(H, log):
+def choose_checkpoint(H, log, world):
     """With --resume, make `H.load_step` the newest checkpoint of the run that is not damaged.
 
-    Raises UserError where all of them are.
+    The first process chooses for all. Raises UserError where all of them are damaged.
     """
-    if not H.resume:
-        return
+    if H.resume:
+        if world.is_first:
+            take_newest(H, log)
+        H.load_dir, H.load_step = world.told((H.load_dir, H.load_step))
+
+
+def take_newest(H, log):
+    """What `choose_checkpoint` does in the first process."""
     run = RunFolder(H.log_dir)
     steps = run.complete_steps()
     for step in reversed(steps):
         problem = damage(run, step)
         if problem is None:
             log.info(f"--resume: going on from step {step} of {run.path}")
-            H.load_step = step
+            H.load_dir, H.load_step = H.log_dir, step
             return
         log.warning(f"{problem}: --resume takes the checkpoint before step {step}")
     if steps:
         raise UserError(f"every checkpoint of {run.path} is damaged: give another --log_dir")
-    log.info(f"--resume: {run.path} has no complete checkpoint, training begins at its first step")
+    log.info(f"--resume: {run.path} has no complete checkpoint, training begins")
 
 
 class Checkpoints:
@@ -301,7 +307,13 @@ class Checkpoints:
         Raises DiskError; the checkpoints of other steps are then as they were, and nothing of
         this one takes room.
         """
-        self.folder.manifest(step).unlink(missing_ok=True)  # the old files are about to go
+        for name, model in self.models.items():
+            if not all(value.isfinite().all() for value in model.state_dict().values()):
+                raise UserError(
+                    f"{name} holds weights at step {step} that are not finite, which are not "
+                    f"saved: lower the learning rate, or clip gradients ({self.folder.last_kept()})"
+                )
+        self.clear(step)
         files = {}
         try:
             for name, thing in {**self.models, **self.optimizers}.items():
@@ -318,6 +330,14 @@ class Checkpoints:
             raise
         if self.keep:
             self.remove_old(step)
+
+    def clear(self, step):
+        """Remove the files of a step, which another run may have left in this folder: whatever a
+        kill leaves of the new ones, they are never taken together with those."""
+        self.folder.manifest(step).unlink(missing_ok=True)  # first: it promises the others
+        names = [*self.models, *self.optimizers, f"{next(iter(self.models))}_ema"]
+        for path in (*(self.folder.model(name, step) for name in names), self.folder.stats(step)):
+            path.unlink(missing_ok=True)
 
     def remove_old(self, step):
         """Remove all but the last `keep` complete checkpoints up to `step`, if that one is good."""

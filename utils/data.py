@@ -335,20 +335,22 @@ def _registered_path(name, registry):
 def scan(root):
     """[(posix path relative to `root`, bytes, mtime_ns)] of the images below it, by path.
 
-    Hidden names and `__MACOSX` are passed over, links are followed. A link to nothing is listed,
-    so that reading it is reported. Raises UserError when a folder cannot be read.
+    Hidden names and `__MACOSX` are passed over, links are followed, each folder is visited once. A
+    link to nothing is listed, so that reading it is reported. Raises UserError when a folder cannot
+    be read.
     """
-    found = []
+    found, visited = [], set()
 
-    def visit(folder, prefix, above):
-        above = above | {os.path.realpath(folder)}
+    def visit(folder, prefix):
+        visited.add(os.path.realpath(folder))
         with os.scandir(folder) as entries:
-            for entry in entries:
+            # Folders themselves before links to them, by name: the same on every machine.
+            for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name)):
                 if entry.name.startswith(".") or entry.name == "__MACOSX":
                     continue
                 if is_folder(entry):
-                    if os.path.realpath(entry.path) not in above:  # a link back up has no end
-                        visit(entry.path, f"{prefix}{entry.name}/", above)
+                    if os.path.realpath(entry.path) not in visited:
+                        visit(entry.path, f"{prefix}{entry.name}/")
                 elif entry.name.lower().endswith(EXTENSIONS):
                     try:
                         status = entry.stat()
@@ -357,7 +359,7 @@ def scan(root):
                         found.append((prefix + entry.name, -1, -1))
 
     try:
-        visit(root, "", frozenset())
+        visit(root, "")
     except OSError as error:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from None
     return sorted(found)

@@ -6,6 +6,7 @@ and saves. Without torchrun there is a world of one process, in which all this i
 """
 
 import datetime
+import inspect
 import os
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from hparams.errors import SettingsError
+from hparams.errors import SettingsError, UserError
+from hparams.runs import process_count
 from utils.training import resolve_device
 
 # The first process may encode a dataset for hours while the others wait. One that ends is noticed
@@ -28,6 +30,8 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+
+    parent: int = 0  # the process that started this one, where that is torchrun
 
     @property
     def is_first(self):
@@ -50,8 +54,10 @@ class World:
         """
         if self.size == 1:
             return model
+        options = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         return DistributedDataParallel(
-            model, broadcast_buffers=False, find_unused_parameters=find_unused_parameters
+            model, find_unused_parameters=find_unused_parameters, **{sync: False}
         )
 
     def all(self, flags):
@@ -76,6 +82,24 @@ class World:
         dist.all_reduce(sums)
         return dict(zip(values, (sums / self.size).tolist()))
 
+    def told(self, value):
+        """What the first process gives as `value`: a decision that all must take alike."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    def agree(self, value, on):
+        """Raise UserError where the processes have different values, `on` whatever that is."""
+        if self.told(value) != value:
+            raise UserError(f"the processes found different {on}: it changed while they started")
+
+    @property
+    def is_orphan(self):
+        """Whether torchrun is gone, killed before it could end the processes that it started."""
+        return self.size > 1 and os.getppid() != self.parent
+
     def wait(self):
         """Until all processes have come here."""
         if self.size > 1:
@@ -96,14 +120,16 @@ def join(name):
     torchrun's processes find each other, by nccl on GPUs, of which each takes its own, and by gloo
     on CPUs.
     """
-    size, device = int(os.environ.get("WORLD_SIZE", 1)), resolve_device(name)
+    size = process_count()
     if size == 1:
-        return World(device=device)
+        return World(device=resolve_device(name))
+    if (name or "cuda").startswith("cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = resolve_device(name)
     if device.type == "cuda":
-        device = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    return World(dist.get_rank(), size, device)
+    return World(dist.get_rank(), size, device, os.getppid())
 
 
 def alone(name):
@@ -111,7 +137,7 @@ def alone(name):
 
     Raises SettingsError where torchrun has started several.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if process_count() > 1:
         raise SettingsError("this script runs in one process: start it without torchrun")
     return resolve_device(name)
 

@@ -128,15 +128,10 @@ class Experiment:
             raise ShareIsDone
 
     def image_folder(self, name):
-        """With `--save_individually` the folder images/<name>_<step>/, emptied of the images of
-        an earlier command; None without."""
+        """With `--save_individually` the folder images/<name>_<step>/; None without."""
         if not self.H.save_individually:
             return None
-        folder = self.log.folder.images / f"{name}_{self.H.load_step}"
-        if self.world.is_first:
-            remove_images(folder)
-        self.world.wait()
-        return folder
+        return self.log.folder.images / f"{name}_{self.H.load_step}"
 
     def decode(self, part):
         """Images uint8 [b, C, S, S] of a part of `ids`."""
@@ -149,8 +144,9 @@ class Experiment:
         With `--save_individually` they are written on their way. Of several processes the first
         one alone gets them.
         """
-        folder = self.image_folder("samples")
         self.divide(self.ids)
+        if folder := self.image_folder("samples"):
+            remove_images(folder)  # those of an earlier command
         for (first, _), part in zip(self.ids.spans, self.ids):
             images = self.decode(part)
             if folder:
@@ -169,19 +165,32 @@ class Experiment:
 
         data = {**self.facts["samples"], **self.facts["checkpoints"]}
         key = features_key(data, extractor, *extractor.layers)
-        return self.temporary_features(batches, extractor, self.ids.count, CHUNK, key, "samples")
+        return self.temporary_features(
+            batches, extractor, self.ids.count, CHUNK, key, "samples", folder
+        )
 
-    def temporary_features(self, batches, extract, count, size, key, description):
-        """`features_in_parts` that are kept in the run's folder until the results are there."""
+    def temporary_features(
+        self, batches, extract, count, size, key, description, images=None
+    ):
+        """`features_in_parts` that are kept in the run's folder until the results are there.
+
+        `images` is the folder that `batches` writes images to, if it does. All are then written
+        anew, in place of those of an earlier command, and so are the features.
+        """
         folder = self.log.folder.features / key[:16]
         parts = features_in_parts(
             batches, extract, count, size, lambda first, n: folder / f"{first:06d}_{n}.pt", key,
             self.log, description,
         )
-        if self.H.save_individually:  # images are written as features are made: all must be
+
+        def begin_anew():
             if self.world.is_first:
+                remove_images(images)
                 parts.remove()
             self.world.wait()
+
+        if images:
+            parts.begin = begin_anew
         self.temporary.append(parts)
         return parts
 

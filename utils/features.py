@@ -224,7 +224,7 @@ def reference_statistics(dataset, extractor, H, device, log):
         statistics = FeatureStatistics()
         for features in features_of(parts, "fid"):
             statistics.update(features)
-        return statistics.state_dict()
+        return {**statistics.state_dict(), "unreadable": dict(parts.unreadable.reasons)}
 
     parts = dataset_features(dataset, extractor, H, device, log, path, key)
     return Whole(path, parts, join, FeatureStatistics.from_state)
@@ -261,6 +261,7 @@ class KeptFeatures(Whole):
         """The tensor [n, D], from its file or made of the parts."""
         path, log = self.path, self.parts.log
         if self.is_kept():
+            self.parts.remove()  # of a run that was killed just before it could
             if self.record.exists():
                 log.info(f"features read from {path}")
             else:
@@ -283,8 +284,9 @@ def read_array(path):
     """A float tensor [n, D] of a .npy file; UserError where it holds none."""
     try:
         array = torch.from_numpy(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError, TypeError) as error:
-        raise UserError(f"{path} is no .npy file of features: {error}") from None
+    except Exception as error:  # what a broken or foreign file makes numpy raise is open
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is no .npy file of features: {reason}") from None
     if array.ndim != 2 or not array.is_floating_point():
         raise UserError(f"{path} holds {array.dtype} {list(array.shape)}, not features [n, D]")
     return array

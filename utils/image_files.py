@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hparams.errors import DiskError
-from hparams.files import whole_file
+from hparams.files import remove_leftovers, whole_file
 
 GRID_CELL = 64  # smaller images are enlarged in grids until a side has about this many pixels
 
@@ -74,6 +74,7 @@ def save_image(image, path):
 
 def remove_images(folder):
     """Remove what `save_images_individually` wrote into a folder earlier, if anything."""
+    remove_leftovers(folder)
     for path in Path(folder).glob("[0-9]*.png"):
         path.unlink()
 

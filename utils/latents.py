@@ -70,8 +70,6 @@ def load_latents(
     whole.share(world)
     content = world.first(whole.get)
     log.info(f"{len(content['ids'])} grids of ids in {path}")
-    if content["unreadable"]:
-        log.warning(f"{len(content['unreadable'])} of {len(dataset)} images could not be read")
     return content["ids"]
 
 

@@ -31,16 +31,7 @@ class RunLogger:
     def __init__(self, folder, board=None):
         self.folder = folder.create()
         self._board = board
-        # Made by hand rather than with getLogger: private to this object, so that two runs in
-        # one process never write into each other's files.
-        self._log = logging.Logger("run", level=logging.INFO)
-        try:
-            handlers = [_ConsoleHandler(), _LogFile(folder.log, encoding="utf-8")]
-        except OSError as error:
-            raise UserError(f"cannot write {folder.log}: {error.strerror}") from None
-        for handler in handlers:
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-            self._log.addHandler(handler)
+        self._log = _lines(folder.log)
         self._lock = threading.Lock()  # the board reports from its own thread
         self._closed = False
         self._metrics = None
@@ -63,6 +54,10 @@ class RunLogger:
     def warning(self, message):
         """As `info`, marked as a warning."""
         self._write(logging.WARNING, message)
+
+    def passed_over(self, path, reason):
+        """A warning that an image cannot be read."""
+        self.warning(f"passed over {path}: {reason}")
 
     def error_to_file(self, message):
         """An error in log.txt only, for scripts that say it on the console as they end."""
@@ -198,11 +193,34 @@ class RunLogger:
                 self._board.curve(name, line["step"], float(value), line["group"])
 
 
+def _lines(path):
+    """A logger of lines with the time, on the console and at the end of the file `path`."""
+    # Made by hand rather than with getLogger: private to its owner, so that two runs in one
+    # process never write into each other's files.
+    log = logging.Logger("run", level=logging.INFO)
+    try:
+        handlers = [_ConsoleHandler(), _LogFile(path, encoding="utf-8")]
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+    return log
+
+
 class SilentLogger:
-    """A RunLogger's likeness that keeps and shows nothing, for all processes but the first."""
+    """A RunLogger's likeness for all processes but the first, which keeps and shows nothing but
+    what no other process knows."""
 
     def __init__(self, folder):
         self.folder = folder
+
+    def passed_over(self, path, reason):
+        """A warning that an image of this process's share cannot be read, in the run's log."""
+        log = _lines(self.folder.create().log)
+        log.warning("%s", one_line(f"passed over {path}: {reason}"))
+        for handler in log.handlers:
+            handler.close()
 
     def __getattr__(self, name):
         if name.startswith("_") or not hasattr(RunLogger, name):

@@ -12,6 +12,7 @@ import hashlib
 import torch
 
 from hparams.errors import UserError
+from hparams.scripts import SAMPLER_ARCHITECTURE
 from utils.caches import Parts
 from utils.checkpoints import load_file
 from utils.training import seed_step
@@ -30,10 +31,12 @@ def decode(sampler, autoencoder, ids, batch_size=DECODED):
 def sampling_settings(H, checkpoint, precision):
     """All that the ids of samples depend on but their number, a dict.
 
-    `checkpoint` is the sha256 of the sampler's file.
+    `checkpoint` is the sha256 of the sampler's file, which does not show all of its architecture,
+    such as the number of heads.
     """
-    settings = dict(
-        checkpoint=checkpoint, sampler=H.sampler, temp=H.temp, seed=H.seed, chunk=CHUNK,
+    settings = {name: getattr(H, name) for name in sorted(SAMPLER_ARCHITECTURE)}
+    settings |= dict(
+        checkpoint=checkpoint, latent_shape=H.latent_shape, temp=H.temp, seed=H.seed, chunk=CHUNK,
         precision=str(precision.dtype), device=precision.device.type, torch=torch.__version__,
     )
     if H.sampler == "autoregressive":

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import platform
 import shlex
@@ -19,6 +20,7 @@ from utils.distributed import World, is_lost_peer, leave
 from utils.logger import RunLogger, SilentLogger, one_line
 from utils.visdom_board import VisdomBoard
 
+LOCK_SECONDS = 10
 OUT_OF_MEMORY = "there is not enough memory: lower --batch_size or the sizes of the model"
 
 
@@ -71,7 +73,7 @@ def start_run(H, device, world=World()):
         yield SilentLogger(folder)
         return
     board = None if H.no_visdom else VisdomBoard(H.visdom_server, H.visdom_port, env=H.log_dir)
-    with RunLogger(folder, board) as log:
+    with locked(folder.create()), RunLogger(folder, board) as log:
         log.info("command: " + command_of(H))
         log.info(
             f"python {platform.python_version()}, torch {torch.__version__}, {device}"
@@ -82,6 +84,29 @@ def start_run(H, device, world=World()):
         except UserError as error:
             log.error_to_file(str(error))
             raise
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a run folder, which two programs would spoil for each other.
+
+    Raises UserError where another one holds it and does not let go within LOCK_SECONDS: one that
+    was killed has let go already, or does once it has finished a step. The lock ends with the
+    process, whatever ends that. A file system without locks does without.
+    """
+    with open(folder.lock, "a") as file:
+        for _ in range(LOCK_SECONDS):
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                time.sleep(1)
+            except OSError:
+                break
+        else:
+            raise UserError(f"another program is using {folder.path}: let it end, or give another "
+                            f"--log_dir")
+        yield
 
 
 def compute_deterministically():
@@ -128,7 +153,8 @@ def record_settings(H, log):
 def began_here(H, folder):
     """Whether the folder holds the record of the same run, killed before its first checkpoint."""
     try:
-        return H.resume and read_settings(folder.hparams) == dataclasses.asdict(H)
+        before = read_settings(folder.hparams)
+        return H.resume and before | {"resume": True} == dataclasses.asdict(H)
     except UserError:
         return False
 
@@ -149,6 +175,7 @@ def log_changed_settings(H, run, log):
         log.warning(f"{run.hparams} is not there: the settings are those of this command")
         return
     before = read_settings(run.hparams)
+    H = dataclasses.replace(H, visdom_server=address_of(H))
     ignored = {"load_dir", "load_step", "load_optim", "log_dir", "resume", "train_steps"}
     for name, value in dataclasses.asdict(H).items():
         if name in before and name not in ignored and before[name] != value:
@@ -160,4 +187,4 @@ def holds_out(run):
     hparams.yaml tells."""
     if not run.hparams.exists():
         return None
-    return read_settings(run.hparams).get("steps_per_eval", 0) > 0
+    return read_settings(run.hparams).get("steps_per_eval", 0) not in (0, None)

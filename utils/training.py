@@ -161,7 +161,7 @@ def take_step(losses, optimizers, precision, world, clip=0.0):
     finite = world.all(values.isfinite())
     if scaler.get_scale() > 1:
         finite = finite[: len(losses)]
-    if not finite.all():  # the one wait for the device
+    if not finite.all():  # waits for the device
         scaler.update()
         shown = ", ".join(f"{value:.3g}" for value in values.tolist())
         raise BadStep(f"not finite (losses, then norms of gradients: {shown})")
@@ -212,7 +212,8 @@ def training_loop(
     `save(step, {"seconds": ...})` are called when their settings say so, in the first process of
     the world; `save` also at the end and after Ctrl-C, where `go_on` says how the run goes on.
     `batch(step)` are the indices of a step's images, to name them where it raises BadStep: such a
-    step is passed over, and more than `max_bad_steps` in a row are a UserError. What a full disk
+    step is passed over, nothing is saved or shown until one is sound again, and more than
+    `max_bad_steps` in a row are a UserError. What a full disk
     refuses is tried again when it is next due; the last checkpoint is a DiskError. Returns the
     step that was reached.
     """
@@ -247,21 +248,22 @@ def training_loop(
             else:
                 training_time += time.perf_counter() - begun
             last = step == H.train_steps
-            asked = world.any(interruption.asked)
+            asked = world.any(interruption.asked or world.is_orphan)
             if not world.is_first:
                 if asked:
                     return step
                 continue
-            if H.steps_per_eval and (due(step, H.steps_per_eval) or last):
+            sound = not bad_steps  # else it may be the weights: nothing is made of them
+            if sound and H.steps_per_eval and (due(step, H.steps_per_eval) or last):
                 validate(step)
-            shows = due(step, H.steps_per_display_output) and not H.no_visdom
-            saves = due(step, H.steps_per_save_output)
+            shows = sound and due(step, H.steps_per_display_output) and not H.no_visdom
+            saves = sound and due(step, H.steps_per_save_output)
             if shows or saves:
                 with later_if_disk_is_full(log):
                     display(step, save=saves, show=shows)
             if last or asked:
                 save(step, {"seconds": time.perf_counter() - started})
-            elif due(step, H.steps_per_checkpoint):
+            elif sound and due(step, H.steps_per_checkpoint):
                 with later_if_disk_is_full(log):
                     save(step, {"seconds": time.perf_counter() - started})
             if asked and not last:
@@ -280,11 +282,10 @@ def pass_over(error, step, in_a_row, indices, limit, log):
     images = " ".join(map(str, indices))
     log.warning(f"step {step} is passed over, it is {error}; images of its batch: {images}")
     if in_a_row > limit:
-        steps = log.folder.complete_steps()
-        kept = f"the last checkpoint is that of step {steps[-1]}" if steps else "nothing was saved"
         raise UserError(
             f"{in_a_row} steps in a row up to step {step} were not finite, which --max_bad_steps "
-            f"{limit} does not allow: lower the learning rate, or clip gradients ({kept})"
+            f"{limit} does not allow: lower the learning rate, or clip gradients "
+            f"({log.folder.last_kept()})"
         )
 
 
