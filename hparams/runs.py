@@ -40,6 +40,7 @@ class RunFolder:
         self.features = self.path / "features"
         self.models = self.path / "saved_models"
         self.saved_stats = self.path / "saved_stats"
+        self.begun = self.saved_stats / "begun"
 
     def create(self):
         """Make the folders of a run; raises UserError where the disk does not allow it."""
@@ -67,6 +68,11 @@ class RunFolder:
         matches = (re.fullmatch(r"manifest_(\d+)\.json", file.name)
                    for file in self.saved_stats.glob("manifest_*.json"))
         return sorted(int(match[1]) for match in matches if match)
+
+    def steps_to_resume(self):
+        """The `complete_steps` that --resume may take: none where the file `begun` says that a run
+        was to begin anew, which has not come to replace the earlier one's record yet."""
+        return [] if self.begun.exists() else self.complete_steps()
 
     def last_kept(self):
         """Which checkpoint there is to go back to, in words."""

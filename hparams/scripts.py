@@ -307,7 +307,7 @@ def get_hparams(settings_class, argv, description, defaults, loaded_runs, must_l
     try:
         if given.get("resume") and not must_load:
             run = given.get("log_dir", settings_class.log_dir)
-            if steps := RunFolder(run).complete_steps():
+            if steps := RunFolder(run).steps_to_resume():
                 given |= {"load_dir": run, "load_step": steps[-1], "load_optim": True}
         if must_load and not RunFolder(given["load_dir"]).path.is_dir():
             raise SettingsError(

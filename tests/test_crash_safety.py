@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+import train_sampler
 import train_vqgan
 from helpers import ROOT, with_small_files
 from hparams.errors import DiskError, UserError
@@ -78,6 +79,36 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_resume():
     vqgan(f"{EVERY_2} --log_dir b --train_steps 6")
     assert_identical(files_of("b", 6), files_of("a", 6))
     assert "holds another" not in RunFolder("a").log.read_text()
+
+
+@pytest.mark.parametrize("steps", [6, 2])
+def test_a_new_run_killed_before_it_has_a_record_is_not_the_old_one(steps, two_runs, monkeypatch):
+    """Killed while it caches, in a folder where an earlier run has checkpoints, then resumed."""
+    sampler(f"{EVERY_2} --log_dir a --train_steps {steps} --bert_n_layers 1")
+    flags = f"{EVERY_2} --log_dir a --train_steps 4 --seed 1"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train_sampler, "load_latents", lambda *arguments: interrupt())
+        sampler(flags)
+    sampler(f"{flags} --resume")  # with the default of two layers, as the command says
+    sampler(f"{EVERY_2} --log_dir b --train_steps 4 --seed 1")
+    assert_identical(files_of("b", 4), files_of("a", 4))
+    assert RunFolder("a").complete_steps() == [2, 4]
+    assert len(list(RunFolder("a").path.glob("hparams_until_*"))) == 1
+
+
+def test_a_command_that_fails_leaves_the_run_to_be_resumed(capsys, monkeypatch):
+    vqgan(f"{EVERY_2} --log_dir a --train_steps 2")
+    flags = f"{VQGAN} --log_dir a --train_steps 4 --load_dir nowhere --load_step 3"
+    assert "nowhere" in sentence(train_vqgan.main, flags, capsys, monkeypatch)
+    vqgan(f"{EVERY_2} --log_dir a --train_steps 4 --resume")
+    vqgan(f"{EVERY_2} --log_dir b --train_steps 4")
+    assert_identical(files_of("b", 4), files_of("a", 4))
+
+
+def test_a_run_that_begins_from_another_one_is_not_resumed_from_an_old_one(two_runs):
+    vqgan(f"{EVERY_2} --log_dir a --train_steps 4 --seed 1")
+    vqgan("--log_dir a --load_dir ae --load_step 2 --train_steps 3")
+    assert RunFolder("a").complete_steps() == [3]
 
 
 def interrupt():

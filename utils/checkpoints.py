@@ -262,18 +262,27 @@ def load_stats(run, step):
 def choose_checkpoint(H, log, world):
     """With --resume, make `H.load_step` the newest checkpoint of the run that is not damaged.
 
-    The first process chooses for all. Raises UserError where all of them are damaged.
+    The first process chooses for all. Raises UserError where all of them are damaged. A run that
+    begins without it leaves a mark until its record is there: should it be killed before, --resume
+    begins it again, rather than go on with an earlier run in the same folder.
     """
     if H.resume:
         if world.is_first:
             take_newest(H, log)
         H.load_dir, H.load_step = world.told((H.load_dir, H.load_step))
+    elif world.is_first and not goes_on(H):
+        log.folder.begun.touch()
+
+
+def goes_on(H):
+    """Whether a run goes on in its own folder, rather than begin there."""
+    return H.load_step > 0 and H.load_dir == H.log_dir
 
 
 def take_newest(H, log):
     """What `choose_checkpoint` does in the first process."""
     run = RunFolder(H.log_dir)
-    steps = run.complete_steps()
+    steps = run.steps_to_resume()
     for step in reversed(steps):
         problem = damage(run, step)
         if problem is None:

@@ -16,6 +16,7 @@ from hparams.errors import UserError
 from hparams.files import remove_leftovers
 from hparams.runs import RunFolder
 from hparams.settings import read_settings, show
+from utils.checkpoints import goes_on
 from utils.distributed import World, is_lost_peer, leave
 from utils.logger import RunLogger, SilentLogger, one_line
 from utils.visdom_board import VisdomBoard
@@ -81,8 +82,10 @@ def start_run(H, device, world=World()):
         )
         try:
             yield log
-        except UserError as error:
-            log.error_to_file(str(error))
+        except Exception as error:
+            folder.begun.unlink(missing_ok=True)  # an earlier run in this folder is as it was
+            if isinstance(error, UserError):
+                log.error_to_file(str(error))
             raise
 
 
@@ -137,16 +140,17 @@ def record_settings(H, log):
     that a command that fails leaves the run as it was.
     """
     H = dataclasses.replace(H, visdom_server=address_of(H))
-    folder = log.folder
-    if not H.load_step and not began_here(H, folder):
+    folder, start = log.folder, H.load_step if goes_on(H) else 0
+    if not start and not began_here(H, folder):
         keep_earlier_records(log)
     for path in (folder.path, folder.images, folder.models, folder.saved_stats):
         remove_leftovers(path)
     for step in folder.complete_steps():
-        if step > H.load_step:
+        if step > start:
             folder.manifest(step).unlink()
-    log.rewind(H.load_step or -1)
+    log.rewind(start or -1)
     H.save(folder.hparams)
+    folder.begun.unlink(missing_ok=True)
     log.table("hyperparameters", dataclasses.asdict(H))
 
 
