@@ -2,8 +2,8 @@
 
     python tests/fuzz.py --files 2000
 
-Every file is one of the programs' own (models, an optimiser, stats, cached ids, settings, a
-manifest) or an image, with bits flipped, parts cut out, overwritten, repeated or taken from
+Every file is one of the programs' own (models, an optimiser, stats, cached ids, features, results,
+settings, a manifest) or an image, with bits flipped, parts cut out, overwritten, repeated or taken from
 another file; to these come some that are made by hand to run code or to fill the memory. Reading
 one must succeed or raise a UserError of one line, within SECONDS; no code in a file may run, and
 the memory of the whole must not grow by more than MEMORY. A crash of the interpreter ends it all.
@@ -12,6 +12,7 @@ the memory of the whole must not grow by more than MEMORY. A crash of the interp
 import argparse
 import contextlib
 import io
+import json
 import os
 import random
 import resource
@@ -25,6 +26,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -37,6 +39,8 @@ from utils.checkpoints import (
 )
 from utils.data import ImageFiles
 from utils.decoding import UnreadableImage
+from utils.experiment import read_results
+from utils.features import read_array
 from utils.latents import check_ids
 
 SECONDS = 20
@@ -106,6 +110,9 @@ def specimens():
         dataset = ImageFiles("custom", 16, 3, path.parent, [(path.name, 0, 0)])
         dataset.load(0)
 
+    array = io.BytesIO()
+    np.save(array, np.zeros((50, 16), dtype=np.float32))
+    results = json.dumps({"FID 1": {"figures": {"FID": 1.5}, "manifest": {"seed": 0}}})
     ids = Path("ids.pt")
     save_file({"key": "k", "ids": torch.zeros(50, 2, 64, dtype=torch.int32), "unreadable": {}}, ids)
     legacy = io.BytesIO()
@@ -117,6 +124,8 @@ def specimens():
         "optimiser": (run.model("optim", 1).read_bytes(), optimizer_state),
         "stats": (run.stats(1).read_bytes(), stats),
         "cached ids": (ids.read_bytes(), lambda path: read_cached(path, "k", check_ids)),
+        "features": (array.getvalue(), read_array),
+        "results.json": (results.encode(), read_results),
         "manifest": (run.manifest(1).read_bytes(), manifest),
         "hparams.yaml": (run.hparams.read_bytes(), settings),
     }
