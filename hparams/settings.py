@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 import types
 import typing
 from pathlib import Path
@@ -148,6 +149,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     def error(self, message):
+        flag = re.fullmatch(r"unrecognized arguments: (--\w+).*", message)
+        if flag:
+            message += did_you_mean(flag[1], self._option_string_actions)
         sentence = f"{self.prog}: error: {message} (--help lists every flag)\n"
         self.exit(2, sentence if os.environ.get("RANK", "0") == "0" else None)
 
@@ -285,7 +289,7 @@ def resolve(settings_class, given, defaults_of, loaded_runs, settings_file):
     which they are read, `settings_file(run)` the path of a run's settings.
     Raises SettingsError with one sentence.
     """
-    loaded, absent = {}, ""
+    loaded, absent, found = {}, "", []
     for source in loaded_runs:
         run = {**loaded, **given}.get(source.run)
         step = {**loaded, **given}.get(source.step)
@@ -295,6 +299,7 @@ def resolve(settings_class, given, defaults_of, loaded_runs, settings_file):
         if not path.exists():
             absent = absent or f" ({path} is not there to tell)"
             continue
+        found.append(str(path))
         for name, value in read_settings(path).items():
             if name not in source.adopt | source.borrow:
                 continue
@@ -313,6 +318,8 @@ def resolve(settings_class, given, defaults_of, loaded_runs, settings_file):
     chosen = {**loaded, **given}
     for field in dataclasses.fields(settings_class):
         if field.metadata["required"] and field.name not in chosen:
+            if found and not absent:
+                absent = f" ({' and '.join(found)} do not tell: is it a run of another kind?)"
             raise SettingsError(
                 f"--{field.name} is required{absent}: {field.metadata['help']}"
             )

@@ -703,7 +703,7 @@ def test_number_of_workers_follows_the_data_where_it_is_not_given(monkeypatch):
         return loader(*arguments, num_workers=0, **options)
 
     monkeypatch.setattr(loading, "DataLoader", spy)
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(loading, "usable_cpus", lambda: 3)
     files = Fake(4)
     files.embedded = False
     for dataset in (Fake(4), files):

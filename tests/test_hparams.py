@@ -125,6 +125,7 @@ def test_yaml_round_trip(tmp_path):
     ("--quantizer vq", "invalid choice"),
     ("--load_step 5 --train_steps 5", "leaves nothing to train"),
     ("--colour", "unrecognized arguments: --colour"),
+    ("--train_step 10", "unrecognized arguments: --train_step 10: did you mean '--train_steps'?"),
     ("--log_dir ../../elsewhere", "lies outside"),
 ])
 def test_refusals_of_the_autoencoder(flags, says, capsys):

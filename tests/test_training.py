@@ -164,7 +164,8 @@ def test_unreadable_images_are_named_and_counted(workplace):
     small = SAMPLER.replace("--dataset digits", data) + " --steps_per_eval 0 --ae_load_step 6"
     for _ in range(2):  # encoded, then from the cache
         train_sampler.main([*small.split(), *"--log_dir prior --train_steps 1".split()])
-    assert RunFolder("prior").log.read_text().count("1 of 9 images to encode could not be read") == 2
+    log = RunFolder("prior").log.read_text()
+    assert log.count("1 of 9 images to encode could not be read") == 2
 
 
 def test_what_is_displayed_does_not_change_training():

@@ -187,7 +187,7 @@ class _Batches(Dataset):
 def _read(dataset, plans, replace, num_workers, device, report):
     """Yields the _Batch of each plan with its images on `device`, reporting what is unreadable."""
     if num_workers is None:
-        num_workers = 0 if dataset.embedded else min(4, os.cpu_count() or 1)
+        num_workers = 0 if dataset.embedded else min(4, usable_cpus())
     on_gpu = device.type == "cuda"
     loader = DataLoader(
         _Batches(dataset, replace),
@@ -208,6 +208,13 @@ def _read(dataset, plans, replace, num_workers, device, report):
         if batch.images is not None:
             batch = batch._replace(images=batch.images.to(device, non_blocking=on_gpu))
         yield batch
+
+
+def usable_cpus():
+    """How many processors this process may use, which in a container are not all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _as_it_is(batch):

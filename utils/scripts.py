@@ -45,10 +45,10 @@ def run_script(main):
             end(OUT_OF_MEMORY, 1)
         raise
     except KeyboardInterrupt:
-        sys.exit(130)
+        end("interrupted; the same command uses what is kept so far", 130, "")
 
 
-def end(message, status):
+def end(message, status, kind="error: "):
     """End the process after one sentence.
 
     What is wrong is mostly wrong in all of torchrun's processes: the first one says it, and
@@ -56,7 +56,7 @@ def end(message, status):
     """
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(10)
-    print(f"{sys.argv[0]}: error: {one_line(message)}", file=sys.stderr)
+    print(f"{sys.argv[0]}: {kind}{one_line(message)}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -145,9 +145,12 @@ def record_settings(H, log):
         keep_earlier_records(log)
     for path in (folder.path, folder.images, folder.models, folder.saved_stats):
         remove_leftovers(path)
-    for step in folder.complete_steps():
-        if step > start:
+    if dropped := [step for step in folder.complete_steps() if step > start]:
+        for step in dropped:
             folder.manifest(step).unlink()
+        steps = " ".join(map(str, dropped))
+        log.info(f"this run goes on from step {start}: --resume will not take the checkpoints that "
+                 f"were here of steps {steps}, whose files stay")
     log.rewind(start or -1)
     H.save(folder.hparams)
     folder.begun.unlink(missing_ok=True)

@@ -272,6 +272,8 @@ def training_loop(
                 )
                 log.info(f"interrupted: saved step {step}; {go_on}")
                 return step
+    if H.load_step >= H.train_steps:
+        log.info(f"step {H.load_step} leaves nothing to train: train_steps is {H.train_steps}")
     reached = max(H.train_steps, H.load_step)
     log.info(f"trained to step {reached}: checkpoints are in {log.folder.models}")
     return reached
