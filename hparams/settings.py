@@ -319,7 +319,7 @@ def resolve(settings_class, given, defaults_of, loaded_runs, settings_file):
     for field in dataclasses.fields(settings_class):
         if field.metadata["required"] and field.name not in chosen:
             if found and not absent:
-                absent = f" ({' and '.join(found)} do not tell: is it a run of another kind?)"
+                absent = f" (not in {' or '.join(found)}: is it a run of another kind?)"
             raise SettingsError(
                 f"--{field.name} is required{absent}: {field.metadata['help']}"
             )

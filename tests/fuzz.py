@@ -5,8 +5,9 @@
 Every file is one of the programs' own (models, an optimiser, stats, cached ids, features, results,
 settings, a manifest) or an image, with bits flipped, parts cut out, overwritten, repeated or taken
 from another file; to these come some that are made by hand to run code or to fill the memory.
-Reading one must succeed or raise a UserError of one line, within SECONDS; no code in a file may run, and
-the memory of the whole must not grow by more than MEMORY. A crash of the interpreter ends it all.
+Reading one must succeed or raise a UserError of one line, within SECONDS; no code in a file may
+run, and the memory of the whole must not grow by more than MEMORY. A crash of the interpreter ends
+it all.
 """
 
 import argparse

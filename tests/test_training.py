@@ -355,6 +355,7 @@ def sentence(main, flags, capsys, monkeypatch):
     (train_sampler, f"{SAMPLER} --ae_load_step 3", "vqgan is there at steps 2"),
     (train_sampler, f"{SAMPLER} --codebook_size 32", "32 contradicts codebook_size 16"),
     (train_sampler, f"{SAMPLER} --kernel_sizes 3 9", "larger than the 8x8 grid"),
+    (get_samples, "--load_dir ae --load_step 2 --n_samples 1", "is it a run of another kind?"),
     (train_sampler, f"{SAMPLER} --load_dir prior --load_step 2 --attention full", "contradicts"),
     (train_sampler, f"{SAMPLER} --load_dir prior --load_step 9", "absorbing is there at steps 2"),
     (get_samples, "--load_dir prior --load_step 9 --no_visdom", "absorbing is there at steps 2"),
