@@ -13,7 +13,6 @@ import os
 import re
 import types
 import typing
-from pathlib import Path
 
 import yaml
 

@@ -14,7 +14,7 @@ import torch
 import train_sampler
 import train_vqgan
 from helpers import ROOT, with_small_files
-from hparams.errors import DiskError, UserError
+from hparams.errors import DiskError
 from hparams.files import is_running, remove_leftovers, whole_file
 from hparams.runs import RunFolder
 from test_training import (

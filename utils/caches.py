@@ -68,6 +68,7 @@ class Parts:
         self.make, self.key, self.log = make, key, log
         self.description, self.check = description, check
         self.begin = None  # called once, before the first part is made or read
+        # Not `passed_over`: the first process reads all parts, and names those of the others' too.
         self.unreadable = UnreadableFiles(
             lambda path, reason: log.warning(f"passed over {path}: {reason}")
         )
@@ -157,7 +158,7 @@ class Whole:
     def share(self, world):
         """Make this process's share of the parts where the whole is still to be made."""
         world.agree(self.parts.key, self.parts.description)
-        if world.size > 1 and not world.told(self.is_kept()):
+        if world.size > 1 and not world.told(world.is_first and self.is_kept()):
             self.parts.share(world)
 
     def get(self):
