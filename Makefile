@@ -37,7 +37,7 @@ demo: .venv/installed ## train both stages on the digits and report on them: min
 	  $(DEMO_FLAGS)
 
 visdom: .venv/installed ## start the visdom server that the training scripts draw on
-	$(VENV_PYTHON) -m utils.visdom_server
+	$(VENV_PYTHON) -m utils.logging.visdom_server
 
 clean: ## remove .venv and what tools left behind, but nothing under logs/, latents/, statistics/
 	rm -rf .venv build *.egg-info .pytest_cache .hypothesis

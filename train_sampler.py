@@ -7,17 +7,17 @@
 import torch
 
 from hparams import get_sampler_hparams
-from hparams.runs import RunFolder
-from utils.assemble import build_sampler, check_autoencoder, load_autoencoder
-from utils.checkpoints import Checkpoints, choose_checkpoint, weights_hash
-from utils.data import load_dataset, train_validation_split
-from utils.distributed import join
-from utils.latents import latent_batches, load_latents
-from utils.loading import stream_positions
-from utils.muon import MuonWithAdamW
-from utils.sampling import decode
-from utils.scripts import log_changed_settings, record_settings, run_script, start_run
-from utils.training import (
+from utils.runs.folder import RunFolder
+from utils.training.assemble import build_sampler, check_autoencoder, load_autoencoder
+from utils.training.checkpoints import Checkpoints, choose_checkpoint, weights_hash
+from utils.data.datasets import load_dataset, train_validation_split
+from utils.training.processes import join
+from utils.data.latents import latent_batches, load_latents
+from utils.data.batches import stream_positions
+from utils.training.muon import MuonWithAdamW
+from utils.evaluation.samples import decode
+from utils.runs.script import log_changed_settings, record_settings, run_script, start_run
+from utils.training.loop import (
     EMA, Precision, backward, buffers_kept, due, learning_rate, seed_step, set_learning_rate,
     step_seed, take_step, training_loop,
 )

@@ -7,18 +7,18 @@ import torch
 from torch import nn
 
 from hparams import get_vqgan_hparams
-from hparams.runs import RunFolder
-from models.quantizers import gumbel_temperature
-from utils.assemble import build_vqgan
-from utils.checkpoints import Checkpoints, choose_checkpoint
-from utils.data import load_dataset, train_validation_split
-from utils.distributed import join
-from utils.loading import (
+from utils.runs.folder import RunFolder
+from models.autoencoder.quantizers import gumbel_temperature
+from utils.training.assemble import build_vqgan
+from utils.training.checkpoints import Checkpoints, choose_checkpoint
+from utils.data.datasets import load_dataset, train_validation_split
+from utils.training.processes import join
+from utils.data.batches import (
     UnreadableFiles, evaluation_batches, stream_positions, training_batches,
 )
-from utils.metrics import psnr
-from utils.scripts import log_changed_settings, record_settings, run_script, start_run
-from utils.training import (
+from utils.evaluation.metrics import psnr
+from utils.runs.script import log_changed_settings, record_settings, run_script, start_run
+from utils.training.loop import (
     EMA, Precision, backward, buffers_kept, due, seed_step, take_step, training_loop,
 )
 

@@ -19,7 +19,7 @@ import sys
 
 import yaml
 
-from hparams.runs import RunFolder
+from utils.runs.folder import RunFolder
 from measure import number, table
 
 EVERY = 50  # steps between validations and between figures of speed

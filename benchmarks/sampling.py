@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from hparams import UserError, get_samples_hparams
 from measure import machine, number, table
-from models.samplers import draw
-from utils.assemble import load_autoencoder, load_sampler
-from utils.data import load_dataset, train_validation_split
-from utils.metrics import frechet_distance
-from utils.sampling import decode
-from utils.scripts import run_script, start_run
-from utils.training import Precision, resolve_device, seed_step
+from models.sampling.samplers import draw
+from utils.training.assemble import load_autoencoder, load_sampler
+from utils.data.datasets import load_dataset, train_validation_split
+from utils.evaluation.metrics import frechet_distance
+from utils.evaluation.samples import decode
+from utils.runs.script import run_script, start_run
+from utils.training.loop import Precision, resolve_device, seed_step
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  after the choice of a backend that needs no screen

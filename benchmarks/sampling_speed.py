@@ -17,10 +17,10 @@ import torch
 from hparams import get_sampler_hparams
 from measure import machine, number, table, wait_for
 from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
-from models.canvas import WindowedDenoiser
-from models.samplers import draw
+from models.sampling.canvas import WindowedDenoiser
+from models.sampling.samplers import draw
 from sampling import plain_loop
-from utils.training import Precision
+from utils.training.loop import Precision
 
 SIDE, STEPS, SAMPLES = 16, 256, 8
 

@@ -12,10 +12,10 @@ in logs/<log_dir>/results.json with what it takes to repeat it.
 """
 
 from hparams import get_fid_hparams
-from utils.data import load_dataset
-from utils.experiment import experiment
-from utils.fidelity import fid_extractor, fid_figures
-from utils.scripts import run_script
+from utils.data.datasets import load_dataset
+from utils.evaluation.experiment import experiment
+from utils.evaluation.fidelity import fid_extractor, fid_figures
+from utils.runs.script import run_script
 
 
 def main(argv=None):

@@ -15,15 +15,15 @@ import torch
 from tqdm import tqdm
 
 from hparams import UserError, get_prdc_hparams
-from utils.checkpoints import file_hash
-from utils.data import ImageFiles, load_dataset, scan
-from utils.experiment import experiment
-from utils.features import (
+from utils.training.checkpoints import file_hash
+from utils.data.datasets import ImageFiles, load_dataset, scan
+from utils.evaluation.experiment import experiment
+from utils.evaluation.features import (
     PART, Extractor, KeptFeatures, dataset_images, features_key, features_of, real_subset,
     reference_features,
 )
-from utils.metrics import prdc, prdc_blocks
-from utils.scripts import run_script
+from utils.evaluation.metrics import prdc, prdc_blocks
+from utils.runs.script import run_script
 
 
 def images_of_folder(H):

@@ -10,15 +10,15 @@ be expected to do better. Otherwise as calc_FID.py.
 import torch
 
 from hparams import get_vqgan_fid_hparams
-from hparams.runs import RunFolder
-from utils.data import load_dataset
-from utils.experiment import experiment
-from utils.features import PART, dataset_images, features_key, features_of, rebatch
-from utils.fidelity import fid_extractor, fid_figures
-from utils.image_files import save_images_individually, to_uint8
-from utils.metrics import psnr
-from utils.sampling import DECODED
-from utils.scripts import run_script
+from utils.runs.folder import RunFolder
+from utils.data.datasets import load_dataset
+from utils.evaluation.experiment import experiment
+from utils.evaluation.features import PART, dataset_images, features_key, features_of, rebatch
+from utils.evaluation.fidelity import fid_extractor, fid_figures
+from utils.logging.images import save_images_individually, to_uint8
+from utils.evaluation.metrics import psnr
+from utils.evaluation.samples import DECODED
+from utils.runs.script import run_script
 
 
 def reconstruction_features(run, dataset, extractor):

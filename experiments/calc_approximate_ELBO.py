@@ -27,18 +27,18 @@ import torch
 from tqdm import tqdm
 
 from hparams import UserError, get_elbo_hparams
-from hparams.runs import RunFolder
-from models.vqgan import bits_per_dim, gaussian_level_nll, gaussian_nll
-from utils.caches import read_cached
-from utils.checkpoints import load_optimizer, load_weights, save_file, weights_hash
-from utils.data import load_dataset, train_validation_split
-from utils.distributed import World
-from utils.experiment import experiment
-from utils.loading import (
+from utils.runs.folder import RunFolder
+from models.autoencoder.vqgan import bits_per_dim, gaussian_level_nll, gaussian_nll
+from utils.data.cache import read_cached
+from utils.training.checkpoints import load_optimizer, load_weights, save_file, weights_hash
+from utils.data.datasets import load_dataset, train_validation_split
+from utils.training.processes import World
+from utils.evaluation.experiment import experiment
+from utils.data.batches import (
     UnreadableFiles, evaluation_batches, stream_positions, training_batches,
 )
-from utils.scripts import holds_out, run_script
-from utils.training import Precision, backward, seed_step, take_step, training_loop
+from utils.runs.script import holds_out, run_script
+from utils.training.loop import Precision, backward, seed_step, take_step, training_loop
 
 CHUNK = 16  # images whose masks are drawn together: a fixed number, whatever the batch size
 UNITS = "bits per dimension"

@@ -18,15 +18,15 @@ import torch
 from tqdm import tqdm
 
 from hparams import get_nearest_neighbours_hparams
-from hparams.runs import RunFolder
-from models.perceptual import lpips_input
-from utils.assemble import load_perceptual
-from utils.checkpoints import weights_hash
-from utils.data import Subset, load_dataset, train_validation_split
-from utils.experiment import experiment
-from utils.loading import evaluation_batches
-from utils.neighbours import NearestNeighbours
-from utils.scripts import holds_out, run_script
+from utils.runs.folder import RunFolder
+from models.autoencoder.perceptual import lpips_input
+from utils.training.assemble import load_perceptual
+from utils.training.checkpoints import weights_hash
+from utils.data.datasets import Subset, load_dataset, train_validation_split
+from utils.evaluation.experiment import experiment
+from utils.data.batches import evaluation_batches
+from utils.evaluation.neighbours import NearestNeighbours
+from utils.runs.script import holds_out, run_script
 
 
 def embeddings(run):

@@ -15,12 +15,12 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from hparams import UserError, get_samples_hparams
-from hparams.runs import RunFolder
-from utils.data import load_dataset, train_validation_split
-from utils.experiment import experiment
-from utils.image_files import image_grid, save_image, to_uint8
-from utils.metrics import psnr
-from utils.scripts import run_script
+from utils.runs.folder import RunFolder
+from utils.data.datasets import load_dataset, train_validation_split
+from utils.evaluation.experiment import experiment
+from utils.logging.images import image_grid, save_image, to_uint8
+from utils.evaluation.metrics import psnr
+from utils.runs.script import run_script
 
 SIDE = 8  # the pixels of scikit-learn's digits, to which images are reduced again
 CONFIDENT = 0.8

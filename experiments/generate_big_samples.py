@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 
 from hparams import get_big_samples_hparams
-from models.canvas import WindowedDenoiser, decode_canvas
-from utils.assemble import load_autoencoder, load_sampler
-from utils.distributed import alone
-from utils.scripts import run_script, start_run
-from utils.training import Precision, seed_step
+from models.sampling.canvas import WindowedDenoiser, decode_canvas
+from utils.training.assemble import load_autoencoder, load_sampler
+from utils.training.processes import alone
+from utils.runs.script import run_script, start_run
+from utils.training.loop import Precision, seed_step
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ divide the samples among them.
 import torch
 
 from hparams import get_samples_hparams
-from utils.checkpoints import save_file
-from utils.experiment import experiment
-from utils.scripts import run_script
+from utils.training.checkpoints import save_file
+from utils.evaluation.experiment import experiment
+from utils.runs.script import run_script
 
 SHOWN = 100
 

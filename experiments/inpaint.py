@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 
 from hparams import UserError, get_inpaint_hparams
-from utils.assemble import load_autoencoder, load_sampler
-from utils.blending import lay_in
-from utils.data import load_dataset
-from utils.decoding import decode as decode_file
-from utils.decoding import to_square
-from utils.distributed import alone
-from utils.sampling import decode
-from utils.scripts import run_script, start_run
-from utils.training import Precision, seed_step
+from utils.training.assemble import load_autoencoder, load_sampler
+from models.sampling.blending import lay_in
+from utils.data.datasets import load_dataset
+from utils.data.pixels import decode as decode_file
+from utils.data.pixels import to_square
+from utils.training.processes import alone
+from utils.evaluation.samples import decode
+from utils.runs.script import run_script, start_run
+from utils.training.loop import Precision, seed_step
 
 def read_image(path, img_size, n_channels):
     """An image file as [C, S, S] in [0, 1], cut to a square like the data trained on."""

@@ -1,6 +1,6 @@
 """Hyperparameters: `get_vqgan_hparams(argv)` and its siblings turn flags into checked objects."""
 
-from hparams.errors import SettingsError, UserError
+from utils.errors import SettingsError, UserError
 from hparams.scripts import (
     SamplerSettings,
     VQGANSettings,

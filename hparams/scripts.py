@@ -3,12 +3,12 @@
 import dataclasses
 
 from hparams.defaults import SAMPLER_DEFAULTS, UNALIGNED, VQGAN_DEFAULTS, dataset_defaults
-from hparams.errors import SettingsError
+from utils.errors import SettingsError
 from hparams.groups import (
     ELBO, FID, PRDC, Autoencoder, Canvas, Data, Features, Inpainting, Logging, NearestNeighbours,
     Sampler, Samples, SamplesToMeasure, Training,
 )
-from hparams.runs import RunFolder, process_count
+from utils.runs.folder import RunFolder, process_count
 from hparams.settings import LoadedRun, build_parser, register, resolve, show
 
 

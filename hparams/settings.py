@@ -16,8 +16,8 @@ import typing
 
 import yaml
 
-from hparams.errors import SettingsError
-from hparams.files import whole_file
+from utils.errors import SettingsError
+from utils.runs.files import whole_file
 
 
 def setting(default, help, *, choices=None, minimum=None, above=None, maximum=None, below=None,

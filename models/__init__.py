@@ -1,10 +1,10 @@
 """The mathematics: tensors in, tensors out."""
 
-from models.absorbing_diffusion import AbsorbingDiffusion
-from models.attention import FullAttention, HydraNeighborhoodAttention
-from models.autoregressive import AutoregressiveTransformer
-from models.transformer import Transformer
-from models.vqgan import VQGAN
+from models.prior.absorbing_diffusion import AbsorbingDiffusion
+from models.prior.attention import FullAttention, HydraNeighborhoodAttention
+from models.prior.autoregressive import AutoregressiveTransformer
+from models.prior.transformer import Transformer
+from models.autoencoder.vqgan import VQGAN
 
 __all__ = [
     "AbsorbingDiffusion",

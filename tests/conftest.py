@@ -4,7 +4,7 @@ import pytest
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from helpers import TinyExtractor, VisdomServer
-from utils import features
+from utils.evaluation import features
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@
 
 Waits until the page shows every window that the server holds, and fails where it does not.
 Not a test for pytest, because it needs the browser and the scripts of visdom's page:
-`python -m utils.visdom_server --scripts_from_npm` gets those where only npm can be reached.
+`python -m utils.logging.visdom_server --scripts_from_npm` gets those where only npm can be reached.
 """
 
 import argparse

@@ -32,17 +32,17 @@ import torch
 from PIL import Image
 
 from hparams import UserError, get_sampler_hparams, get_vqgan_hparams
-from hparams.runs import RunFolder
+from utils.runs.folder import RunFolder
 from models import VQGAN, AbsorbingDiffusion, Transformer
-from utils.caches import read_cached
-from utils.checkpoints import (
+from utils.data.cache import read_cached
+from utils.training.checkpoints import (
     Checkpoints, damage, load_file, load_optimizer, load_stats, load_weights, save_file,
 )
-from utils.data import ImageFiles
-from utils.decoding import UnreadableImage
-from utils.experiment import read_results
-from utils.features import read_array
-from utils.latents import check_ids
+from utils.data.datasets import ImageFiles
+from utils.data.pixels import UnreadableImage
+from utils.evaluation.experiment import read_results
+from utils.evaluation.features import read_array
+from utils.data.latents import check_ids
 
 SECONDS = 20
 MEMORY = 1 << 30  # bytes

@@ -13,7 +13,7 @@ import torch
 import visdom
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from utils.distributed import World
+from utils.training.processes import World
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -66,7 +66,7 @@ class VisdomServer:
 
     def start(self):
         self.starts += 1
-        command = [sys.executable, "-m", "utils.visdom_server", "--no_download"]
+        command = [sys.executable, "-m", "utils.logging.visdom_server", "--no_download"]
         command += ["--port", str(self.port), "--env_path", f"{self.folder}/{self.starts}"]
         output = subprocess.DEVNULL
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)

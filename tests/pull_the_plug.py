@@ -27,10 +27,12 @@ import train_sampler
 import train_vqgan
 from experiments import calc_FID
 from helpers import TinyExtractor
-from hparams.runs import RunFolder
+from utils.runs.folder import RunFolder
 from models import AbsorbingDiffusion
 from test_training import COMMON, SAMPLER, VQGAN, assert_identical, files_of
-from utils import caches, checkpoints, experiment, features, latents, training
+from utils.data import cache as caches, latents
+from utils.training import checkpoints, loop as training
+from utils.evaluation import experiment, features
 
 PHASES = ("startup", "caching", "training", "checkpointing", "drawing", "extracting", "reporting",
           "ending")

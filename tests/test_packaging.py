@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -184,26 +185,32 @@ def test_constraints_pin_everything_that_the_dependencies_pull_in():
                 waiting.append(needed)
 
 
-def test_every_folder_with_a_python_package_is_listed():
+def packages():
+    """The names of all packages of the project, by their folders."""
     outside = {"tests", "build"}
-    found = {
+    return sorted(
         ".".join(path.parent.relative_to(ROOT).parts)
         for folder in ROOT.iterdir()
         if folder.is_dir() and folder.name not in outside and not folder.name.startswith(".")
         for path in folder.rglob("__init__.py")
-    }
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
+    )
+
+
+def test_pyproject_finds_every_package():
+    patterns = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert len(packages()) > 3
+    for name in packages():
+        assert any(fnmatch(name, pattern) for pattern in patterns), name
 
 
 def test_the_packages_are_importable_from_any_folder(tmp_path):
-    listed = PROJECT["tool"]["setuptools"]["packages"]
     program = (
         "import importlib.util, sys\n"
         "for name in sys.argv[1:]: print(importlib.util.find_spec(name).origin)"
     )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     run = subprocess.run(
-        [sys.executable, "-c", program, *listed],
+        [sys.executable, "-c", program, *packages()],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -211,7 +218,7 @@ def test_the_packages_are_importable_from_any_folder(tmp_path):
     )
     assert run.returncode == 0, f"run `make install`: {run.stderr}"
     where = [Path(line).resolve() for line in run.stdout.splitlines()]
-    assert where == [ROOT.joinpath(*name.split("."), "__init__.py") for name in listed]
+    assert where == [ROOT.joinpath(*name.split("."), "__init__.py") for name in packages()]
 
 
 def imported_names(path):
@@ -231,7 +238,7 @@ def test_every_import_is_declared():
         allowed = names(RUNTIME)
         if path.relative_to(ROOT).parts[0] in ("tests", "benchmarks"):
             allowed |= names(TESTING)
-        folders = (ROOT, path.parent, ROOT / "benchmarks")
+        folders = (ROOT, path.parent, ROOT / "benchmarks", ROOT / "tests")
         scripts = {script.stem for folder in folders for script in folder.glob("*.py")}
         ours = {*CODE, "experiments", *scripts}
         for name in set(imported_names(path)) - ours - sys.stdlib_module_names:

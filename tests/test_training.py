@@ -18,12 +18,12 @@ import train_vqgan
 from experiments import digits_report, generate_big_samples, get_samples, inpaint
 from helpers import ROOT, wait_until
 from hparams import get_vqgan_hparams
-from hparams.runs import RunFolder
+from utils.runs.folder import RunFolder
 from models import AbsorbingDiffusion
-from utils import training
-from utils.data import load_dataset
-from utils.image_files import to_uint8
-from utils.scripts import run_script
+from utils.training import loop as training
+from utils.data.datasets import load_dataset
+from utils.logging.images import to_uint8
+from utils.runs.script import run_script
 
 COMMON = "--no_visdom --steps_per_log 2 --steps_per_display_output 0 --steps_per_save_output 0"
 VQGAN = (

@@ -1,0 +1,1 @@
+"""Stage one: images to grids of ids and back."""

@@ -1,0 +1,1 @@
+"""Stage two: the priors over grids of ids."""

@@ -1,0 +1,205 @@
+"""Absorbing diffusion over grids of ids (Unleashing Transformers, arXiv 2111.12701; D3PM,
+2107.03006): the forward process, its three losses, and the model that trains and samples.
+
+Shapes: B batch, N tokens, K codebook size; T = total_steps; t int64 [B] in 1..T.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from models.autoencoder.quantizers import embed_grid
+from models.sampling.samplers import (
+    sample_ancestral, sample_confidence, sample_first_hitting, sample_halton, sample_mask_predict,
+    sample_raster, sample_remdm,
+)
+
+
+def draw_times(batch, total_steps, low_discrepancy=False, generator=None, device=None):
+    """Times t [B], each uniform on 1..T.
+
+    With `low_discrepancy` the batch shares one draw and covers 1..T evenly (Kingma et al.,
+    Variational Diffusion Models, arXiv 2107.00630, appendix I), which lowers the loss's variance.
+    """
+    if not low_discrepancy:
+        return torch.randint(1, total_steps + 1, (batch,), generator=generator, device=device)
+    start = torch.rand((), dtype=torch.float64, generator=generator, device=device)
+    spread = torch.arange(batch, dtype=torch.float64, device=device) / batch
+    return ((start + spread) % 1 * total_steps).long() + 1
+
+
+def draw_mask(t, tokens, total_steps, schedule="random", generator=None):
+    """Which tokens are masked at time t: bool [B, N].
+
+    `random`: each with probability t/T. `fixed`: exactly round(t/T * N) of them, at least one.
+    """
+    noise = torch.rand((len(t), tokens), generator=generator, device=t.device)
+    if schedule == "random":
+        return noise < (t / total_steps)[:, None]
+    count = (t / total_steps * tokens).round().long().clamp(min=1)
+    return noise.argsort(dim=1).argsort(dim=1) < count[:, None]
+
+
+def diffusion_losses(logits, ids, mask, t, total_steps):
+    """The three objectives of each sample, a dict of float32 [B].
+
+    With CE = sum over masked tokens of -log softmax(logits)[id]:
+    `elbo` = CE / t * T / (N ln 2), bits per token, the bound's term at t times T;
+    `reweighted_elbo` = (1 - t/T) CE / (N ln 2); `mlm` = CE / number masked (0 where none is).
+    """
+    batch, tokens = ids.shape
+    masked_ce = F.cross_entropy(logits[mask].float(), ids[mask], reduction="none")  # [masked]
+    rows = mask.nonzero()[:, 0]
+    ce = masked_ce.new_zeros(batch).index_add(0, rows, masked_ce)
+    nats_to_bits_per_token = 1 / (tokens * math.log(2))
+    return {
+        "elbo": ce / t * total_steps * nats_to_bits_per_token,
+        "reweighted_elbo": (1 - t / total_steps) * ce * nats_to_bits_per_token,
+        "mlm": ce / mask.sum(1).clamp(min=1),
+    }
+
+
+class AbsorbingDiffusion(nn.Module):
+    """The absorbing-state sampler around a denoiser that maps ids [B, N] to logits [B, N, K].
+
+    `mask_id` is the id of the absorbing state (the codebook size), `embedding_weight` [K, emb_dim]
+    the codebook that `embed` looks ids up in. The running averages of each time's losses
+    (`loss_history` of the objective, `Lt_history` of the squared bound; decay 0.9) and the number
+    of visits `Lt_count` are buffers [T+1], part of the model's file.
+    """
+
+    def __init__(self, H, denoise_fn, mask_id, embedding_weight):
+        super().__init__()
+        self.mask_id = mask_id
+        self.shape = tuple(H.latent_shape[1:])
+        self.tokens = math.prod(self.shape)
+        self.total_steps = H.total_steps
+        self.loss_type = H.loss_type
+        self.mask_schedule = H.mask_schedule
+        self.low_discrepancy = H.t_sampling == "low_discrepancy"
+        self.sample_type = H.sample_type
+        self.sample_steps = H.sample_steps
+        self.choice_temp = H.choice_temp
+        self.remask = H.remask
+        self.register_buffer("Lt_history", torch.zeros(H.total_steps + 1))
+        self.register_buffer("Lt_count", torch.zeros(H.total_steps + 1))
+        self.register_buffer("loss_history", torch.zeros(H.total_steps + 1))
+        self.register_buffer("embedding_weight", embedding_weight, persistent=False)
+        self._denoise_fn = denoise_fn
+
+    def embed(self, ids, grid=None):
+        """Codebook vectors of ids [B, N] as the generator's input [B, emb_dim, h, w]."""
+        return embed_grid(self.embedding_weight, ids, grid or self.shape)
+
+    def losses(self, ids, t, mask):
+        """Hide ids [B, N] where `mask` says, denoise, and return `diffusion_losses` at times t."""
+        logits = self._denoise_fn(ids.masked_fill(mask, self.mask_id))
+        return diffusion_losses(logits, ids, mask, t, self.total_steps)
+
+    def forward(self, ids, generator=None, share=(0, 1)):
+        """Training objective for ids [B, N]: a dict with `loss` and `bits_per_token`, means.
+
+        In training mode the histories of the times drawn are brought up to date. With a `share`
+        (r, R) the ids are part r of R of a batch, whose whole noise is drawn from `generator`: the
+        parts' losses are then those of the whole batch.
+        """
+        part, parts = share
+        t = draw_times(
+            len(ids) * parts, self.total_steps, self.low_discrepancy, generator, device=ids.device
+        )
+        mask = draw_mask(t, ids.shape[1], self.total_steps, self.mask_schedule, generator)
+        t, mask = t.chunk(parts)[part], mask.chunk(parts)[part]
+        losses = self.losses(ids, t, mask)
+        loss = losses[self.loss_type]
+        if self.training:
+            self.update_histories(t, loss.detach(), losses["elbo"].detach())
+        return {"loss": loss.mean(), "bits_per_token": losses["elbo"].detach().mean()}
+
+    @torch.no_grad()
+    def update_histories(self, t, loss, elbo):
+        """Average this batch's losses per time into the histories; a first visit sets them.
+
+        Where several processes train together, the batch is that of all of them.
+        """
+        values = torch.stack((torch.ones_like(loss), loss, elbo**2))  # [3, B]
+        sums = values.new_zeros(3, self.total_steps + 1).index_add_(1, t, values)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        visits = sums[0]
+        seen = visits > 0
+        decay = torch.where(self.Lt_count > 0, 0.9, 0.0)
+        for history, total in ((self.loss_history, sums[1]), (self.Lt_history, sums[2])):
+            mean = total / visits.clamp(min=1)
+            history.copy_(torch.where(seen, decay * history + (1 - decay) * mean, history))
+        self.Lt_count += visits
+
+    @torch.no_grad()
+    def bits_per_token(self, ids, generator=None):
+        """Estimate of the bound -log2 p(ids) / N of each sample [B]: one t each, spread evenly.
+
+        The bound is that of the `random` schedule, whichever the model trains with.
+        """
+        t = draw_times(len(ids), self.total_steps, True, generator, device=ids.device)
+        mask = draw_mask(t, ids.shape[1], self.total_steps, "random", generator)
+        return self.losses(ids, t, mask)["elbo"]
+
+    @torch.no_grad()
+    def nats(self, ids, draws=0, generator=None, batch_size=64):
+        """Unbiased estimate of the bound on -log p(ids) of each sample, in nats: float64 [B].
+
+        The bound is the sum over t = 1..T of E[CE_t] / t. Every t is visited once, under one
+        random mask; with `draws` K, K times are, spread evenly over 1..T from a random start,
+        each counting T/K times. The masks are those of the `random` schedule, whichever the
+        model trains with: 1/t is the weight of tokens that are masked independently, and with
+        the numbers of `fixed` the sum bounds nothing. `batch_size` does not change the draws.
+        """
+        samples, tokens = ids.shape
+        if draws:
+            times = [
+                draw_times(draws, self.total_steps, True, generator, ids.device) for _ in ids
+            ]
+            t = torch.cat(times)  # [B * K]
+        else:
+            t = torch.arange(1, self.total_steps + 1, device=ids.device).repeat(samples)
+        rows = ids.repeat_interleave(len(t) // samples, dim=0)  # [B * K, N]
+        mask = draw_mask(t, tokens, self.total_steps, "random", generator)
+        parts = zip(*(each.split(batch_size) for each in (rows, t, mask)))
+        bits = torch.cat([self.losses(*part)["elbo"] for part in parts])
+        return bits.view(samples, -1).double().mean(1) * tokens * math.log(2)
+
+    def sample(
+        self, n_samples, temp=1.0, sample_steps=None, sample_type=None, generator=None,
+        progress=None, known=None, grid=None, denoise=None,
+    ):
+        """Draw ids [n_samples, N]; steps and type default to the model's settings.
+
+        `known` ids [n_samples, N] are kept where they are not `mask_id`. `grid` (h, w) is another
+        one than the model's; `denoise` replaces the network as in `models.sampling.samplers`, by default
+        on that grid, which only a model without absolute positions can do.
+        """
+        kind, steps = sample_type or self.sample_type, sample_steps or self.sample_steps
+        grid = grid or self.shape
+        shape, device = (n_samples, math.prod(grid)), self.Lt_count.device
+        ids = torch.full(shape, self.mask_id, device=device) if known is None else known
+        if ids.shape != shape:
+            raise ValueError(f"known must be {shape}, not {tuple(ids.shape)}")
+        sample, options = {
+            "diffusion": (sample_ancestral, {}),
+            "first_hitting": (sample_first_hitting, {}),
+            "mlm": (sample_mask_predict, {"total_steps": self.total_steps}),
+            "confidence": (sample_confidence, {"choice_temp": self.choice_temp}),
+            "halton": (sample_halton, {"grid": grid}),
+            "remdm": (sample_remdm, {"remask": self.remask}),
+            "raster": (sample_raster, {}),
+        }[kind]
+
+        def on_grid(ids, where):
+            return self._denoise_fn(ids, grid=grid, where=where)
+
+        return sample(
+            denoise or on_grid, ids, self.mask_id, steps, temp=temp, generator=generator,
+            progress=progress, **options,
+        )

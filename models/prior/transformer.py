@@ -1,0 +1,121 @@
+"""The transformer of both samplers: denoiser of the absorbing diffusion, or causal prior.
+
+Shapes: B batch, N tokens = grid height x width, C = bert_n_emb.
+"""
+
+import torch
+from torch import nn
+
+from models.prior.attention import FullAttention, HydraNeighborhoodAttention
+
+
+class Block(nn.Module):
+    """Pre-norm residual block on a grid [B, height, width, C]."""
+
+    def __init__(self, H):
+        super().__init__()
+        dim = H.bert_n_emb
+        self.ln1 = nn.LayerNorm(dim)
+        self.ln2 = nn.LayerNorm(dim)
+        if H.attention == "hydra":
+            self.attn = HydraNeighborhoodAttention(
+                dim, H.kernel_sizes, H.bert_n_head, attn_drop=H.attn_pdrop,
+                proj_drop=H.resid_pdrop, dilations=H.dilations, rpb="rpb" in H.position,
+                rope="rope" in H.position,
+            )
+        else:
+            self.attn = FullAttention(
+                dim, H.bert_n_head, attn_drop=H.attn_pdrop, proj_drop=H.resid_pdrop,
+                causal=H.sampler == "autoregressive", block_size=H.block_size,
+            )
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim), nn.Dropout(H.resid_pdrop)
+        )
+
+    def forward(self, x, cache=None, where=None):
+        """Transform x [B, h, w, C]; with `where` bool [B, h*w] return those positions only, [M, C],
+        and spend no more on the others than the attention to them takes."""
+        h = self.ln1(x)
+        if isinstance(self.attn, HydraNeighborhoodAttention):
+            h = self.attn(h)
+        else:
+            h = self.attn(h.flatten(1, 2), cache).view_as(x)
+        x = x + h
+        if where is not None:
+            x = x.flatten(1, 2)[where]
+        return x + self.mlp(self.ln2(x))
+
+
+class Transformer(nn.Module):
+    """Token ids [B, N] to logits [B, N, codebook_size].
+
+    As a denoiser (`H.sampler == "absorbing"`) it has one more input id, the mask, and is never
+    told the time. As a causal prior its input is shifted right by a learned start token.
+    Positions come from `H.position`: `absolute` adds a table to the embeddings and ties the
+    model to its grid; `rpb` and `rope` live in the attention and do not.
+    """
+
+    def __init__(self, H):
+        super().__init__()
+        self.causal = H.sampler == "autoregressive"
+        self.grid = tuple(H.latent_shape[1:])
+        dim = H.bert_n_emb
+        # In the order of the published files, by which their optimisers number the parameters.
+        # Only the causal prior learns start_tok; the published denoisers' files hold it too.
+        has_table = "absolute" in H.position
+        table = nn.Parameter(torch.zeros(1, H.block_size, dim)) if has_table else None
+        self.register_parameter("pos_emb", table)
+        self.start_tok = nn.Parameter(torch.zeros(1, 1, dim), requires_grad=self.causal)
+        self.tok_emb = nn.Embedding(H.codebook_size + (not self.causal), dim)
+        self.drop = nn.Dropout(H.embd_pdrop)
+        self.blocks = nn.ModuleList(Block(H) for _ in range(H.bert_n_layers))
+        self.ln_f = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, H.codebook_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Normal(0, 0.02) weights and zero biases (GPT-2); the last layers of each residual
+        branch are narrower by sqrt(2 * layers), so that depth does not widen the stream."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() >= 2:
+                last = name.endswith(("attn.proj.weight", "mlp.2.weight"))
+                depth = (2 * len(self.blocks)) ** -0.5 if last else 1.0
+                nn.init.normal_(parameter, std=0.02 * depth)
+
+    def forward(self, ids, grid=None, caches=None, where=None):
+        """Logits [B, N, codebook_size] for ids [B, N] laid out row by row on `grid` (h, w).
+
+        With `where` bool [B, N] only those of its M positions, row by row: [M, codebook_size].
+
+        `grid` defaults to the one trained on; another one needs a model without `absolute`.
+        A causal model predicts token i from ids[:, :i], so N ids give N+1 predictions; with
+        `caches` (one dict a block, empty at first) it predicts only the token that follows ids,
+        of which the caches have seen all but the last.
+        """
+        if self.causal:
+            return self.causal_forward(ids, caches)
+        height, width = grid or self.grid
+        if self.pos_emb is not None and (height, width) != self.grid:
+            raise ValueError(f"a model with absolute positions runs on {self.grid} only")
+        x = self.tok_emb(ids)
+        if self.pos_emb is not None:
+            x = x + self.pos_emb
+        x = self.drop(x).view(len(ids), height, width, -1)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        x = self.blocks[-1](x, where=where)
+        return self.head(self.ln_f(x.flatten(1, 2) if where is None else x))
+
+    def causal_forward(self, ids, caches=None):
+        """Logits of the token after each of ids [B, N], the start included (see `forward`)."""
+        first = 0 if caches is None else ids.shape[1]  # the position that is computed first
+        x = self.tok_emb(ids[:, max(first - 1, 0) :])
+        if first == 0:
+            x = torch.cat((self.start_tok.expand(len(ids), -1, -1), x), dim=1)
+        x = x + self.pos_emb[:, first : ids.shape[1] + 1]
+        x = self.drop(x).unsqueeze(1)  # [B, 1, N, C]: a sequence is a grid of one row
+        for index, block in enumerate(self.blocks):
+            x = block(x, caches[index] if caches is not None else None)
+        return self.head(self.ln_f(x.flatten(1, 2)))

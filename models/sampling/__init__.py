@@ -1,0 +1,1 @@
+"""How ids are drawn from a denoiser, on any canvas."""

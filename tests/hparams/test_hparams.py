@@ -1,0 +1,303 @@
+"""Hyperparameters: derived parsers, defaults, checks, and runs that set the architecture."""
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+
+from hparams import (
+    get_elbo_hparams, get_fid_hparams, get_nearest_neighbours_hparams, get_prdc_hparams,
+    get_sampler_hparams, get_samples_hparams, get_vqgan_fid_hparams, get_vqgan_hparams,
+)
+from utils.errors import SettingsError
+from utils.runs.folder import RunFolder
+from hparams.scripts import (
+    ELBOSettings, FIDSettings, NearestNeighboursSettings, SamplerSettings, SamplesSettings,
+    VQGANFIDSettings, VQGANSettings,
+)
+
+VQGAN = ["--dataset", "digits"]
+SAMPLER = [*VQGAN, "--sampler", "absorbing", "--ae_load_dir", "ae", "--ae_load_step", "5"]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def refusal(capsys, parse, argv):
+    """The one sentence with which `parse` refuses `argv`, exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        parse(argv)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def save_run(H, name):
+    H.save(RunFolder(name).create().hparams)
+
+
+@pytest.mark.parametrize("dataset", ["ffhq", "churches", "bedrooms"])
+def test_published_defaults(dataset):
+    published = dict(
+        img_size=256, n_channels=3, nf=128, ch_mult=[1, 1, 2, 2, 4], res_blocks=2,
+        attn_resolutions=[16], emb_dim=256, codebook_size=1024, latent_shape=[1, 16, 16],
+        quantizer="nearest", beta=0.25, gumbel_kl_weight=1e-8, perceptual_weight=1.0, ndf=64,
+        disc_layers=3, disc_weight_max=1, disc_start_step=30001, base_lr=4.5e-6, batch_size=3,
+        ema_beta=0.995, steps_per_update_ema=10, load_dir="test", load_step=0, log_dir="test",
+        train_steps=100000000, steps_per_checkpoint=25000, steps_per_display_output=5000,
+        steps_per_eval=0, steps_per_log=10, steps_per_save_output=5000, visdom_port=8097,
+    )
+    H = get_vqgan_hparams(["--dataset", dataset])
+    assert {name: getattr(H, name) for name in published} == published
+    assert H.lr == pytest.approx(4.5e-6 * 3)
+    published = dict(
+        batch_size=20, bert_n_emb=512, bert_n_head=8, bert_n_layers=24, block_size=256,
+        attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, loss_type="reweighted_elbo",
+        mask_schedule="random", total_steps=256, sample_steps=256, sample_type="diffusion",
+        temp=1.0, lr=1e-4 if dataset == "ffhq" else 2e-4, attention="hydra", optimizer="adam",
+        warmup_iters=30000 if dataset == "ffhq" else 10000, t_sampling="uniform",
+        lr_schedule="constant",
+    )
+    H = get_sampler_hparams(["--dataset", dataset, *SAMPLER[2:]])
+    assert {name: getattr(H, name) for name in published} == published
+
+
+def test_misspelt_attributes_raise():
+    H = get_vqgan_hparams(VQGAN)
+    with pytest.raises(AttributeError, match="did you mean 'codebook_size'"):
+        H.codebok_size
+    with pytest.raises(AttributeError, match="did you mean 'codebook_size'"):
+        H.codebok_size = 3
+    assert not hasattr(H, "use_hydra_na")
+
+
+@pytest.mark.parametrize("settings, parse", [
+    (VQGANSettings, get_vqgan_hparams),
+    (SamplerSettings, get_sampler_hparams),
+    (SamplesSettings, get_samples_hparams),
+    (FIDSettings, get_fid_hparams),
+    (ELBOSettings, get_elbo_hparams),
+    (NearestNeighboursSettings, get_nearest_neighbours_hparams),
+    (VQGANFIDSettings, get_vqgan_fid_hparams),
+])
+def test_every_setting_has_help_and_a_flag(settings, parse, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(settings):
+        has_flag = re.search(rf"--{field.name}\b", text) is not None
+        assert has_flag == (field.name not in settings.without_flag)
+        assert len(field.metadata["help"]) > 5
+
+
+def test_flags_reach_the_object():
+    argv = [*VQGAN, "--ema", "--ch_mult", "1", "2", "--latent_shape", "1", "16", "16", "--lr",
+            "0.5", "--attn_resolutions", "16"]
+    H = get_vqgan_hparams(argv)
+    assert H.ema is True and H.ch_mult == [1, 2] and H.lr == 0.5
+    assert get_vqgan_hparams([*argv, "--no_ema"]).ema is False
+
+
+def test_yaml_round_trip(tmp_path):
+    H = get_sampler_hparams(SAMPLER)
+    H.save(tmp_path / "hparams.yaml")
+    assert yaml.safe_load((tmp_path / "hparams.yaml").read_text()) == dataclasses.asdict(H)
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--latent_shape 1 4 4", "latent_shape 1 4 4 does not follow from img_size 32"),
+    ("--img_size 31", "img_size 31 cannot be halved"),
+    ("--nf 24", "nf 24 x ch_mult 1 = 24 is no multiple of 32"),
+    ("--attn_resolutions 7", "attn_resolutions 7 never occurs"),
+    ("--n_channels 2", "n_channels must be 1"),
+    ("--disc_layers 5", "disc_layers 5 leaves nothing"),
+    ("--ema_beta 1", "ema_beta must be less than 1"),
+    ("--batch_size 0", "batch_size must be at least 1"),
+    ("--batch_size x", "invalid int value"),
+    ("--lr nan", "lr must be a number"),
+    ("--lr inf", "lr must be a number"),
+    ("--log_dir .", "lies outside"),
+    ("--quantizer vq", "invalid choice"),
+    ("--load_step 5 --train_steps 5", "leaves nothing to train"),
+    ("--colour", "unrecognized arguments: --colour"),
+    ("--train_step 10", "unrecognized arguments: --train_step 10: did you mean '--train_steps'?"),
+    ("--log_dir ../../elsewhere", "lies outside"),
+])
+def test_refusals_of_the_autoencoder(flags, says, capsys):
+    assert says in refusal(capsys, get_vqgan_hparams, [*VQGAN, *flags.split()])
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--bert_n_head 7", "bert_n_head 7 does not divide bert_n_emb 128"),
+    ("--kernel_sizes 3 9", "kernel_sizes 9 x dilations 1 = 9 is larger than the 8x8 grid"),
+    ("--kernel_sizes 3 5 --dilations 1 2", "kernel_sizes 5 x dilations 2 = 10 is larger"),
+    ("--kernel_sizes 3 4", "kernel_sizes must be odd, not 4"),
+    ("--attention full --kernel_sizes 3", "would do nothing: it is for --attention hydra"),
+    ("--top_k 5", "--top_k would do nothing: it is for --sampler autoregressive, not absorbing"),
+    ("--remask 0.1", "--remask would do nothing: it is for --sample_type remdm, not diffusion"),
+    ("--optimizer adam --weight_decay 1", "it is for --optimizer muon, not adam"),
+    ("--kernel_sizes 3 5 7 --dilations 1 1", "must be equally many"),
+    ("--kernel_sizes 3 3 3 3 3 3 3 3 3", "9 kernel_sizes need at least 9 heads"),
+    ("--block_size 63", "block_size 63 is not the number of ids"),
+    ("--attention full --position rpb", "absolute positions only"),
+    ("--position rope --bert_n_emb 24 --bert_n_head 4", "a multiple of 4, not 24 / 4"),
+    ("--sampler autoregressive --attention hydra", "autoregressive needs --attention full"),
+    ("--attn_pdrop 0.1", "attn_pdrop must be 0 with --attention hydra"),
+    ("--temp 0", "temp must be more than 0"),
+    ("--ae_load_step 0", "ae_load_step must be at least 1"),
+    ("--dataset custom", "needs --custom_dataset_path"),
+])
+def test_refusals_of_the_sampler(flags, says, capsys):
+    assert says in refusal(capsys, get_sampler_hparams, [*SAMPLER, *flags.split()])
+
+
+def test_required_flags(capsys):
+    assert "--dataset is required" in refusal(capsys, get_vqgan_hparams, [])
+    assert "--ae_load_dir is required" in refusal(
+        capsys, get_sampler_hparams, [*VQGAN, "--sampler", "absorbing"]
+    )
+
+
+def test_derived_settings():
+    H = get_sampler_hparams([*SAMPLER, "--sampler", "autoregressive"])
+    assert (H.attention, H.position) == ("full", ["absolute"])
+    H = get_sampler_hparams(SAMPLER)
+    assert (H.attention, H.position) == ("hydra", ["rpb", "absolute"])
+    assert H.block_size == 64 and len(H.dilations) == len(H.kernel_sizes)
+
+
+def test_the_sampler_takes_the_autoencoder_from_its_run(capsys):
+    changes = ["--codebook_size", "48", "--img_size", "64", "--attn_resolutions", "16"]
+    save_run(get_vqgan_hparams([*VQGAN, *changes]), "ae")
+    H = get_sampler_hparams(SAMPLER)
+    assert (H.codebook_size, H.img_size, H.latent_shape) == (48, 64, [1, 16, 16])
+    assert get_sampler_hparams([*SAMPLER, "--codebook_size", "48"]).codebook_size == 48
+    sentence = refusal(capsys, get_sampler_hparams, [*SAMPLER, "--codebook_size", "49"])
+    assert "49" in sentence and "48" in sentence and "hparams.yaml" in sentence
+
+
+def test_a_resumed_run_keeps_its_architecture(capsys):
+    save_run(get_sampler_hparams([*SAMPLER, "--bert_n_layers", "2", "--lr", "0.5"]), "prior")
+    resume = [*SAMPLER, "--load_dir", "prior", "--load_step", "7"]
+    H = get_sampler_hparams(resume)
+    assert H.bert_n_layers == 2
+    assert H.lr != 0.5  # only the architecture is taken over
+    assert "contradicts bert_n_layers 2" in refusal(
+        capsys, get_sampler_hparams, [*resume, "--bert_n_layers", "3"]
+    )
+
+
+def test_the_command_of_a_run_resumes_it(capsys):
+    """Flags that say the same in other words do not contradict."""
+    flags = [*SAMPLER, "--dilations", "1", "--position", "absolute", "rpb"]
+    save_run(get_sampler_hparams(flags), "prior")
+    resume = [*flags, "--load_dir", "prior", "--load_step", "7"]
+    assert get_sampler_hparams(resume).dilations == [1, 1]
+    assert "contradicts dilations 1 1" in refusal(
+        capsys, get_sampler_hparams, [*resume, "--dilations", "2"]
+    )
+
+
+def test_experiments_need_no_more_than_the_run():
+    save_run(get_vqgan_hparams([*VQGAN, "--codebook_size", "48"]), "ae")
+    save_run(get_sampler_hparams([*SAMPLER, "--bert_n_layers", "2"]), "prior")
+    H = get_samples_hparams(["--load_dir", "prior", "--load_step", "7"])
+    assert (H.dataset, H.ae_load_dir, H.ae_load_step) == ("digits", "ae", 5)
+    assert (H.bert_n_layers, H.codebook_size, H.n_samples) == (2, 48, 64)
+
+
+PUBLISHED = (
+    "--sampler absorbing --dataset churches --log_dir FID_log --ae_load_dir vqgan_churches "
+    "--ae_load_step 2200000 --load_dir absorbing_churches --load_step 2000000 --ema"
+).split()
+
+
+def test_the_published_commands_of_the_experiments():
+    RunFolder("absorbing_churches").create()  # its checkpoints come without a hparams.yaml
+    H = get_fid_hparams([*PUBLISHED, "--n_samples", "50000", "--temp", "0.9"])
+    assert (H.n_samples, H.temp, H.ema, H.feature_extractor) == (50000, 0.9, True, "inception")
+    assert get_prdc_hparams([*PUBLISHED, "--n_samples", "50000"]).nearest_k == 3
+    H = get_elbo_hparams([*PUBLISHED, "--steps_per_eval", "5000", "--train_steps", "10000"])
+    assert (H.train_steps, H.steps_per_eval, H.load_step) == (10000, 5000, 2000000)
+    RunFolder("vqgan_ffhq").create()
+    flags = "--dataset ffhq --log_dir x --load_dir vqgan_ffhq --load_step 2200000"
+    assert get_vqgan_fid_hparams(flags.split()).ema is False
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("", "--n_samples is required"),
+    ("--n_samples 1", "n_samples must be at least 2"),
+    ("--n_samples 9 --lr 1", "unrecognized arguments: --lr"),
+    ("--n_samples 9 --feature_extractor dinov2 --feature_extractor_weights x", "torch.hub"),
+])
+def test_refusals_of_the_experiments(flags, says, capsys):
+    RunFolder("absorbing_churches").create()
+    assert says in refusal(capsys, get_fid_hparams, [*PUBLISHED, *flags.split()])
+
+
+def test_unknown_keys_of_a_settings_file(capsys):
+    folder = RunFolder("ae").create()
+    folder.hparams.write_text("codebok_size: 3\n")
+    sentence = refusal(capsys, get_sampler_hparams, SAMPLER)
+    assert "unknown setting 'codebok_size'" in sentence and "codebook_size" in sentence
+    folder.hparams.write_text("codebook_size: many\n")
+    assert "codebook_size must be of type int" in refusal(capsys, get_sampler_hparams, SAMPLER)
+    folder.hparams.write_text("- a list\n")
+    assert "does not hold settings" in refusal(capsys, get_sampler_hparams, SAMPLER)
+    folder.hparams.write_text("x: !!python/object/apply:os.system ['true']\n")
+    assert "cannot read" in refusal(capsys, get_sampler_hparams, SAMPLER)
+
+
+@pytest.mark.parametrize("text, says", [
+    ("nf: &a [1]\nch_mult: *a", "it uses aliases"),
+    ("nf: " + "[" * 5000, "cannot read"),
+    ("nf: " + "9" * 5000, "cannot read"),
+    ("nf: 0x" + "f" * 5000, "nf must be a number, and below"),
+    ("nf: 2024-99-99", "cannot read"),
+    ("nf: [1, 2]", "nf cannot be [1, 2]"),
+    ("ch_mult: {1: 2}", "ch_mult cannot be"),
+    ("img_size: .inf", "img_size must be of type int"),
+    ("nf: " + " " * (1 << 20), "more than 1048576 bytes"),
+    ("\x00", "cannot read"),
+])
+def test_a_hostile_settings_file_is_one_sentence_that_names_it(text, says, capsys):
+    folder = RunFolder("ae").create()
+    folder.hparams.write_text(text)
+    sentence = refusal(capsys, get_sampler_hparams, SAMPLER)
+    assert says in sentence and "hparams.yaml" in sentence and len(sentence) < 1000
+
+
+@pytest.mark.parametrize("name", ["/etc", "..", "a/../..", ".", "", "a\0b"])
+def test_no_name_leaves_the_folder_of_runs(name):
+    with pytest.raises(SettingsError, match="lies outside"):
+        RunFolder(name)
+
+
+def test_resume_takes_the_newest_complete_checkpoint(tmp_path):
+    run = RunFolder("a").create()
+    assert get_vqgan_hparams([*VQGAN, "--log_dir", "a", "--resume"]).load_step == 0
+    for step in (2, 10, 9):
+        run.manifest(step).touch()
+    run.model("vqgan", 11).touch()  # was not written to its end
+    flags = [*VQGAN, "--log_dir", "a", "--load_dir", "b", "--load_step", "3", "--resume"]
+    H = get_vqgan_hparams(flags)
+    assert (H.load_dir, H.load_step) == ("a", 10)
+
+
+def test_parsers_take_no_abbreviations(capsys):
+    assert "unrecognized" in refusal(capsys, get_vqgan_hparams, [*VQGAN, "--batch", "3"])
+
+
+def test_textures_have_no_absolute_positions_where_the_attention_has_others():
+    flags = "--dataset textures --ae_load_dir none --ae_load_step 1 --sampler"
+    for rest, position in (
+        ("absorbing", ["rpb"]), ("absorbing --attention full", ["absolute"]),
+        ("absorbing --position rope absolute", ["rope", "absolute"]),
+        ("autoregressive", ["absolute"]),
+    ):
+        assert get_sampler_hparams(f"{flags} {rest}".split()).position == position

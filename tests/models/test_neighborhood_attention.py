@@ -1,0 +1,363 @@
+"""Neighborhood attention against golden data, a brute-force definition, and natten itself."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import models.neighborhood_attention as module
+from helpers import assert_close, golden
+from models import HydraNeighborhoodAttention
+from models.prior.attention import rotary_angles, rotate, split_heads
+from models.neighborhood_attention import neighborhood_attention_2d
+
+OURS = ["tiled", "dense"]
+
+
+def brute_force(query, key, value, kernel_size, dilation, rpb, scale):
+    """The definition, one query at a time."""
+    _, height, width, heads, _ = query.shape
+    out = torch.zeros_like(value)
+
+    def neighbors(position, length):
+        group = list(range(position % dilation, length, dilation))
+        start = group.index(position) - kernel_size // 2
+        start = min(max(start, 0), len(group) - kernel_size)
+        return group[start : start + kernel_size]
+
+    for y in range(height):
+        for x in range(width):
+            rows, columns = neighbors(y, height), neighbors(x, width)
+            keys = key[:, rows][:, :, columns]  # [B, k, k, h, d]
+            scores = torch.einsum("bhd,bijhd->bhij", query[:, y, x], keys) * scale
+            if rpb is not None:
+                dy = [(row - y) // dilation + kernel_size - 1 for row in rows]
+                dx = [(column - x) // dilation + kernel_size - 1 for column in columns]
+                scores = scores + rpb[:, dy][:, :, dx]
+            weights = scores.flatten(2).softmax(-1).view_as(scores)
+            values = value[:, rows][:, :, columns]
+            out[:, y, x] = torch.einsum("bhij,bijhd->bhd", weights, values)
+    return out
+
+
+@st.composite
+def cases(draw):
+    kernel = draw(st.sampled_from([1, 3, 5, 7]))
+    dilation = draw(st.integers(1, 3))
+    side = st.integers(kernel * dilation, kernel * dilation + 12)  # one tile to several
+    height, width, heads = draw(side), draw(side), draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    qkv = torch.randn(3, 2, height, width, heads, 16, generator=generator)
+    rpb = torch.randn(heads, 2 * kernel - 1, 2 * kernel - 1, generator=generator)
+    return *qkv, kernel, dilation, rpb
+
+
+@pytest.mark.parametrize("backend", OURS)
+@settings(max_examples=25, deadline=None)
+@given(case=cases(), with_bias=st.booleans())
+def test_is_the_definition(backend, case, with_bias):
+    *qkv, kernel, dilation, rpb = case
+    rpb = rpb if with_bias else None
+    out = neighborhood_attention_2d(*qkv, kernel, dilation, rpb, scale=0.7, backend=backend)
+    assert_close(out, brute_force(*qkv, kernel, dilation, rpb, 0.7))
+
+
+@settings(max_examples=15, deadline=None)
+@given(cases())
+def test_agrees_with_natten(case):
+    natten = pytest.importorskip("natten")
+    *qkv, kernel, dilation, _ = case
+    assume(kernel > 1)
+    expected = natten.na2d(*qkv, kernel, dilation=dilation)
+    for backend in (*OURS, "natten"):
+        assert_close(neighborhood_attention_2d(*qkv, kernel, dilation, backend=backend), expected)
+
+
+@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("kind", ["with_rpb", "without_rpb"])
+@pytest.mark.parametrize("backend", OURS)
+def test_golden_outputs_and_gradients(index, kind, backend):
+    case = golden("neighborhood_attention.pt")[index]
+    tensors = {name: case[name].clone().requires_grad_() for name in ("q", "k", "v", "rpb")}
+    rpb = tensors["rpb"] if kind == "with_rpb" else None
+    out = neighborhood_attention_2d(
+        tensors["q"], tensors["k"], tensors["v"], case["kernel_size"], case["dilation"], rpb,
+        case["scale"], backend,
+    )
+    assert_close(out, case[kind]["out"])
+    batch, height, width, heads, dim = out.shape
+    weights = torch.arange(out.numel(), dtype=torch.float64).sin().float()
+    weights = weights.view(batch, heads, height, width, dim).permute(0, 2, 3, 1, 4)
+    (out * weights).sum().backward()
+    for name in ("q", "k", "v"):
+        assert_close(tensors[name].grad, case[kind][f"grad_{name}"])
+    if rpb is not None:
+        assert_close(rpb.grad, case[kind]["grad_rpb"])
+
+
+@pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_gradcheck_in_float64(backend, dilation):
+    shape = (1, 9, 10, 2, 2)  # more than one tile, of which the last is not whole
+    qkv = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    rpb = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)
+
+    def attend(*tensors, table=None):
+        return neighborhood_attention_2d(*tensors, 3, dilation, table, backend=backend)
+
+    torch.autograd.gradcheck(attend, qkv, fast_mode=True)
+    torch.autograd.gradcheck(lambda *t: attend(*t[:3], table=t[3]), (*qkv, rpb), fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_half_precision(backend, dtype, with_bias):
+    """Outputs and gradients near those of float32, with tables of float32 or of the same type."""
+    torch.manual_seed(0)
+    qkv, rpb = torch.randn(3, 2, 18, 17, 2, 16), torch.randn(2, 9, 9)
+    results = []
+    for type_, table_type in [(torch.float32,) * 2, (dtype, dtype), (dtype, torch.float32)]:
+        inputs = [qkv.to(type_).requires_grad_()]
+        if with_bias:
+            inputs.append(rpb.to(table_type).requires_grad_())
+        out = neighborhood_attention_2d(*inputs[0], 5, 2, *inputs[1:], backend=backend)
+        assert out.dtype == type_
+        gradients = torch.autograd.grad(out.float().square().sum(), inputs)
+        results.append((out, *gradients))
+    for result in results[1:]:
+        for actual, expected in zip(result, results[0]):
+            assert_close(actual, expected, tolerance=0.03)
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+@pytest.mark.parametrize("tile", [2, 3, 4])
+def test_blocks_see_what_their_queries_attend_to(kernel, dilation, tile):
+    """Every length: what the few kinds of blocks say is what the definition says."""
+    for length in range(kernel * dilation, kernel * dilation + 26):
+        axis = module.tiled_axis(length, kernel, dilation, tile, torch.device("cpu"))
+        keys = torch.arange(length)[None] if axis.keys is None else axis.keys
+        keys = keys.view(axis.tiles, axis.window, axis.groups)
+        for position in range(length):
+            group = list(range(position % dilation, length, dilation))
+            first = min(max(group.index(position) - kernel // 2, 0), len(group) - kernel)
+            member, block = divmod(position, dilation)
+            offset = axis.offset[axis.kind[member // tile * dilation + block]][member % tile]
+            seen = offset >= 0
+            attended = keys[member // tile, seen, block].tolist()
+            assert attended == group[first : first + kernel]
+            distance = [(key - position) // dilation + kernel - 1 for key in attended]
+            assert offset[seen].tolist() == distance
+
+
+@pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_compiles_without_graph_breaks(backend, with_bias):
+    """The graph is whole in both directions; that inductor's kernels run is in the slow tests."""
+    check_compiled(backend, with_bias, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", OURS)
+def test_compiles_with_inductor(backend):
+    check_compiled(backend, True, "inductor")
+
+
+def check_compiled(backend, with_bias, compiler):
+    qkv = torch.randn(3, 1, 18, 17, 2, 8, requires_grad=True)
+    rpb = torch.randn(2, 9, 9, requires_grad=True) if with_bias else None
+
+    def attend(qkv, rpb):
+        return neighborhood_attention_2d(*qkv, 5, 2, rpb, backend=backend)
+
+    inputs = [tensor for tensor in (qkv, rpb) if tensor is not None]
+    outs, gradients = [], []
+    for function in (attend, torch.compile(attend, backend=compiler, fullgraph=True)):
+        outs.append(function(qkv, rpb))
+        gradients.append(torch.autograd.grad(outs[-1].square().sum(), inputs))
+    assert_close(outs[1], outs[0])
+    for actual, expected in zip(gradients[1], gradients[0]):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_what_is_cached_in_inference_mode_serves_training(backend):
+    module.cut_grid.cache_clear()
+    qkv = torch.randn(3, 1, 12, 18, 1, 4, requires_grad=True)
+    rpb = torch.randn(1, 5, 5, requires_grad=True)
+    for table in (None, rpb):
+        for context in (torch.inference_mode(), contextlib.nullcontext()):
+            with context:
+                out = neighborhood_attention_2d(*qkv, 3, rpb=table, backend=backend)
+        out.sum().backward()
+
+
+def test_falls_back_where_natten_has_no_kernel(monkeypatch):
+    """What a GPU without the right kernel does, on a CPU: natten is asked and refuses."""
+    qkv = torch.randn(3, 1, 6, 6, 2, 16)
+    expected = neighborhood_attention_2d(*qkv, 3)
+
+    class Natten:
+        asked = 0
+
+        def na2d(self, *arguments, **options):
+            self.asked += 1
+            raise NotImplementedError("no kernel for this")
+
+    stand_in = Natten()
+    monkeypatch.setattr(module, "natten", stand_in)
+    monkeypatch.setattr(module, "prefers_natten", lambda device: True)
+    assert torch.equal(neighborhood_attention_2d(*qkv, 3), expected) and stand_in.asked == 1
+    with pytest.raises(ValueError, match="no kernel for this"):
+        neighborhood_attention_2d(*qkv, 3, backend="natten")
+
+
+def test_grids_larger_than_three_windows_go_to_tiles(monkeypatch):
+    seen = []
+    cut = module.cut_grid
+    monkeypatch.setattr(module, "cut_grid", lambda *a: seen.append(a[4]) or cut(*a))
+    for side, kernel, dilation in [(16, 7, 1), (32, 7, 1), (16, 3, 1), (16, 7, 2), (8, 3, 1)]:
+        neighborhood_attention_2d(*torch.randn(3, 1, side, side, 1, 4), kernel, dilation)
+    assert seen == [None, (8, 8), (4, 8), (8, 8), None]
+
+
+def test_memory_of_tiles_is_linear():
+    """The largest tensors, scores and bias, grow with the tokens; what is cached hardly grows."""
+    scores, cached = [], []
+    for side in (32, 64, 128):
+        _, _, kind, mask = module.cut_grid(side, side, 7, 2, (4, 8), torch.device("cpu"))
+        scores.append(len(kind) * mask[0].numel())
+        cached.append(mask.numel())
+    assert scores[2] == 4 * scores[1] and scores[1] <= 4 * scores[0]
+    assert cached[2] == cached[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", [None, "tiled", "dense"])
+def test_on_a_gpu(backend):
+    """With natten's kernels where they are (None), and without."""
+    torch.manual_seed(0)
+    qkv = torch.randn(3, 2, 20, 24, 2, 32)
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = qkv.to(device).requires_grad_()
+        chosen = "tiled" if device == "cpu" else backend
+        out = neighborhood_attention_2d(*leaf, 7, 2, backend=chosen)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+    for actual, expected in zip(results[1], results[0]):
+        assert_close(actual.cpu(), expected, tolerance=1e-3)
+
+
+def test_refusals_say_why(monkeypatch):
+    pytest.importorskip("natten")
+    qkv = torch.randn(3, 1, 6, 6, 2, 4)
+    for arguments, says in [
+        (dict(kernel_size=4), "must be odd"),
+        (dict(kernel_size=(3, 3)), "must be integers"),
+        (dict(kernel_size=3, dilation=3), "larger than the grid"),
+        (dict(kernel_size=3, dilation=0), "dilation must be"),
+        (dict(kernel_size=3, rpb=torch.zeros(2, 3, 3)), "rpb must be"),
+        (dict(kernel_size=3, rpb=torch.zeros(2, 5, 5), backend="natten"), "no relative"),
+        (dict(kernel_size=3, backend="cudnn"), "backend must be one of"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            neighborhood_attention_2d(*qkv, **arguments)
+    with pytest.raises(ValueError, match="backend 'natten' cannot"):  # no kernel for head_dim 4
+        neighborhood_attention_2d(*qkv, 3, backend="natten")
+    query, key, value = qkv
+    value = value.clone().requires_grad_()
+    with pytest.raises(ValueError, match="no backward on the CPU"):
+        neighborhood_attention_2d(query, key, value, 3, backend="natten")
+    for key, says in [(qkv[1, :, :5], "must be equal"), (qkv[1].double(), "differ in type")]:
+        with pytest.raises(ValueError, match=says):
+            neighborhood_attention_2d(query, key, key, 3)
+    monkeypatch.setattr(module, "natten", None)
+    monkeypatch.setattr(module, "NATTEN_PROBLEM", "natten does not import (broken)")
+    with pytest.raises(ValueError, match="broken"):
+        neighborhood_attention_2d(*qkv, 3, backend="natten")
+    assert neighborhood_attention_2d(*qkv, 3).shape == (1, 6, 6, 2, 4)
+
+
+def test_heads_of_uneven_groups():
+    assert split_heads(8, 3) == [2, 3, 3]
+    assert split_heads(7, 2) == [3, 4]
+    with pytest.raises(ValueError, match="at least 3 heads"):
+        split_heads(2, 3)
+
+
+def test_hydra_groups_are_independent_attentions():
+    """Each group equals a brute-force attention of its own heads."""
+    torch.manual_seed(0)
+    hydra = HydraNeighborhoodAttention(12, [3, 5], 3, dilations=[2, 1])
+    x = torch.randn(1, 6, 7, 12)
+    q, k, v = hydra.qkv(x).view(1, 6, 7, 3, 3, 4).unbind(3)
+    parts = [
+        brute_force(q[..., :1, :], k[..., :1, :], v[..., :1, :], 3, 2, hydra.rpb[0], 0.5),
+        brute_force(q[..., 1:, :], k[..., 1:, :], v[..., 1:, :], 5, 1, hydra.rpb[1], 0.5),
+    ]
+    expected = hydra.proj(torch.cat(parts, dim=3).flatten(3))
+    assert_close(hydra(x), expected)
+
+
+def test_hydra_computes_equal_groups_together(monkeypatch):
+    torch.manual_seed(0)
+    hydra = HydraNeighborhoodAttention(20, [3, 5, 3], 5, dilations=[1, 1, 1])
+    x = torch.randn(1, 6, 7, 20)
+    heads, calls = [], []
+    attend = neighborhood_attention_2d
+
+    def counted(query, key, value, kernel, *rest):
+        calls.append((kernel, query.shape[3]))
+        return attend(query, key, value, kernel, *rest)
+
+    monkeypatch.setattr("models.prior.attention.neighborhood_attention_2d", counted)
+    out = hydra(x)
+    assert calls == [(3, 3), (5, 2)]  # groups of 1, 2 and 2 heads
+    q, k, v = hydra.qkv(x).view(1, 6, 7, 3, 5, 4).unbind(3)
+    for start, stop, kernel, table in zip((0, 1, 3), (1, 3, 5), (3, 5, 3), hydra.rpb):
+        group = [part[..., start:stop, :] for part in (q, k, v)]
+        heads.append(brute_force(*group, kernel, 1, table, 0.5))
+    assert_close(out, hydra.proj(torch.cat(heads, dim=3).flatten(3)))
+
+
+def test_rotary_products_depend_on_the_distance_only():
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 8, dtype=torch.float64)
+    angles = rotary_angles(9, 9, 8).double()
+    turned = [rotate(x.expand(1, 9, 9, 1, 8), angles)[0, :, :, 0] for x in (query, key)]
+    products = torch.einsum("yxe,vwe->yxvw", *turned)
+    assert_close(products[2, 3, 4, 1], products[5, 7, 7, 5])  # both (2, -2) apart
+    assert (products[2, 3, 4, 1] - products[2, 3, 4, 2]).abs() > 1e-3
+    assert_close(turned[0].norm(dim=-1), query.norm().expand(9, 9))
+    assert rotate(query.bfloat16().expand(1, 9, 9, 1, 8), angles).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("options", [dict(rpb=True), dict(rpb=False, rope=True)])
+def test_hydra_is_translation_equivariant_away_from_borders(options):
+    torch.manual_seed(0)
+    hydra = HydraNeighborhoodAttention(16, [3, 5], 2, dilations=[2, 1], **options).double()
+    x = torch.randn(1, 20, 20, 16, dtype=torch.float64)
+    shifted = x.roll((3, 2), dims=(1, 2))
+    expected = hydra(x).roll((3, 2), dims=(1, 2))
+    margin = slice(6, -6)  # the reach of 2 tokens, and what the roll brought round
+    assert_close(hydra(shifted)[:, margin, margin], expected[:, margin, margin])
+
+
+def test_hydra_turns_queries_and_keys():
+    """Against complex numbers: pair i of the channels is turned by its angle."""
+    torch.manual_seed(0)
+    hydra = HydraNeighborhoodAttention(16, [3], 2, rpb=False, rope=True)
+    x = torch.randn(1, 6, 7, 16)
+    qkv = hydra.qkv(x).view(1, 6, 7, 3, 2, 8).unbind(3)
+    place = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(7), indexing="ij"), dim=-1)
+    angle = (place[..., None] * torch.tensor([1.0, 0.1])).flatten(2)  # frequencies 100^(-i/2)
+    turn = torch.polar(torch.ones_like(angle), angle)[:, :, None]
+    turned = [torch.complex(part[..., :4], part[..., 4:]) * turn for part in qkv[:2]]
+    query, key = (torch.cat((part.real, part.imag), dim=-1) for part in turned)
+    expected = brute_force(query, key, qkv[2], 3, 1, None, 8**-0.5)
+    assert_close(hydra(x), hydra.proj(expected.flatten(3)))
+    with pytest.raises(ValueError, match="head_dim of 4n"):
+        HydraNeighborhoodAttention(12, [3], 2, rope=True)

@@ -1,0 +1,110 @@
+"""Building models from settings and files: where LPIPS' weights come from."""
+
+import pytest
+import torch
+import torchvision
+
+from hparams import UserError, get_sampler_hparams, get_vqgan_hparams
+from utils.runs.folder import RunFolder
+from utils.training import assemble
+from utils.training.assemble import build_vqgan, load_perceptual
+from utils.training.checkpoints import load_weights, save_file
+from utils.logging.logger import RunLogger
+
+FLAGS = (
+    "--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --disc_layers 1 "
+    "--perceptual_weight 1"
+).split()
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with RunLogger(RunFolder("run")) as log:
+        yield log
+
+
+@pytest.fixture
+def vgg(monkeypatch):
+    """The convolutions of torchvision's VGG16 with random weights, as in its file."""
+    with torch.device("meta"):
+        network = torchvision.models.vgg16()
+    torch.manual_seed(0)
+    return {
+        key: torch.randn(value.shape) * 0.05
+        for key, value in network.state_dict().items() if key.startswith("features.")
+    }
+
+
+def no_download(*arguments, **options):
+    raise AssertionError("downloaded")
+
+
+def test_without_lpips_nothing_is_needed(log, monkeypatch):
+    monkeypatch.setattr(assemble, "download_vgg16", no_download)
+    monkeypatch.setattr(assemble, "build_perceptual", no_download)
+    H = get_vqgan_hparams([*FLAGS, "--perceptual_weight", "0"])
+    assert not any(key.startswith("perceptual") for key in build_vqgan(H, log).state_dict())
+
+
+def test_lpips_from_a_local_file_and_from_a_checkpoint(log, vgg, monkeypatch):
+    monkeypatch.setattr(assemble, "download_vgg16", no_download)
+    save_file(vgg, "vgg16.pth")
+    vqgan = build_vqgan(get_vqgan_hparams([*FLAGS, "--vgg_weights", "vgg16.pth"]), log)
+    weights = vqgan.state_dict()["perceptual.net.slice1.0.weight"]
+    assert torch.equal(weights, vgg["features.0.weight"])
+    images = torch.rand(2, 1, 16, 16)
+    assert float(vqgan.perceptual_loss(images, images.flip(-1))) > 0
+    RunFolder("old").create()
+    save_file(vqgan.state_dict(), RunFolder("old").model("vqgan", 5))
+    build_vqgan(get_vqgan_hparams([*FLAGS, "--load_dir", "old", "--load_step", "5"]), log)
+
+
+def test_a_wrong_vgg_file_is_named(log, vgg):
+    del vgg["features.28.weight"]
+    save_file(vgg, "vgg16.pth")
+    with pytest.raises(UserError, match="vgg16.pth.*features.28.weight"):
+        build_vqgan(get_vqgan_hparams([*FLAGS, "--vgg_weights", "vgg16.pth"]), log)
+
+
+def test_no_connection_says_what_to_do(log, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models.VGG16_Weights, "get_state_dict", refuse)
+    with pytest.raises(UserError, match="--vgg_weights.*--perceptual_weight 0"):
+        build_vqgan(get_vqgan_hparams(FLAGS), log)
+
+
+def test_a_checkpoint_with_lpips_loads_without_it(log, vgg):
+    """Published files hold LPIPS, which --perceptual_weight 0 has no use for, and vice versa."""
+    save_file(vgg, "vgg16.pth")
+    with_lpips = build_vqgan(get_vqgan_hparams([*FLAGS, "--vgg_weights", "vgg16.pth"]), log)
+    without = build_vqgan(get_vqgan_hparams([*FLAGS, "--perceptual_weight", "0"]), log)
+    load_weights(without, with_lpips.state_dict(), "file", optional=["perceptual."])
+    key = "ae.encoder.blocks.0.weight"
+    assert torch.equal(without.state_dict()[key], with_lpips.state_dict()[key])
+    load_weights(with_lpips, without.state_dict(), "file", optional=["perceptual."])
+    with pytest.raises(UserError, match="unknown perceptual"):
+        load_weights(without, with_lpips.state_dict(), "file")
+
+
+def test_lpips_to_measure_with(log, vgg, monkeypatch):
+    """From the file asked for, else from the autoencoder's own, else downloaded."""
+    flags = "--sampler absorbing --kernel_sizes 3 --ae_load_dir ae --ae_load_step 5".split()
+    H = get_sampler_hparams([*FLAGS, *flags])
+    monkeypatch.setattr(assemble, "download_vgg16", no_download)
+    save_file(vgg, "vgg16.pth")
+    H.vgg_weights = "vgg16.pth"
+    torch.manual_seed(1)
+    images = torch.rand(2, 3, 16, 16)
+    from_file = load_perceptual(H, torch.device("cpu"), log)(images, images.flip(0))
+    RunFolder("ae").create()
+    vqgan = build_vqgan(get_vqgan_hparams([*FLAGS, "--vgg_weights", "vgg16.pth"]), log)
+    save_file(vqgan.state_dict(), RunFolder("ae").model("vqgan", 5))
+    H.vgg_weights = None
+    from_checkpoint = load_perceptual(H, torch.device("cpu"), log)(images, images.flip(0))
+    assert torch.equal(from_file, from_checkpoint) and from_file.min() > 0
+    save_file(vqgan.ae.state_dict(), RunFolder("ae").model("vqgan", 5))
+    with pytest.raises(AssertionError, match="downloaded"):
+        load_perceptual(H, torch.device("cpu"), log)

@@ -1,0 +1,155 @@
+"""Losses and gradients that are not finite: the step is passed over and leaves no trace."""
+
+import pytest
+import torch
+
+import train_vqgan
+from utils.runs.folder import RunFolder
+from models import AbsorbingDiffusion
+from models.autoencoder.vqgan import VQGAN
+from test_training import (
+    VQGAN as VQGAN_FLAGS, assert_identical, files_of, lines_of, sampler, sentence, trained,
+    two_runs, vqgan, workplace,
+)
+from utils.data.batches import stream_positions
+from utils.training.loop import step_seed
+
+__all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
+
+FLAGS = "--ema --steps_per_update_ema 1 --steps_per_log 1 --steps_per_checkpoint 100"
+
+
+class Poison(torch.autograd.Function):
+    """The identity, whose gradient is not finite."""
+
+    @staticmethod
+    def forward(context, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * float("nan")
+
+
+def spoil(monkeypatch, cls, method, steps, how):
+    """Make the loss of a method, or only its gradient, not finite in some of the steps."""
+    function = getattr(cls, method)
+    seeds = {step_seed(0, step) for step in steps}
+
+    def spoilt(self, *arguments, **options):
+        result = function(self, *arguments, **options)
+        if torch.initial_seed() not in seeds:
+            return result
+        loss = result["loss"] if isinstance(result, dict) else result
+        loss = loss[0] if isinstance(loss, tuple) else loss  # a dict, a tuple or the loss itself
+        bad = {"nan": loss * float("nan"), "inf": loss + float("inf"),
+               "gradient": Poison.apply(loss)}[how]
+        if isinstance(result, dict):
+            return {**result, "loss": bad}
+        return (bad, *result[1:]) if isinstance(result, tuple) else bad
+
+    monkeypatch.setattr(cls, method, spoilt)
+
+
+STAGES = {
+    "sampler": (sampler, "", AbsorbingDiffusion, "forward"),
+    "autoencoder": (vqgan, "--disc_start_step 2", VQGAN, "generator_losses"),
+    "discriminator": (vqgan, "--disc_start_step 2", VQGAN, "discriminator_loss"),
+}
+
+
+@pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_bad_step_is_logged_and_leaves_everything_as_it_was(stage, how, monkeypatch, two_runs):
+    """Steps 4 and 5 of 5 are bad: the end is what a run of 3 steps left, to the bit."""
+    train, more, cls, method = STAGES[stage]
+    spoil(monkeypatch, cls, method, (4, 5), how)
+    flags = f"{FLAGS} {more} --log_dir"
+    train(f"{flags} bad --train_steps 5")
+    train(f"{flags} good --train_steps 3")
+    bad = {name.replace("_5", "_3"): content for name, content in files_of("bad", 5).items()}
+    assert_identical(without_rates(files_of("good", 3)), without_rates(bad))
+    log = RunFolder("bad").log.read_text()
+    batch_size = 8 if stage == "sampler" else 4
+    for step in (4, 5):
+        images = " ".join(map(str, stream_positions(1618, batch_size, 0, step - 1)[0]))
+        assert f"step {step} is passed over" in log and f"images of its batch: {images}" in log
+    assert [line["step"] for line in lines_of("bad") if line["group"] == "train"] == [1, 2, 3]
+
+
+def without_rates(content):
+    """The learning rates of a step are set at its beginning, whatever becomes of it."""
+    if isinstance(content, dict):
+        return {key: without_rates(value) for key, value in content.items() if key != "lr"}
+    return [without_rates(value) for value in content] if isinstance(content, list) else content
+
+
+def test_too_many_bad_steps_in_a_row_stop(monkeypatch, capsys, workplace):
+    spoil(monkeypatch, VQGAN, "generator_losses", (2, 3, 5, 6, 7), "nan")
+    limit = "--max_bad_steps 2 --steps_per_checkpoint 4 --log_dir a"
+    flags = f"{VQGAN_FLAGS} {limit} --train_steps 9"
+    line = sentence(train_vqgan.main, flags, capsys, monkeypatch)
+    assert "3 steps in a row up to step 7 were not finite" in line
+    assert "the last checkpoint is that of step 4" in line
+    assert RunFolder("a").complete_steps() == [4]
+
+
+def test_training_goes_on_to_learn_after_a_bad_step(monkeypatch, two_runs):
+    spoil(monkeypatch, AbsorbingDiffusion, "forward", (2,), "nan")
+    sampler(f"{FLAGS} --log_dir a --train_steps 4")
+    assert [line["step"] for line in lines_of("a") if line["group"] == "train"] == [1, 3, 4]
+    state = files_of("a", 4)["absorbing_4.th"]
+    assert all(value.isfinite().all() for value in state.values())
+    assert float(state["Lt_count"].sum()) == 3 * 8
+
+
+@pytest.mark.parametrize("train, more, optimizer", [
+    (vqgan, "", "ae_optim_1.th"),
+    (vqgan, "--disc_start_step 1", "disc_optim_1.th"),
+    (sampler, "--optimizer adam", "absorbing_optim_1.th"),
+])
+def test_gradients_of_both_stages_are_clipped(train, more, optimizer, two_runs):
+    for run, clip in (("free", ""), ("clipped", "--clip_grad_norm 1e-9")):
+        train(f"--log_dir {run} --train_steps 1 {more} {clip}")
+    free, clipped = (files_of(run, 1)[optimizer]["state"][0] for run in ("free", "clipped"))
+    assert float(clipped["exp_avg"].norm()) < 1e-9 < float(free["exp_avg"].norm())
+
+
+def test_weights_that_are_not_finite_never_replace_the_last_good_checkpoint(
+    monkeypatch, capsys, workplace
+):
+    """The weights go bad in step 5, of which the checkpoints of steps 6 and 8 would be made."""
+    step_of_training = train_vqgan.train_step
+
+    def spoil_weights(vqgan, objectives, ema, optimizers, images, step, *others):
+        result = step_of_training(vqgan, objectives, ema, optimizers, images, step, *others)
+        if step == 5:
+            next(vqgan.ae.parameters()).data[0] = float("inf")
+        return result
+
+    monkeypatch.setattr(train_vqgan, "train_step", spoil_weights)
+    limits = "--steps_per_checkpoint 2 --keep_checkpoints 1 --max_bad_steps 4"
+    shows = "--steps_per_save_output 1 --steps_per_eval 2 --train_steps 20"
+    flags = f"{VQGAN_FLAGS} {limits} {shows} --log_dir a"
+    line = sentence(train_vqgan.main, flags, capsys, monkeypatch)
+    assert "5 steps in a row up to step 10" in line and "that of step 4" in line
+    assert RunFolder("a").complete_steps() == RunFolder("a").steps("vqgan") == [4]
+    # and where it is found out by the checkpoint of that very step
+    flags = f"{VQGAN_FLAGS} --steps_per_checkpoint 5 --train_steps 20 --log_dir b"
+    line = sentence(train_vqgan.main, flags, capsys, monkeypatch)
+    assert "vqgan holds weights at step 5 that are not finite" in line
+    assert not RunFolder("b").complete_steps() and not RunFolder("b").steps("vqgan")
+
+
+@pytest.fixture
+def nondeterministic_again():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_is_taken_at_its_word(nondeterministic_again, workplace):
+    vqgan("--log_dir a --train_steps 2 --deterministic")
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    vqgan("--log_dir b --train_steps 2")
+    assert_identical(files_of("a", 2), files_of("b", 2))

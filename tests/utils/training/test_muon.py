@@ -1,0 +1,39 @@
+"""Our Muon is torch's, computed in another precision."""
+
+import pytest
+import torch
+
+from utils.training.muon import Muon, orthogonalize
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in ((3, 16, 16), (2, 48, 16), (2, 16, 48)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+        assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_steps_agree_with_torch():
+    torch.manual_seed(0)
+    shapes = [(16, 16), (48, 16), (16, 48), (16, 16)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    optimizer = Muon(ours, lr=0.1, weight_decay=0.05)
+    reference = torch.optim.Muon(
+        theirs, lr=0.1, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+    )
+    start = [p.detach().clone() for p in ours]
+    for _ in range(4):
+        for one, other in zip(ours, theirs):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        optimizer.step()
+        reference.step()
+    for one, other, before in zip(ours, theirs, start):
+        moved = (other - before).norm()
+        assert (one - other).norm() < 0.03 * moved  # torch rounds to bfloat16
+
+
+def test_only_matrices():
+    with pytest.raises(ValueError, match="takes matrices"):
+        Muon([torch.nn.Parameter(torch.zeros(3))])

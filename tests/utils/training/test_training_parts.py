@@ -1,0 +1,190 @@
+"""The parts of training against their formulas: schedule, EMA, precision, clipping, validation."""
+
+import math
+import types
+
+import pytest
+import torch
+
+import train_sampler
+import train_vqgan
+from hparams import get_sampler_hparams, get_vqgan_hparams
+from models import AbsorbingDiffusion, Transformer, VQGAN
+from models.prior.absorbing_diffusion import diffusion_losses, draw_mask, draw_times
+from models.sampling.samplers import sample_mask_predict
+from utils.training import loop as training
+from utils.evaluation.metrics import psnr
+from utils.training.muon import MuonWithAdamW
+from utils.training.processes import World
+from utils.training.loop import (
+    EMA, BadStep, Precision, backward, buffers_kept, learning_rate, seed_step, take_step,
+)
+
+CPU = torch.device("cpu")
+DIGITS = "--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --disc_layers 1"
+PRIOR = (
+    "--sampler absorbing --ae_load_dir none --ae_load_step 1 --bert_n_emb 32 --bert_n_head 4 "
+    "--bert_n_layers 1 --total_steps 8"
+)
+
+
+def settings(schedule):
+    return types.SimpleNamespace(
+        lr=2.0, warmup_iters=10, train_steps=110, lr_schedule=schedule
+    )
+
+
+def test_learning_rates():
+    for schedule in ("constant", "cosine", "linear"):
+        assert learning_rate(settings(schedule), 5) == pytest.approx(1.0)
+        assert learning_rate(settings(schedule), 10) == pytest.approx(2.0)
+    assert learning_rate(settings("constant"), 10**9) == 2.0
+    assert learning_rate(settings("linear"), 35) == pytest.approx(1.5)
+    assert learning_rate(settings("cosine"), 35) == pytest.approx(1 + math.sqrt(0.5))
+    assert learning_rate(settings("cosine"), 110) == pytest.approx(0, abs=1e-12)
+
+
+def test_ema_is_the_weighted_mean_and_copies_buffers():
+    model = torch.nn.BatchNorm1d(2)
+    ema = EMA(model, 0.75)
+    for value in (1.0, 2.0):
+        torch.nn.init.constant_(model.weight, value)
+        model.running_mean.fill_(value)
+        ema.update(model)
+    # started at 1: 0.75 * (0.75 * 1 + 0.25 * 1) + 0.25 * 2
+    assert torch.allclose(ema.model.weight, torch.full((2,), 1.25))
+    assert torch.equal(ema.model.running_mean, torch.full((2,), 2.0))
+    assert not ema.model.training and not ema.model.weight.requires_grad
+
+
+def test_ema_shares_what_never_changes():
+    model = torch.nn.ModuleDict({"frozen": torch.nn.Linear(2, 2), "live": torch.nn.Linear(2, 2)})
+    model.frozen, model.live = model["frozen"], model["live"]
+    ema = EMA(model, 0.5, shared=["frozen"])
+    assert ema.model.frozen is model.frozen and ema.model.live is not model.live
+
+
+def test_precision(monkeypatch):
+    for has_units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(training, "cpu_has_bfloat16", lambda: has_units)
+        precision = Precision(True, CPU)
+        with precision.autocast():
+            product = torch.nn.Linear(4, 4)(torch.zeros(1, 4))
+        assert product.dtype == precision.dtype == dtype
+        assert ("set aside" in precision.description) == (not has_units)
+    assert Precision(False, CPU).dtype == torch.float32
+    assert not precision.scaler.is_enabled()
+
+
+def step(loss, optimizer, precision, clip=0.0):
+    """One step on a loss."""
+    backward(loss, optimizer, precision)
+    take_step([loss], [optimizer], precision, World(), clip)
+
+
+def test_clipping_limits_the_gradient():
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    step((weight**2).sum() / 2, optimizer, Precision(False, CPU), 0.5)
+    assert torch.allclose(weight, torch.tensor([2.7, 3.6]), atol=1e-5)  # 0.5 along (0.6, 0.8)
+
+
+def test_a_scaler_that_overflows_skips_muon_and_adamw_together():
+    class Blocks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([torch.nn.Linear(3, 3)])
+
+    model = Blocks()
+    optimizer = MuonWithAdamW(model, lr=0.1)
+    precision = Precision(False, CPU)
+    precision.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    bias, weight = model.blocks[0].bias, model.blocks[0].weight
+    loss = bias.sum() * float("inf") + weight.sum()
+    with pytest.raises(BadStep):  # not the scale's doing: the loss itself is infinite
+        step(loss, optimizer, precision, 1.0)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, enabled=True)
+    step(1e3 * (bias + weight).sum(), optimizer, precision, 1.0)  # overflows float32: passed over
+    assert precision.scaler.get_scale() == 2.0**126
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    step((bias + weight).sum(), optimizer, precision, 1.0)
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name])
+
+
+def test_psnr_of_a_known_error():
+    images = torch.zeros(2, 1, 4, 4)
+    others = torch.stack([torch.full((1, 4, 4), 0.1), torch.full((1, 4, 4), 0.01)])
+    assert torch.allclose(psnr(images, others), torch.tensor([20.0, 40.0], dtype=torch.float64))
+
+
+class Images:
+    """Seven images of a dataset, whose mean depends on counting each once."""
+
+    name, embedded, img_size, n_channels = "seven", True, 16, 1
+
+    def __len__(self):
+        return 7
+
+    def load(self, index):
+        return torch.full((1, 16, 16), index / 7)
+
+
+def test_validation_of_the_autoencoder_is_the_mean_over_images():
+    torch.manual_seed(0)
+    H = get_vqgan_hparams([*DIGITS.split(), "--batch_size", "3"])
+    vqgan = VQGAN(H).eval()
+    values, usage = train_vqgan.validate(vqgan, Images(), H, CPU, None)
+    images = torch.stack([Images().load(index) for index in range(7)])
+    with torch.no_grad():
+        reconstructions, _, _, ids = vqgan.ae(images)
+    assert values["l1"] == pytest.approx(float((images - reconstructions).abs().mean()), rel=1e-5)
+    expected = psnr(images, reconstructions.clamp(0, 1)).mean()
+    assert values["psnr"] == pytest.approx(float(expected), rel=1e-5)
+    counts = torch.bincount(ids.flatten(), minlength=H.codebook_size)
+    assert torch.allclose(usage, counts / counts.sum())
+
+
+def prior(flags=""):
+    torch.manual_seed(0)
+    H = get_sampler_hparams(f"{DIGITS} {PRIOR} {flags}".split())
+    return H, AbsorbingDiffusion(H, Transformer(H), H.codebook_size, torch.zeros(32, 32)).eval()
+
+
+def test_validation_of_the_sampler_is_repeatable_and_ignores_the_mask_schedule():
+    H, model = prior()
+    ids = torch.randint(H.codebook_size, (10, 64))
+    first = train_sampler.validate(model, ids, H, Precision(False, CPU))
+    assert first == train_sampler.validate(model, ids, H, Precision(False, CPU))
+    fixed, same_model = prior("--mask_schedule fixed")
+    assert train_sampler.validate(same_model, ids, fixed, Precision(False, CPU)) == first
+    assert first["bits_per_token"] == pytest.approx(4, abs=0.4)  # untrained: log2(16)
+
+
+@pytest.mark.parametrize("loss_type", ["elbo", "reweighted_elbo", "mlm"])
+def test_the_loss_asked_for_is_the_loss_trained(loss_type):
+    H, model = prior(f"--loss_type {loss_type}")
+    ids = torch.randint(H.codebook_size, (6, 64))
+    seed_step(0, 1)
+    stats = model(ids)
+    seed_step(0, 1)
+    t = draw_times(6, 8, model.low_discrepancy)
+    mask = draw_mask(t, 64, 8)
+    logits = model._denoise_fn(ids.masked_fill(mask, model.mask_id))
+    losses = diffusion_losses(logits, ids, mask, t, 8)
+    assert float(stats["loss"]) == pytest.approx(float(losses[loss_type].mean()), rel=1e-6)
+    assert float(stats["bits_per_token"]) == pytest.approx(float(losses["elbo"].mean()), rel=1e-6)
+
+
+def test_mask_predict_masks_again_with_falling_probability():
+    shares = []
+
+    def denoise(ids, where):
+        assert torch.equal(where, ids == 4)
+        shares.append(float(where.float().mean()))
+        return torch.zeros(int(where.sum()), 4)
+
+    sample_mask_predict(denoise, torch.full((200, 50), 4), 4, 4, total_steps=100)
+    assert shares == pytest.approx([1.0, 0.67, 0.34, 0.01], abs=0.03)

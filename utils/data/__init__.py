@@ -1,0 +1,1 @@
+"""Images and ids: datasets, pixels, batches, cached latents."""

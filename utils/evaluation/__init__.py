@@ -1,0 +1,1 @@
+"""What experiments use: samples, features, metrics."""

@@ -1,0 +1,99 @@
+"""Samples of a trained sampler, in a stream that can be interrupted and goes on where it stopped.
+
+Samples are drawn in chunks of a fixed size, whatever the batch size: the noise of a chunk is a
+function of the seed and of the number of its first sample. The ids of finished chunks are kept in
+files, so that a second start loads them instead of drawing them again.
+
+Shapes: n samples, b of them in a chunk, N ids each, K codebook size.
+"""
+
+import hashlib
+
+import torch
+
+from utils.errors import UserError
+from hparams.scripts import SAMPLER_ARCHITECTURE
+from utils.data.cache import Parts
+from utils.training.checkpoints import load_file
+from utils.training.loop import seed_step
+
+CHUNK = 64  # samples drawn together
+DECODED = 16  # images decoded together: a fixed number, lest rounding depend on the batch size
+
+
+@torch.no_grad()
+def decode(sampler, autoencoder, ids, batch_size=DECODED):
+    """Images [n, C, S, S] in [0, 1] of ids [n, N], on the CPU."""
+    images = [autoencoder.generator(sampler.embed(part)).cpu() for part in ids.split(batch_size)]
+    return torch.cat(images).float().clamp(0, 1)
+
+
+def sampling_settings(H, checkpoint, precision):
+    """All that the ids of samples depend on but their number, a dict.
+
+    `checkpoint` is the sha256 of the sampler's file, which does not show all of its architecture,
+    such as the number of heads.
+    """
+    settings = {name: getattr(H, name) for name in sorted(SAMPLER_ARCHITECTURE)}
+    settings |= dict(
+        checkpoint=checkpoint, latent_shape=H.latent_shape, temp=H.temp, seed=H.seed, chunk=CHUNK,
+        precision=str(precision.dtype), device=precision.device.type, torch=torch.__version__,
+    )
+    if H.sampler == "autoregressive":
+        return settings | dict(top_k=H.top_k, top_p=H.top_p)
+    return settings | dict(
+        sample_type=H.sample_type, sample_steps=H.sample_steps, choice_temp=H.choice_temp,
+        remask=H.remask,
+    )
+
+
+def drawn_ids(H, sampler, precision, settings, folder, log):
+    """Parts of the ids [b, N] of `H.n_samples` samples, CHUNK of them each.
+
+    `settings` is what `sampling_settings` gives: their hash names the subfolder of `folder` that
+    the parts are kept in, one file each.
+    """
+    key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
+    kept = torch.int16 if H.codebook_size <= 2**15 else torch.int32
+
+    @torch.no_grad()
+    def draw(first, n, progress):
+        seed_step(H.seed, first, "samples")
+        with precision.autocast():
+            return {"ids": sampler.sample(n, H.temp).to("cpu", kept)}
+
+    def path_of(first, n):
+        return folder / key[:16] / f"{first:06d}_{n}.pt"
+
+    return Parts(H.n_samples, CHUNK, draw, path_of, key, log, "samples")
+
+
+def given_ids(H, tokens, log):
+    """Parts of the ids [b, N] of `H.n_samples` samples that `--latents_path` holds."""
+    ids = read_ids(H.latents_path, H.n_samples, tokens, H.codebook_size)
+
+    def look_up(first, n, progress):
+        return {"ids": ids[first : first + n]}
+
+    return Parts(H.n_samples, CHUNK, look_up, None, None, log, "samples")
+
+
+def read_ids(path, n_samples, tokens, codebook_size):
+    """The first `n_samples` grids of ids, int64 [n_samples, N], of the file `path`.
+
+    Raises UserError where it does not hold as many, of `tokens` ids below `codebook_size`.
+    """
+    ids = load_file(path)
+    if not torch.is_tensor(ids) or ids.is_floating_point() or ids.ndim < 2:
+        raise UserError(f"--latents_path {path} does not hold a tensor of ids [n, {tokens}]")
+    ids = ids.flatten(1)
+    if len(ids) < n_samples or ids.shape[1] != tokens:
+        raise UserError(
+            f"--latents_path {path} holds {len(ids)} x {ids.shape[1]} ids where {n_samples} x "
+            f"{tokens} are needed: check --n_samples and the autoencoder"
+        )
+    ids = ids[:n_samples].long()
+    if int(ids.min()) < 0 or int(ids.max()) >= codebook_size:
+        raise UserError(f"--latents_path {path} holds ids outside 0..{codebook_size - 1}")
+    return ids
+

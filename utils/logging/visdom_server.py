@@ -1,0 +1,176 @@
+"""Start the visdom server that shows the plots of a run, with or without the internet.
+
+    python -m utils.logging.visdom_server
+    python -m utils.logging.visdom_server --scripts_from_npm    # where only npm can be reached
+
+It is the same server as the `visdom` command's, which dies where it cannot download the scripts
+of its web page. Here it starts anyway: plots are received, and the page works once the scripts
+have been fetched, one way or the other.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import visdom
+import visdom.server.app
+from visdom.server.defaults import DEFAULT_ENV_PATH
+from visdom.server.run_server import start_server
+
+from utils.errors import UserError
+
+STATIC = Path(visdom.__file__).parent / "static"
+DOWNLOAD_SECONDS = 30
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+# What the page loads, as in visdom/server/build.py: npm package -> {file in it: file in static}.
+_MATHJAX = (
+    "MathJax.js",
+    "config/Safe.js",
+    "config/TeX-AMS-MML_HTMLorMML.js",
+    "extensions/Safe.js",
+    "jax/output/SVG/config.js",
+    "jax/output/SVG/fonts/TeX/Size1/Regular/Main.js",
+    "jax/output/SVG/fonts/TeX/fontdata.js",
+    "jax/output/SVG/jax.js",
+)
+_FONT = "fonts/glyphicons-halflings-regular"
+SCRIPTS = {
+    "jquery@3.1.1": {"dist/jquery.min.js": "js/jquery.min.js"},
+    "bootstrap@3.3.7": {
+        "dist/js/bootstrap.min.js": "js/bootstrap.min.js",
+        "dist/css/bootstrap.min.css": "css/bootstrap.min.css",
+        **{f"dist/{_FONT}.{kind}": f"{_FONT}.{kind}" for kind in ("eot", "woff2", "woff", "ttf")},
+        # The page asks for the name with the anchor in it.
+        f"dist/{_FONT}.svg": f"{_FONT}.svg#glyphicons_halflingsregular",
+    },
+    "react@16.2.0": {"umd/react.production.min.js": "js/react-react.min.js"},
+    "react-dom@16.2.0": {"umd/react-dom.production.min.js": "js/react-dom.min.js"},
+    "react-modal@3.1.10": {"dist/react-modal.min.js": "js/react-modal.min.js"},
+    "plotly.js-dist-min@2.11.1": {"plotly.min.js": "js/plotly-plotly.min.js"},
+    "sjcl@1.0.7": {"sjcl.js": "js/sjcl.js"},
+    "layout-bin-packer@1.4.0": {
+        "dist/layout-bin-packer.js": "js/layout_bin_packer.js",
+        "dist/layout-bin-packer.js.map": "js/layout-bin-packer.js.map",
+    },
+    "d3@3.5.17": {"d3.min.js": "js/d3.v3.min.js"},
+    "d3-selection-multi@1.0.1": {
+        "build/d3-selection-multi.js": "js/d3-selection-multi.v1.js",
+    },
+    "save-svg-as-png@1.4.17": {"lib/saveSvgAsPng.js": "js/saveSvgAsPng.js"},
+    "react-resizable@1.4.6": {"css/styles.css": "css/react-resizable-styles.css"},
+    "react-grid-layout@0.16.3": {"css/styles.css": "css/react-grid-layout-styles.css"},
+    "classnames@2.2.5": {"index.js": "fonts/classnames"},  # there, because visdom puts it there
+    "mathjax@2.7.5": {name: f"js/mathjax/2.7.5/{name}" for name in _MATHJAX},
+}
+
+
+def scripts_are_there():
+    """Whether all scripts of this version of visdom are in its static folder."""
+    built = STATIC / "version.built"  # written last: without it a download was cut off
+    if not built.exists() or built.read_text().strip() != visdom.__version__:
+        return False
+    return all((STATIC / to).exists() for files in SCRIPTS.values() for to in files.values())
+
+
+def download_scripts():
+    """Let visdom download its scripts, for at most 30 seconds; returns whether all are there."""
+    # In a process of its own, because visdom sets no time limit and prints its failures.
+    command = [sys.executable, "-c", "import visdom.server.build as b; b.download_scripts()"]
+    try:
+        subprocess.run(command, capture_output=True, timeout=DOWNLOAD_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    return scripts_are_there()
+
+
+def fetch_scripts_from_npm():
+    """Put the scripts into visdom's static folder with `npm pack`.
+
+    Raises UserError where npm is missing, does not get a package, or the folder is read-only.
+    """
+    for package, files in SCRIPTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["npm", "pack", "--silent", "--pack-destination", folder, package]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+            except FileNotFoundError:
+                raise UserError("--scripts_from_npm needs the npm command: install npm") from None
+            archives = list(Path(folder).glob("*.tgz"))
+            if done.returncode != 0 or not archives:
+                reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+                raise UserError(f"npm does not give {package}: {reason}")
+            try:
+                with tarfile.open(archives[0]) as archive:
+                    for name, to in files.items():
+                        content = archive.extractfile(f"package/{name}").read()
+                        (STATIC / to).parent.mkdir(parents=True, exist_ok=True)
+                        (STATIC / to).write_bytes(content)
+            except KeyError as error:
+                raise UserError(f"the npm package {package} is not as expected: {error}") from None
+            except OSError as error:
+                raise UserError(f"cannot write into {STATIC}: {error.strerror}") from None
+    (STATIC / "version.built").write_text(visdom.__version__)
+
+
+def main(argv=None):
+    """Read the flags (`argv` or the command line) and serve until interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--port", "-p", type=int, default=8097, help="port (8097)")
+    parser.add_argument(
+        "--hostname",
+        default="127.0.0.1",
+        help="127.0.0.1 by default, for this machine only; any other name opens the server, which"
+        " asks for no password, to all networks of the machine",
+    )
+    parser.add_argument(
+        "--env_path", default=DEFAULT_ENV_PATH, help=f"where plots are kept ({DEFAULT_ENV_PATH})"
+    )
+    scripts = parser.add_mutually_exclusive_group()
+    scripts.add_argument(
+        "--no_download", action="store_true", help="do not try to download the page's scripts"
+    )
+    scripts.add_argument(
+        "--scripts_from_npm", action="store_true", help="get the page's scripts with npm, once"
+    )
+    flags = parser.parse_args(argv)
+
+    if not scripts_are_there():
+        if flags.scripts_from_npm:
+            fetch_scripts_from_npm()
+        elif flags.no_download or not download_scripts():
+            print(
+                "The page's scripts are not all there: plots are received, and the page shows them"
+                " once the server was started with the internet or with --scripts_from_npm.",
+                flush=True,
+            )
+    # Visdom turns on tornado's debug mode, which restarts the server, and so loses the plots,
+    # whenever a source file changes.
+    visdom.server.app.tornado_settings["autoreload"] = False
+    try:
+        Path(flags.env_path).mkdir(parents=True, exist_ok=True)
+        start_server(
+            port=flags.port,
+            hostname=flags.hostname,
+            base_url="",
+            env_path=os.path.join(flags.env_path, ""),
+            bind_local=flags.hostname in LOOPBACK,
+        )
+    except OSError as error:
+        raise UserError(
+            f"cannot serve port {flags.port} with plots in {flags.env_path} ({error.strerror}):"
+            " try another --port or --env_path"
+        ) from None
+    except KeyboardInterrupt:
+        pass
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,1 @@
+"""What both training scripts use: loop, precision, EMA, optimisers, checkpoints, processes."""
