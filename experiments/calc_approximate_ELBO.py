@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from hparams import UserError, get_elbo_hparams
 from utils.runs.folder import RunFolder
-from models.autoencoder.vqgan import bits_per_dim, gaussian_level_nll, gaussian_nll
+from models.autoencoder.losses import bits_per_dim, gaussian_level_nll, gaussian_nll
 from utils.data.cache import read_cached
 from utils.training.checkpoints import load_optimizer, load_weights, save_file, weights_hash
 from utils.data.datasets import load_dataset, train_validation_split

@@ -28,7 +28,7 @@ from utils.errors import DiskError
 from utils.runs.folder import RunFolder
 from models import AutoregressiveTransformer
 from models.autoencoder.perceptual import PerceptualDistance, build_perceptual, load_vgg16
-from models.autoencoder.vqgan import VQAutoEncoder
+from models.autoencoder.autoencoder import VQAutoEncoder
 from utils.evaluation import samples as sampling
 from utils.training.checkpoints import file_hash, save_file
 from utils.data.datasets import Digits, train_validation_split

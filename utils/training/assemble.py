@@ -3,8 +3,9 @@
 from utils.errors import UserError
 from utils.runs.folder import RunFolder
 from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
+from models.autoencoder.autoencoder import VQAutoEncoder
 from models.autoencoder.perceptual import build_perceptual, load_vgg16
-from models.autoencoder.vqgan import VQGAN, VQAutoEncoder
+from models.autoencoder.vqgan import VQGAN
 from utils.training.checkpoints import (
     check_state_dict, load_checkpoint, load_file, load_stats, load_weights, weights_hash,
 )

@@ -10,24 +10,16 @@ import torch
 from scipy.stats import norm
 from torch import nn
 
+from models import VQGAN
+from models.autoencoder.autoencoder import AttentionBlock
 from models.autoencoder.diffaug import brightness, contrast, diff_augment, saturation, translation
 from models.autoencoder.discriminator import Discriminator
+from models.autoencoder.losses import (
+    adaptive_weight, bits_per_dim, gaussian_level_nll, gaussian_nll, gaussian_nll_bits, hinge_loss,
+)
 from models.autoencoder.perceptual import build_perceptual, load_vgg16
 from models.autoencoder.quantizers import (
-    GumbelQuantizer,
-    NearestQuantizer,
-    code_usage,
-    gumbel_temperature,
-)
-from models.autoencoder.vqgan import (
-    VQGAN,
-    AttentionBlock,
-    adaptive_weight,
-    bits_per_dim,
-    gaussian_level_nll,
-    gaussian_nll,
-    gaussian_nll_bits,
-    hinge_loss,
+    GumbelQuantizer, NearestQuantizer, code_usage, gumbel_temperature,
 )
 
 DATA = Path(__file__).parents[2] / "data"
