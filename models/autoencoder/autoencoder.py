@@ -1,6 +1,7 @@
 """The autoencoder: images to grids of codebook ids and back (Esser et al., 2012.09841).
 
-Shapes: B images of C channels and side S in [0, 1]; the grid is h x w with D = emb_dim.
+Shapes: B images of C channels and side S in [0, 1]; the grid is h x w, with vectors of
+D = emb_dim entries; K = codebook_size.
 Module names give the keys of the published files: `encoder.blocks.N`, `generator.blocks.N`, ...
 """
 
@@ -8,17 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.autoencoder.quantizers import GumbelQuantizer, NearestQuantizer
+from models.messages import listed
 
 NORM_GROUPS = 32
 
 
 def group_norm(width):
-    """GroupNorm over `width` channels; raises ValueError when they do not split into groups."""
-    if width % NORM_GROUPS:
-        raise ValueError(
-            f"--nf times every entry of --ch_mult must be a multiple of {NORM_GROUPS}, "
-            f"not {width}."
-        )
     return nn.GroupNorm(NORM_GROUPS, width, eps=1e-6)
 
 
@@ -92,44 +88,68 @@ class Upsample(nn.Module):
 # Encoder and generator ---------------------------------------------------------------------
 
 
-def _level(in_width, out_width, res_blocks, attend):
-    """The blocks of one resolution."""
+def level_sides(H):
+    """Side of the grid at each level of `ch_mult`: S, S/2, S/4, ...
+
+    Raises ValueError where `img_size` cannot be halved that often.
+    """
+    halvings = len(H.ch_mult) - 1
+    if H.img_size % 2**halvings:
+        raise ValueError(
+            f"`img_size` {H.img_size} cannot be halved {halvings} times, as the "
+            f"{len(H.ch_mult)} levels of `ch_mult` ask"
+        )
+    return [H.img_size // 2**level for level in range(halvings + 1)]
+
+
+def check_architecture(H):
+    """Raise ValueError where the autoencoder's widths and sides do not fit together."""
+    sides = level_sides(H)
+    if list(H.latent_shape) != [1, sides[-1], sides[-1]]:
+        raise ValueError(
+            f"`latent_shape` {listed(H.latent_shape)} does not follow from `img_size` "
+            f"{H.img_size} and `ch_mult` {listed(H.ch_mult)}, which give 1 {sides[-1]} {sides[-1]}"
+        )
+    for mult in (*H.ch_mult, 1):  # the first block starts from nf channels
+        if H.nf * mult % NORM_GROUPS:
+            raise ValueError(
+                f"`nf` {H.nf} x `ch_mult` {mult} = {H.nf * mult} is no multiple of {NORM_GROUPS}, "
+                f"the number of normalisation groups"
+            )
+    for resolution in H.attn_resolutions:
+        if resolution not in sides:
+            raise ValueError(
+                f"`attn_resolutions` {resolution} never occurs: the sides are {listed(sides)}"
+            )
+
+
+def level_blocks(H, in_width, out_width, side):
+    """The blocks of the level whose grid has this side."""
     blocks = []
-    for i in range(res_blocks):
-        blocks.append(ResBlock(in_width if i == 0 else out_width, out_width))
-        if attend:
+    for width in [in_width] + [out_width] * (H.res_blocks - 1):
+        blocks.append(ResBlock(width, out_width))
+        if side in H.attn_resolutions:
             blocks.append(AttentionBlock(out_width))
     return blocks
 
 
-def _middle(width):
+def middle_blocks(width):
     return [ResBlock(width, width), AttentionBlock(width), ResBlock(width, width)]
 
 
 class Encoder(nn.Module):
-    """Images [B, C, S, S] -> vectors [B, emb_dim, h, w], h = w = S / 2^(len(ch_mult) - 1).
+    """Images [B, C, S, S] -> vectors [B, D, h, w], h = w = S / 2^(len(ch_mult) - 1)."""
 
-    Raises ValueError when widths do not split into GroupNorm's groups or the sides do not halve.
-    """
-
-    def __init__(self, n_channels, nf, emb_dim, ch_mult, res_blocks, img_size, attn_resolutions):
+    def __init__(self, H):
         super().__init__()
-        halvings = len(ch_mult) - 1
-        if img_size % 2**halvings:
-            raise ValueError(
-                f"--img_size must be a multiple of {2**halvings}, since --ch_mult of "
-                f"{len(ch_mult)} levels halves images {halvings} times, not {img_size}."
-            )
-        blocks = [conv3x3(n_channels, nf)]
-        width, side = nf, img_size
-        for level, mult in enumerate(ch_mult):
-            blocks += _level(width, nf * mult, res_blocks, side in attn_resolutions)
-            width = nf * mult
-            if level < halvings:
+        blocks, width = [conv3x3(H.n_channels, H.nf)], H.nf
+        for level, (mult, side) in enumerate(zip(H.ch_mult, level_sides(H))):
+            if level > 0:
                 blocks.append(Downsample(width))
-                side //= 2
-        blocks += _middle(width)
-        blocks += [group_norm(width), conv3x3(width, emb_dim)]  # no activation in between
+            blocks += level_blocks(H, width, H.nf * mult, side)
+            width = H.nf * mult
+        blocks += middle_blocks(width)
+        blocks += [group_norm(width), conv3x3(width, H.emb_dim)]  # no activation in between
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x):
@@ -137,25 +157,24 @@ class Encoder(nn.Module):
 
 
 class Generator(nn.Module):
-    """Codes [B, emb_dim, h, w] -> images [B, C, S, S], the mirror of `Encoder`.
+    """Vectors [B, D, h, w] -> images [B, C, S, S], the mirror of `Encoder`.
 
-    A larger grid than it was trained on gives a larger image. Raises ValueError as `Encoder`.
+    A larger grid than it was trained on gives a larger image.
     """
 
-    def __init__(self, n_channels, nf, emb_dim, ch_mult, res_blocks, img_size, attn_resolutions):
+    def __init__(self, H):
         super().__init__()
-        width, side = nf * ch_mult[-1], img_size // 2 ** (len(ch_mult) - 1)
-        blocks = [conv3x3(emb_dim, width), *_middle(width)]
-        for level, mult in reversed(list(enumerate(ch_mult))):
-            blocks += _level(width, nf * mult, res_blocks, side in attn_resolutions)
-            width = nf * mult
+        width = H.nf * H.ch_mult[-1]
+        blocks = [conv3x3(H.emb_dim, width), *middle_blocks(width)]
+        for level, (mult, side) in reversed(list(enumerate(zip(H.ch_mult, level_sides(H))))):
+            blocks += level_blocks(H, width, H.nf * mult, side)
+            width = H.nf * mult
             if level > 0:
                 blocks.append(Upsample(width))
-                side *= 2
-        blocks += [group_norm(width), conv3x3(width, n_channels)]
+        blocks += [group_norm(width), conv3x3(width, H.n_channels)]
         self.blocks = nn.Sequential(*blocks)
         self.logsigma = nn.Sequential(
-            conv3x3(width, width), nn.ReLU(), nn.Conv2d(width, n_channels, 1)
+            conv3x3(width, width), nn.ReLU(), nn.Conv2d(width, H.n_channels, 1)
         )
 
     @property
@@ -167,40 +186,25 @@ class Generator(nn.Module):
         return self.blocks(z)
 
     def probabilistic(self, z):
-        """Codes [B, emb_dim, h, w] -> (mu, logsigma), each [B, C, S, S], of a Gaussian a pixel.
+        """Vectors [B, D, h, w] -> (mu, logsigma), each [B, C, S, S]: a Gaussian for each value.
 
-        mu is what `forward` gives; see `gaussian_nll` for what they are good for.
+        mu is what `forward` gives; `models.autoencoder.losses.gaussian_nll` takes both.
         """
         features = self.blocks[:-1](z)
         return self.blocks[-1](features), self.logsigma(features)
 
 
 class VQAutoEncoder(nn.Module):
-    """Encoder, quantizer and generator as the flags in H describe them.
+    """Encoder, quantizer and generator, as the settings in H describe them.
 
-    Raises ValueError for an unknown quantizer, a `latent_shape` that img_size and ch_mult do not
-    give, and what `Encoder` and `Generator` raise.
+    Raises ValueError for settings that do not fit together.
     """
 
     def __init__(self, H):
         super().__init__()
-        architecture = dict(
-            n_channels=H.n_channels,
-            nf=H.nf,
-            emb_dim=H.emb_dim,
-            ch_mult=H.ch_mult,
-            res_blocks=H.res_blocks,
-            img_size=H.img_size,
-            attn_resolutions=H.attn_resolutions,
-        )
-        self.encoder = Encoder(**architecture)
-        side = H.img_size // 2 ** (len(H.ch_mult) - 1)
-        if list(H.latent_shape) != [1, side, side]:
-            raise ValueError(
-                f"--latent_shape must be 1 {side} {side} for --img_size {H.img_size} and "
-                f"--ch_mult of {len(H.ch_mult)} levels, not {' '.join(map(str, H.latent_shape))}."
-            )
-        self.grid_shape = (side, side)
+        check_architecture(H)
+        self.grid_shape = tuple(H.latent_shape[1:])
+        self.encoder = Encoder(H)
         if H.quantizer == "nearest":
             self.quantize = NearestQuantizer(H.codebook_size, H.emb_dim, H.beta)
         elif H.quantizer == "gumbel":
@@ -208,8 +212,13 @@ class VQAutoEncoder(nn.Module):
                 H.codebook_size, H.emb_dim, H.gumbel_kl_weight, H.gumbel_straight_through
             )
         else:
-            raise ValueError(f"--quantizer must be nearest or gumbel, not {H.quantizer!r}.")
-        self.generator = Generator(**architecture)
+            raise ValueError(f"`quantizer` must be nearest or gumbel, not {H.quantizer!r}")
+        self.generator = Generator(H)
+
+    @property
+    def codebook(self):
+        """The codebook [K, D] without a gradient; it shares memory with the quantizer's."""
+        return self.quantize.codebook
 
     def encode(self, x):
         """Images [B, C, S, S] -> what the quantizer gives: (z_q, codebook loss, stats, ids)."""

@@ -1,45 +1,45 @@
 """Differentiable augmentation of what the discriminator sees (Zhao et al., 2006.10738).
 
 Every function maps images [B, C, H, W] to images of that shape, draws one random change per
-image (from `generator`, which must live where the images do), and passes gradients on.
+image (from `rng`, which must live where the images do), and passes gradients on.
 """
 
 import torch
 from torch.nn import functional as F
 
 
-def _uniform(x, low, high, generator):
+def _uniform(x, low, high, rng):
     """One number per image, broadcastable over it: [B, 1, 1, 1]."""
-    draws = torch.rand(len(x), 1, 1, 1, device=x.device, generator=generator)
+    draws = torch.rand(len(x), 1, 1, 1, device=x.device, generator=rng)
     return (low + (high - low) * draws).to(x.dtype)
 
 
-def brightness(x, generator=None):
+def brightness(x, rng=None):
     """Add a constant in [-0.5, 0.5) to the whole image."""
-    return x + _uniform(x, -0.5, 0.5, generator)
+    return x + _uniform(x, -0.5, 0.5, rng)
 
 
-def saturation(x, generator=None):
+def saturation(x, rng=None):
     """Scale each pixel's distance from its own grey by [0, 2); one channel has no colour."""
     if x.shape[1] == 1:
         return x
     grey = x.mean(1, keepdim=True)  # [B, 1, H, W]
-    return grey + (x - grey) * _uniform(x, 0.0, 2.0, generator)
+    return grey + (x - grey) * _uniform(x, 0.0, 2.0, rng)
 
 
-def contrast(x, generator=None):
+def contrast(x, rng=None):
     """Scale each value's distance from the image's mean by [0.5, 1.5)."""
     mean = x.mean((1, 2, 3), keepdim=True)  # [B, 1, 1, 1]
-    return mean + (x - mean) * _uniform(x, 0.5, 1.5, generator)
+    return mean + (x - mean) * _uniform(x, 0.5, 1.5, rng)
 
 
-def translation(x, generator=None, ratio=1 / 8):
+def translation(x, rng=None, ratio=1 / 8):
     """Shift by whole pixels, up to `ratio` of each side either way; zeros come in."""
     batch, _, height, width = x.shape
 
     def source_positions(size, reach):
         # Position p of the result is p + reach - shift of the image padded by `reach`.
-        start = torch.randint(2 * reach + 1, (batch, 1), device=x.device, generator=generator)
+        start = torch.randint(2 * reach + 1, (batch, 1), device=x.device, generator=rng)
         return start + torch.arange(size, device=x.device)  # [B, size]
 
     reach_y, reach_x = round(height * ratio), round(width * ratio)
@@ -56,14 +56,14 @@ POLICIES = {
 }
 
 
-def diff_augment(x, policy="color,translation", generator=None):
+def diff_augment(x, policy="color,translation", rng=None):
     """Apply the named policies in order to images [B, C, H, W].
 
     Raises ValueError for a name that is not one of POLICIES.
     """
     for name in policy.split(","):
         if name not in POLICIES:
-            raise ValueError(f"Unknown DiffAug policy {name!r}; known are {', '.join(POLICIES)}.")
+            raise ValueError(f"Unknown DiffAug policy {name!r}; known are {', '.join(POLICIES)}")
         for augment in POLICIES[name]:
-            x = augment(x, generator)
+            x = augment(x, rng)
     return x

@@ -7,15 +7,16 @@ class Discriminator(nn.Module):
     """Images [B, n_channels, S, S] -> logits [B, 1, s, s], where s = S // 2^disc_layers - 2.
 
     `disc_layers` convolutions halve the side, two more look at their surroundings. Widths double
-    from `ndf` up to 8·ndf. Raises ValueError when images of side `img_size` would shrink away.
+    from `ndf` up to 8·ndf. Raises ValueError where nothing is left of images of side `img_size`.
     """
 
     def __init__(self, n_channels, ndf, disc_layers, img_size):
         super().__init__()
-        if disc_layers < 1 or img_size >> disc_layers < 3:
+        if disc_layers < 1:
+            raise ValueError(f"`disc_layers` must be at least 1, not {disc_layers}")
+        if img_size >> disc_layers < 3:
             raise ValueError(
-                f"--disc_layers must be at least 1 and leave {img_size}-pixel images (--img_size) "
-                f"3 pixels after that many halvings, which {disc_layers} does not."
+                f"`disc_layers` {disc_layers} leaves nothing of images of {img_size} pixels"
             )
         layers = [nn.Conv2d(n_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = ndf

@@ -69,11 +69,3 @@ def gaussian_level_nll(x, mu, logsigma, levels=256):
     log_lower, log_upper = torch.special.log_ndtr(lower), torch.special.log_ndtr(upper)
     nats = -(log_upper + torch.log(-torch.expm1(log_lower - log_upper)))
     return nats.flatten(1).sum(1)
-
-
-def gaussian_nll_bits(x, mu, logsigma, levels):
-    """`gaussian_nll` of images with values in [0, 1], in bits per dimension: [B, ...] x 3 -> [B].
-
-    See `bits_per_dim` for `levels`.
-    """
-    return bits_per_dim(gaussian_nll(x, mu, logsigma), x[0].numel(), levels)

@@ -1,7 +1,7 @@
 """Vector quantizers: from an encoder's grid of vectors to codebook ids and back.
 
-Shapes: B images, D = emb_dim, K = codebook_size, h x w grid. Both quantizers have the same
-`forward(z)` and `embed_indices(indices, shape)`, so the autoencoder need not know which it holds.
+Shapes: B images, D = emb_dim, K = codebook_size, h x w grid. Both quantizers have a `codebook`
+[K, D], `forward(z)` and `embed_indices(indices, shape)`.
 """
 
 import math
@@ -11,12 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def code_usage(indices, codebook_size):
-    """How the ids of a batch spread over the codebook.
+def codebook_usage(indices, codebook_size):
+    """How often each id occurs among `indices` of any shape, a dict.
 
-    indices: ids of any shape. Returns a dict of `usage` [K], how often each code occurs, and
-    `perplexity` (0-d), exp of the entropy of those frequencies in nats: 1 when one code takes
-    all, K when all are used alike.
+    `usage` [K] are the counts, `perplexity` (0-d) is the exponential of their entropy in nats: 1
+    where there is one id only, K where all are used alike.
     """
     ids = indices.flatten()
     # index_add instead of bincount: no wait for the device, and it works on `meta`.
@@ -26,17 +25,20 @@ def code_usage(indices, codebook_size):
 
 
 def gumbel_temperature(step):
-    """The published temperature at a training step: from 1 down to 1/16 over 150,000 steps."""
+    """The published temperature at a training step: from 1 to 1/16 in 150,000 steps."""
     return max(1 / 16, 1 - step / 160_000)
 
 
 def embed_grid(weight, indices, shape):
-    """Look ids [B, h*w] up in weight [K, D] and lay them out as [B, D, h, w]."""
+    """Vectors [B, D, h, w] of ids [B, h*w], by the codebook `weight` [K, D].
+
+    Raises ValueError where the ids do not fill the grid `shape` (h, w).
+    """
     height, width = shape
     if indices.ndim != 2 or indices.shape[1] != height * width:
         raise ValueError(
             f"Ids for a {height}x{width} grid must be [B, {height * width}], "
-            f"not {list(indices.shape)}."
+            f"not {list(indices.shape)}"
         )
     vectors = F.embedding(indices, weight)                        # [B, h*w, D]
     return vectors.transpose(1, 2).unflatten(2, (height, width))  # [B, D, h, w]
@@ -59,29 +61,31 @@ class NearestQuantizer(nn.Module):
         """z [B, D, h, w] -> (z_q [B, D, h, w], codebook loss (0-d), stats, ids [B, h*w]).
 
         The gradient of z_q passes straight through to z; the codebook learns from the loss only.
-        stats is what `code_usage` returns.
+        stats is what `codebook_usage` returns.
         """
-        # Half precision would pick wrong neighbours: codes lie closer than its rounding.
+        # Half precision would pick wrong neighbours: vectors lie closer than its rounding.
         with torch.autocast(device_type=z.device.type, enabled=False):
             vectors = z.float().flatten(2).transpose(1, 2)  # [B, h*w, D]
             codebook = self.embedding.weight.float()        # [K, D]
-            # |z|^2 is the same for every code, so argmin does without it.
+            # |z|^2 is the same for every entry, so argmin does without it.
             scores = codebook.square().sum(1) - 2 * vectors @ codebook.t()  # [B, h*w, K]
             indices = scores.argmin(2)                                      # [B, h*w]
             chosen = F.embedding(indices, codebook)                         # [B, h*w, D]
             loss = F.mse_loss(vectors, chosen.detach())
             loss = loss + self.beta * F.mse_loss(chosen, vectors.detach())
-            # z - sg[z] is exactly zero: the generator sees the very codes it will see when the
-            # sampler draws them, and the gradient is that of the identity.
+            # z - sg[z] is exactly zero: the generator sees the codebook's entries to the bit, as
+            # it will when the sampler draws them, and the gradient is that of the identity.
             quantized = chosen.detach() + (vectors - vectors.detach())
         z_q = quantized.transpose(1, 2).unflatten(2, z.shape[2:]).to(z.dtype)  # [B, D, h, w]
-        return z_q, loss, code_usage(indices, self.codebook_size), indices
+        return z_q, loss, codebook_usage(indices, self.codebook_size), indices
+
+    @property
+    def codebook(self):
+        """The codebook [K, D] without a gradient; it shares memory with the parameter."""
+        return self.embedding.weight.detach()
 
     def embed_indices(self, indices, shape):
-        """Ids [B, h*w] on a grid of shape (h, w) -> codes [B, D, h, w].
-
-        Raises ValueError when the ids do not fill the grid.
-        """
+        """Ids [B, h*w] on a grid of shape (h, w) -> vectors [B, D, h, w], see `embed_grid`."""
         return embed_grid(self.embedding.weight, indices, shape)
 
 
@@ -90,8 +94,8 @@ class GumbelQuantizer(nn.Module):
 
     `temperature` belongs to the training loop, which sets it to `gumbel_temperature(step)`.
     With `straight_through` the training draw is one-hot forward and soft backward; without it,
-    soft both ways. Outside training there is no draw: the likeliest code is taken, so that an
-    image has one grid of ids.
+    soft both ways. In eval mode there is no draw: the likeliest id is taken, so that an image has
+    one grid of ids.
     """
 
     def __init__(self, codebook_size, emb_dim, kl_weight, straight_through=False):
@@ -105,8 +109,8 @@ class GumbelQuantizer(nn.Module):
     def forward(self, z):
         """z [B, D, h, w] -> (z_q [B, D, h, w], codebook loss (0-d), stats, ids [B, h*w]).
 
-        The loss is kl_weight · KL(q || uniform over K codes) in nats, summed over codes and
-        averaged over batch and grid. stats is what `code_usage` returns.
+        The loss is kl_weight · KL(q || uniform over K ids) in nats, summed over ids and
+        averaged over batch and grid. stats is what `codebook_usage` returns.
         """
         logits = self.proj(z)  # [B, K, h, w]
         with torch.autocast(device_type=z.device.type, enabled=False):
@@ -122,12 +126,14 @@ class GumbelQuantizer(nn.Module):
             else:
                 indices = logits.argmax(1).flatten(1)  # [B, h*w]
                 z_q = self.embed_indices(indices, z.shape[2:])
-        stats = code_usage(indices, self.codebook_size)
+        stats = codebook_usage(indices, self.codebook_size)
         return z_q.to(z.dtype), self.kl_weight * kl, stats, indices
 
-    def embed_indices(self, indices, shape):
-        """Ids [B, h*w] on a grid of shape (h, w) -> codes [B, D, h, w].
+    @property
+    def codebook(self):
+        """The codebook [K, D] without a gradient; it shares memory with the parameter."""
+        return self.embed.weight.detach()
 
-        Raises ValueError when the ids do not fill the grid.
-        """
+    def embed_indices(self, indices, shape):
+        """Ids [B, h*w] on a grid of shape (h, w) -> vectors [B, D, h, w], see `embed_grid`."""
         return embed_grid(self.embed.weight, indices, shape)

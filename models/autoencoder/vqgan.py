@@ -18,7 +18,7 @@ class VQGAN(nn.Module):
     """The autoencoder `ae`, its discriminator `disc`, and their objectives.
 
     `perceptual` is a frozen module that maps two batches [B, 3, S, S] to distances [B, 1, 1, 1]
-    (`models.autoencoder.perceptual.build_perceptual()`); it is kept only where `perceptual_weight` uses it.
+    (`models.autoencoder.perceptual.build_perceptual()`), not needed with `perceptual_weight` 0.
     Raises ValueError for settings that do not fit together.
     """
 
@@ -29,19 +29,18 @@ class VQGAN(nn.Module):
         self.perceptual_weight = H.perceptual_weight
         self.disc_start_step, self.disc_weight_max = H.disc_start_step, H.disc_weight_max
         self.diff_aug = H.diff_aug
-        self.perceptual = None
-        if perceptual is not None and H.perceptual_weight > 0:
+        if H.perceptual_weight > 0 and H.img_size < 16:
+            raise ValueError(
+                f"LPIPS needs images of 16 pixels or more, not `img_size` {H.img_size}: set "
+                f"`perceptual_weight` 0"
+            )
+        self.perceptual = perceptual if H.perceptual_weight > 0 else None
+        if self.perceptual is not None:
+            self.perceptual_range = H.perceptual_range
             if H.perceptual_range not in ("0_1", "-1_1"):
                 raise ValueError(
-                    f"--perceptual_range must be 0_1 or -1_1, not {H.perceptual_range!r}."
+                    f"`perceptual_range` must be 0_1 or -1_1, not {H.perceptual_range!r}"
                 )
-            if H.img_size < 16 or H.n_channels not in (1, 3):
-                raise ValueError(
-                    "LPIPS needs images of at least 16 pixels and of 1 or 3 channels: set "
-                    f"--perceptual_weight 0 for {H.n_channels}x{H.img_size}x{H.img_size}."
-                )
-            self.perceptual_range = H.perceptual_range
-            self.perceptual = perceptual
 
     def perceptual_loss(self, x, x_hat):
         """Mean LPIPS between images [B, C, S, S] in [0, 1], 0-d; zero without `perceptual`."""
@@ -76,7 +75,7 @@ class VQGAN(nn.Module):
         perplexity. The discriminator takes part from `disc_start_step` on, and gets no gradient.
         Needs gradients to be on from then. `grad_scale`: see `adaptive_weight`.
         """
-        x_hat, codebook_loss, codes, _ = self.ae(x)
+        x_hat, codebook_loss, usage, _ = self.ae(x)
         nll, l1, perceptual = self.reconstruction_losses(x, x_hat)
         if step < self.disc_start_step:
             # The weight would be zero: the discriminator need not run.
@@ -93,7 +92,7 @@ class VQGAN(nn.Module):
             g_loss=g_loss,
             d_weight=d_weight,
             codebook_loss=codebook_loss,
-            perplexity=codes["perplexity"],
+            perplexity=usage["perplexity"],
         )
         return loss, x_hat, {name: value.detach() for name, value in stats.items()}
 

@@ -1,6 +1,7 @@
 """Stage 1: the VQGAN against what the published programs compute, and its parts on their own."""
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +16,11 @@ from models.autoencoder.autoencoder import AttentionBlock
 from models.autoencoder.diffaug import brightness, contrast, diff_augment, saturation, translation
 from models.autoencoder.discriminator import Discriminator
 from models.autoencoder.losses import (
-    adaptive_weight, bits_per_dim, gaussian_level_nll, gaussian_nll, gaussian_nll_bits, hinge_loss,
+    adaptive_weight, bits_per_dim, gaussian_level_nll, gaussian_nll, hinge_loss,
 )
 from models.autoencoder.perceptual import build_perceptual, load_vgg16
 from models.autoencoder.quantizers import (
-    GumbelQuantizer, NearestQuantizer, code_usage, gumbel_temperature,
+    GumbelQuantizer, NearestQuantizer, codebook_usage, gumbel_temperature,
 )
 
 DATA = Path(__file__).parents[2] / "data"
@@ -52,6 +53,10 @@ def read_golden(name):
     model = VQGAN(SimpleNamespace(**golden["hparams"])).eval()
     model.load_state_dict(golden["state_dict"], strict=True)
     return golden, model
+
+
+def gaussian_nll_bits(x, mu, logsigma, levels):
+    return bits_per_dim(gaussian_nll(x, mu, logsigma), x[0].numel(), levels)
 
 
 def assert_near(actual, expected, tolerance=1e-5):
@@ -249,7 +254,7 @@ def test_nearest_measures_in_float32_under_autocast():
 
 
 def test_usage_and_perplexity():
-    stats = code_usage(torch.tensor([[0, 0, 3], [3, 0, 0]]), codebook_size=5)
+    stats = codebook_usage(torch.tensor([[0, 0, 3], [3, 0, 0]]), codebook_size=5)
     assert stats["usage"].tolist() == [4, 0, 0, 2, 0]
     entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
     torch.testing.assert_close(stats["perplexity"].item(), math.exp(entropy))
@@ -293,6 +298,18 @@ def test_gumbel_temperature_schedule():
     assert gumbel_temperature(0) == 1
     assert gumbel_temperature(80_000) == 0.5
     assert gumbel_temperature(150_000) == gumbel_temperature(10**7) == 1 / 16
+
+
+@pytest.mark.parametrize("quantizer", ["nearest", "gumbel"])
+def test_codebook_is_the_table_that_ids_are_looked_up_in(quantizer):
+    ae = tiny(quantizer=quantizer).ae
+    assert ae.codebook.shape == (20, 8) and not ae.codebook.requires_grad
+    ids = torch.arange(64)[None] % 20
+    vectors = ae.quantize.embed_indices(ids, (8, 8))  # [1, D, 8, 8]
+    assert torch.equal(vectors[0].flatten(1).T, ae.codebook[ids[0]])
+    before = ae.codebook
+    before[3] = 7  # no copy: a change shows in the autoencoder
+    assert (ae.quantize.embed_indices(ids, (8, 8))[0, :, 0, 3] == 7).all()
 
 
 # Losses ------------------------------------------------------------------------------------
@@ -428,11 +445,11 @@ def test_discriminator_initialisation_and_widths():
 # DiffAug -----------------------------------------------------------------------------------
 
 
-def test_diff_augment_repeats_with_its_generator_and_passes_gradients():
+def test_diff_augment_repeats_with_its_rng_and_passes_gradients():
     x = images().requires_grad_()
 
     def run(seed):
-        return diff_augment(x, generator=torch.Generator().manual_seed(seed))
+        return diff_augment(x, rng=torch.Generator().manual_seed(seed))
 
     assert torch.equal(run(3), run(3))
     assert not torch.equal(run(3), run(4))
@@ -589,16 +606,21 @@ def test_vgg16_weights_fill_the_trunk(perceptual):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(nf=48), "multiple of 32, not 48"),
-        (dict(img_size=17), "--img_size must be a multiple of 2"),
-        (dict(latent_shape=[1, 16, 16]), "--latent_shape must be 1 8 8"),
-        (dict(quantizer="lookup"), "--quantizer"),
-        (dict(disc_layers=3), "--disc_layers"),
-        (dict(disc_layers=0), "--disc_layers"),
+        (dict(nf=48), "`nf` 48 x `ch_mult` 1 = 48 is no multiple of 32, the number of"),
+        (dict(nf=16, ch_mult=[2, 4]), "`nf` 16 x `ch_mult` 1 = 16 is no multiple of 32"),
+        (dict(img_size=17), "`img_size` 17 cannot be halved 1 times, as the 2 levels of `ch_mult`"),
+        (dict(latent_shape=[1, 16, 16]), "`latent_shape` 1 16 16 does not follow from `img_size` "
+         "16 and `ch_mult` 1 1, which give 1 8 8"),
+        (dict(attn_resolutions=[8, 7]), "`attn_resolutions` 7 never occurs: the sides are 16 8"),
+        (dict(quantizer="lookup"), "`quantizer` must be nearest or gumbel, not 'lookup'"),
+        (dict(disc_layers=3), "`disc_layers` 3 leaves nothing of images of 16 pixels"),
+        (dict(disc_layers=0), "`disc_layers` must be at least 1, not 0"),
+        (dict(img_size=8, latent_shape=[1, 4, 4], disc_layers=1, perceptual_weight=0.1),
+         "LPIPS needs images of 16 pixels or more, not `img_size` 8: set `perceptual_weight` 0"),
     ],
 )
 def test_settings_that_cannot_work_say_so(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)), torch.device("meta"):
         tiny(**changes)
 
 
@@ -609,9 +631,9 @@ def test_perceptual_settings_that_cannot_work_say_so():
     module = nn.Module()
     module.forward = distance
     small = dict(img_size=8, latent_shape=[1, 4, 4], disc_layers=1, perceptual_weight=1.0)
-    with pytest.raises(ValueError, match="--perceptual_weight 0"):
+    with pytest.raises(ValueError, match="`perceptual_weight` 0"):
         tiny(module, **small)
-    with pytest.raises(ValueError, match="--perceptual_range"):
+    with pytest.raises(ValueError, match="`perceptual_range` must be"):
         tiny(module, perceptual_weight=1.0, perceptual_range="0_255")
     assert tiny(module, **(small | dict(perceptual_weight=0.0))).perceptual is None
 
