@@ -201,15 +201,15 @@ def masked_attention(query, key, value, rpb, scale, grid):
 def check_neighborhood(height, width, kernel_size, dilation):
     """Raise ValueError when a kernel with this dilation does not fit the grid."""
     if not (isinstance(kernel_size, int) and isinstance(dilation, int)):
-        raise ValueError(f"kernel_size {kernel_size} and dilation {dilation} must be integers")
+        raise ValueError(f"`kernel_size` {kernel_size} and `dilation` {dilation} must be integers")
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd and positive, not {kernel_size}")
+        raise ValueError(f"`kernel_size` must be odd, not {kernel_size}")
     if dilation < 1:
-        raise ValueError(f"dilation must be at least 1, not {dilation}")
+        raise ValueError(f"`dilation` must be at least 1, not {dilation}")
     if kernel_size * dilation > min(height, width):
         raise ValueError(
-            f"kernel_size {kernel_size} x dilation {dilation} = {kernel_size * dilation} is larger "
-            f"than the grid's shorter side ({height}x{width})"
+            f"`kernel_size` {kernel_size} x `dilation` {dilation} = {kernel_size * dilation} is "
+            f"larger than the {height}x{width} grid"
         )
 
 
@@ -267,18 +267,18 @@ def neighborhood_attention_2d(
     """
     if query.dim() != 5 or not query.shape == key.shape == value.shape:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
-        raise ValueError(f"query, key and value must be equal [B, H, W, h, e], not {shapes}")
+        raise ValueError(f"`query`, `key` and `value` must be equal [B, H, W, h, e], not {shapes}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
-            f"query, key and value differ in type: {query.dtype}, {key.dtype}, {value.dtype}"
+            f"`query`, `key` and `value` differ in type: {query.dtype}, {key.dtype}, {value.dtype}"
         )
     _, height, width, heads, _ = query.shape
     check_neighborhood(height, width, kernel_size, dilation)
     side = 2 * kernel_size - 1
     if rpb is not None and rpb.shape != (heads, side, side):
-        raise ValueError(f"rpb must be {(heads, side, side)} here, not {tuple(rpb.shape)}")
+        raise ValueError(f"`rpb` must be {(heads, side, side)} here, not {tuple(rpb.shape)}")
     if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if backend == "natten" or (backend is None and prefers_natten(query.device)):
         problem = natten_problem(query, key, value, rpb, kernel_size)
         if not problem:
@@ -287,7 +287,7 @@ def neighborhood_attention_2d(
             except NotImplementedError as error:  # shapes and types that no kernel of natten takes
                 problem = str(error)
         if backend == "natten":
-            raise ValueError(f"backend 'natten' cannot do this call: {problem}")
+            raise ValueError(f"`backend` 'natten' cannot do this call: {problem}")
     tile = tile_shape(kernel_size, rpb is not None)
     if backend is None and dense_is_faster(height, width, kernel_size, dilation, tile):
         backend = "dense"

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.messages import listed
 from models.neighborhood_attention import neighborhood_attention_2d
-
 
 ROPE_BASE = 100.0  # Heo et al., arXiv 2403.13298, for grids of some tens of tokens a side
 
@@ -37,19 +37,47 @@ def rotate(x, angles):
     return turned.to(x.dtype)
 
 
+def match_groups(kernel_sizes, dilations):
+    """Kernel size and dilation of each group of heads, as two lists of one length.
+
+    Both are ints or sequences of ints; one value serves all groups (as in StyleNAT's module).
+    Raises ValueError where both have several values, and not equally many.
+    """
+    kernel_sizes, dilations = (
+        [sizes] if isinstance(sizes, int) else list(sizes) for sizes in (kernel_sizes, dilations)
+    )
+    groups = max(len(kernel_sizes), len(dilations))
+    if {len(kernel_sizes), len(dilations)} - {1, groups}:
+        raise ValueError(
+            f"`kernel_sizes` {listed(kernel_sizes)} and `dilations` {listed(dilations)} must be "
+            f"equally many, or one of either for all"
+        )
+    return kernel_sizes * (groups // len(kernel_sizes)), dilations * (groups // len(dilations))
+
+
 def split_heads(num_heads, groups):
     """Heads of each group; where they do not divide evenly, the last groups get one more.
 
     Raises ValueError when there are fewer heads than groups.
     """
     if groups > num_heads:
-        raise ValueError(f"{groups} groups need at least {groups} heads, not {num_heads}")
+        raise ValueError(
+            f"{groups} groups of `kernel_sizes` and `dilations` need at least {groups} heads, not "
+            f"`num_heads` {num_heads}"
+        )
     heads, remainder = divmod(num_heads, groups)
     return [heads + (group >= groups - remainder) for group in range(groups)]
 
 
-def join(tensors, dim):
-    """Concatenation that leaves a single tensor as it is."""
+def head_width(dim, num_heads):
+    """Channels of each head; raises ValueError where the heads do not divide `dim`."""
+    if dim % num_heads:
+        raise ValueError(f"`num_heads` {num_heads} does not divide `dim` {dim}")
+    return dim // num_heads
+
+
+def concatenate(tensors, dim):
+    """`torch.cat` that does not copy a single tensor."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)
 
 
@@ -62,9 +90,7 @@ class FullAttention(nn.Module):
 
     def __init__(self, dim, num_heads, attn_drop=0.0, proj_drop=0.0, causal=False, block_size=None):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide a width of {dim}")
-        self.num_heads = num_heads
+        self.num_heads, self.head_dim = num_heads, head_width(dim, num_heads)
         self.attn_drop = attn_drop
         self.causal = causal
         if causal:
@@ -81,10 +107,9 @@ class FullAttention(nn.Module):
 
         `cache` is a dict that keeps keys and values [B, h, N, e] between calls, empty at first.
         """
-        batch, tokens, dim = x.shape
 
         def heads(tensor):
-            return tensor.view(batch, tokens, self.num_heads, -1).transpose(1, 2)  # [B, h, N, e]
+            return tensor.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, h, N, e]
 
         query, key, value = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
         if cache is not None:
@@ -95,24 +120,20 @@ class FullAttention(nn.Module):
         out = F.scaled_dot_product_attention(
             query, key, value,
             dropout_p=self.attn_drop if self.training else 0.0,
-            is_causal=self.causal and tokens > 1,
+            is_causal=self.causal and x.shape[1] > 1,
         )
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # [B, N, C]
 
 
 class HydraNeighborhoodAttention(nn.Module):
     """Groups of heads with different neighborhoods (StyleNAT, arXiv 2211.05770) on [B, H, W, C].
 
-    The heads are split into len(kernel_sizes) groups (see `split_heads`), group i with kernel
-    `kernel_sizes[i]`, dilation `dilations[i]` (one dilation serves all groups) and, when `rpb`,
-    a relative positional bias table `rpb.i` [heads, 2k-1, 2k-1]. With `rope`, queries and keys
-    carry axial rotary positions: relative like the bias, but natten's fused kernels can use them.
-    Groups of equal kernel and dilation are computed together, by `backend` (None: the fastest, see
-    `neighborhood_attention_2d`). Attention is not dropped out: `attn_drop` other than 0 is refused,
-    since fused kernels have none.
-
-    Raises ValueError for heads that do not divide `dim`, a head_dim that rotary positions cannot
-    split in four, or groups that do not match.
+    Group i has kernel `kernel_sizes[i]`, dilation `dilations[i]` (see `match_groups` and
+    `split_heads`) and, with `rpb`, a relative positional bias table `rpb.i` [heads, 2k-1, 2k-1].
+    With `rope`, queries and keys carry axial rotary positions, relative as well, which natten's
+    fused kernels can do. Groups of equal kernel and dilation are computed together, by `backend`
+    (None: the fastest, see `neighborhood_attention_2d`). No kernel has attention dropout:
+    `attn_drop` must be 0. Raises ValueError for arguments that do not fit together.
     """
 
     def __init__(
@@ -120,22 +141,16 @@ class HydraNeighborhoodAttention(nn.Module):
         proj_drop=0.0, dilations=(1,), rpb=True, rope=False, backend=None,
     ):
         super().__init__()
-        kernel_sizes, dilations = list(kernel_sizes), list(dilations)
-        if len(dilations) == 1:
-            dilations = dilations * len(kernel_sizes)
-        if len(dilations) != len(kernel_sizes):
-            raise ValueError(f"{len(kernel_sizes)} kernel sizes but {len(dilations)} dilations")
-        if dim % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide a width of {dim}")
-        if rope and dim // num_heads % 4:
-            raise ValueError(f"rotary positions need a head_dim of 4n, not {dim // num_heads}")
+        self.kernel_sizes, self.dilations = match_groups(kernel_sizes, dilations)
+        self.group_heads = split_heads(num_heads, len(self.kernel_sizes))
+        self.num_heads, self.head_dim = num_heads, head_width(dim, num_heads)
+        if rope and self.head_dim % 4:
+            raise ValueError(
+                f"`rope` needs `dim` / `num_heads` to be a multiple of 4, not {dim} / {num_heads}"
+            )
         if attn_drop:
-            raise ValueError("hydra attention has no attention dropout: set attn_pdrop to 0")
-        self.num_heads = num_heads
-        self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.kernel_sizes = kernel_sizes
-        self.dilations = dilations
-        self.group_heads = split_heads(num_heads, len(kernel_sizes))
+            raise ValueError("`attn_drop` must be 0: hydra attention has no attention dropout")
+        self.scale = qk_scale or self.head_dim**-0.5
         self.rope = rope
         self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -143,7 +158,7 @@ class HydraNeighborhoodAttention(nn.Module):
         if rpb:
             self.rpb = nn.ParameterList(
                 nn.Parameter(torch.zeros(heads, 2 * kernel - 1, 2 * kernel - 1))
-                for heads, kernel in zip(self.group_heads, kernel_sizes)
+                for heads, kernel in zip(self.group_heads, self.kernel_sizes)
             )
             for table in self.rpb:
                 nn.init.trunc_normal_(table, std=0.02)
@@ -151,28 +166,27 @@ class HydraNeighborhoodAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
         self.neighborhoods = {}  # (kernel, dilation) to the groups that share it
-        for group, neighborhood in enumerate(zip(kernel_sizes, dilations)):
+        for group, neighborhood in enumerate(zip(self.kernel_sizes, self.dilations)):
             self.neighborhoods.setdefault(neighborhood, []).append(group)
 
     def forward(self, x):
         """Attend within x [B, H, W, C], any grid that the largest kernel x dilation fits into."""
-        batch, height, width, dim = x.shape
-        qkv = self.qkv(x).view(batch, height, width, 3, self.num_heads, -1)
+        qkv = self.qkv(x).unflatten(3, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.unbind(3)  # [B, H, W, h, e]
         if self.rope:
-            angles = rotary_angles(height, width, query.shape[-1], x.device)
+            angles = rotary_angles(*x.shape[1:3], self.head_dim, x.device)
             query, key = rotate(query, angles), rotate(key, angles)
         parts = [part.split(self.group_heads, dim=3) for part in (query, key, value)]
         outs = [None] * len(self.group_heads)
         for (kernel, dilation), groups in self.neighborhoods.items():
-            together = [join([part[group] for group in groups], dim=3) for part in parts]
+            together = [concatenate([part[group] for group in groups], dim=3) for part in parts]
             table = None
             if self.rpb is not None:
-                table = join([self.rpb[group] for group in groups], dim=0)
+                table = concatenate([self.rpb[group] for group in groups], dim=0)
             out = neighborhood_attention_2d(
                 *together, kernel, dilation, table, self.scale, self.backend
             )
             for group, part in zip(groups, out.split([self.group_heads[g] for g in groups], 3)):
                 outs[group] = part
-        out = join(outs, dim=3)  # [B, H, W, h, e]
-        return self.proj_drop(self.proj(out.reshape(batch, height, width, dim)))
+        out = concatenate(outs, dim=3)  # [B, H, W, h, e]
+        return self.proj_drop(self.proj(out.flatten(3)))  # [B, H, W, C]

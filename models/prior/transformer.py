@@ -6,7 +6,31 @@ Shapes: B batch, N tokens = grid height x width, C = bert_n_emb.
 import torch
 from torch import nn
 
+from models.messages import listed, renamed
+from models.neighborhood_attention import check_neighborhood
 from models.prior.attention import FullAttention, HydraNeighborhoodAttention
+
+# What the settings call the arguments of attention, in messages.
+SETTINGS = {
+    "`dim`": "`bert_n_emb`", "`num_heads`": "`bert_n_head`", "`attn_drop`": "`attn_pdrop`",
+    "`rope`": "`position` rope", "`kernel_size`": "`kernel_sizes`", "`dilation`": "`dilations`",
+}
+
+
+def check_attention(H):
+    """Raise ValueError where attention does not fit the sampler, the positions or the grid."""
+    if H.sampler == "autoregressive" and H.attention == "hydra":
+        raise ValueError("`sampler` autoregressive needs `attention` full: hydra looks ahead")
+    if H.attention == "full" and H.position != ["absolute"]:
+        raise ValueError(
+            f"`attention` full has absolute positions only, not {listed(H.position)}"
+        )
+    _, height, width = H.latent_shape
+    if H.block_size != height * width:
+        raise ValueError(
+            f"`block_size` {H.block_size} is not the number of ids of `latent_shape` "
+            f"{listed(H.latent_shape)}, {height * width}"
+        )
 
 
 class Block(nn.Module):
@@ -53,10 +77,12 @@ class Transformer(nn.Module):
     told the time. As a causal prior its input is shifted right by a learned start token.
     Positions come from `H.position`: `absolute` adds a table to the embeddings and ties the
     model to its grid; `rpb` and `rope` live in the attention and do not.
+    Raises ValueError for settings that do not fit together.
     """
 
     def __init__(self, H):
         super().__init__()
+        check_attention(H)
         self.causal = H.sampler == "autoregressive"
         self.grid = tuple(H.latent_shape[1:])
         dim = H.bert_n_emb
@@ -68,7 +94,13 @@ class Transformer(nn.Module):
         self.start_tok = nn.Parameter(torch.zeros(1, 1, dim), requires_grad=self.causal)
         self.tok_emb = nn.Embedding(H.codebook_size + (not self.causal), dim)
         self.drop = nn.Dropout(H.embd_pdrop)
-        self.blocks = nn.ModuleList(Block(H) for _ in range(H.bert_n_layers))
+        try:
+            self.blocks = nn.ModuleList(Block(H) for _ in range(H.bert_n_layers))
+            if H.attention == "hydra":
+                for kernel_size, dilation in self.blocks[0].attn.neighborhoods:
+                    check_neighborhood(*self.grid, kernel_size, dilation)
+        except ValueError as error:
+            raise renamed(error, SETTINGS) from None
         self.ln_f = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, H.codebook_size, bias=False)
         self.reset_parameters()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import models.neighborhood_attention as module
 from helpers import assert_close, golden
 from models import HydraNeighborhoodAttention
-from models.prior.attention import rotary_angles, rotate, split_heads
 from models.neighborhood_attention import neighborhood_attention_2d
+from models.prior.attention import match_groups, rotary_angles, rotate, split_heads
 
 OURS = ["tiled", "dense"]
 
@@ -257,15 +257,15 @@ def test_refusals_say_why(monkeypatch):
     for arguments, says in [
         (dict(kernel_size=4), "must be odd"),
         (dict(kernel_size=(3, 3)), "must be integers"),
-        (dict(kernel_size=3, dilation=3), "larger than the grid"),
-        (dict(kernel_size=3, dilation=0), "dilation must be"),
-        (dict(kernel_size=3, rpb=torch.zeros(2, 3, 3)), "rpb must be"),
+        (dict(kernel_size=3, dilation=3), "= 9 is larger than the 6x6 grid"),
+        (dict(kernel_size=3, dilation=0), "`dilation` must be"),
+        (dict(kernel_size=3, rpb=torch.zeros(2, 3, 3)), "`rpb` must be"),
         (dict(kernel_size=3, rpb=torch.zeros(2, 5, 5), backend="natten"), "no relative"),
-        (dict(kernel_size=3, backend="cudnn"), "backend must be one of"),
+        (dict(kernel_size=3, backend="cudnn"), "`backend` must be one of"),
     ]:
         with pytest.raises(ValueError, match=says):
             neighborhood_attention_2d(*qkv, **arguments)
-    with pytest.raises(ValueError, match="backend 'natten' cannot"):  # no kernel for head_dim 4
+    with pytest.raises(ValueError, match="`backend` 'natten' cannot"):  # no kernel for head_dim 4
         neighborhood_attention_2d(*qkv, 3, backend="natten")
     query, key, value = qkv
     value = value.clone().requires_grad_()
@@ -286,6 +286,41 @@ def test_heads_of_uneven_groups():
     assert split_heads(7, 2) == [3, 4]
     with pytest.raises(ValueError, match="at least 3 heads"):
         split_heads(2, 3)
+
+
+def test_match_groups_repeats_a_single_value():
+    assert match_groups(3, 1) == ([3], [1])
+    assert match_groups(7, (1, 2)) == ([7, 7], [1, 2])
+    assert match_groups([3, 5, 7], 2) == ([3, 5, 7], [2, 2, 2])
+    assert match_groups((3, 5), [2, 1]) == ([3, 5], [2, 1])
+    for kernel_sizes, dilations in [([3, 5], [1, 2, 1]), ([3, 5, 7], [1, 1]), ([], [1])]:
+        with pytest.raises(ValueError, match="must be equally many, or one of either"):
+            match_groups(kernel_sizes, dilations)
+
+
+@pytest.mark.parametrize("kernel_sizes, dilations, groups", [
+    ([3], [1, 2, 3], [(3, 1), (3, 2), (3, 3)]),
+    (3, (2, 1), [(3, 2), (3, 1)]),
+    ([3, 5], 2, [(3, 2), (5, 2)]),
+    (5, 1, [(5, 1)]),
+])
+def test_hydra_with_one_value_for_all_groups(kernel_sizes, dilations, groups):
+    """Against a brute-force attention of each group, and against both lists written out."""
+    torch.manual_seed(0)
+    hydra = HydraNeighborhoodAttention(16, kernel_sizes, 4, dilations=dilations)
+    x = torch.randn(1, 10, 11, 16)
+    q, k, v = hydra.qkv(x).view(1, 10, 11, 3, 4, 4).unbind(3)
+    outs, first = [], 0
+    for (kernel, dilation), table in zip(groups, hydra.rpb, strict=True):
+        heads = slice(first, first + len(table))
+        parts = (part[..., heads, :] for part in (q, k, v))
+        outs.append(brute_force(*parts, kernel, dilation, table, 0.5))
+        first += len(table)
+    assert_close(hydra(x), hydra.proj(torch.cat(outs, dim=3).flatten(3)))
+    kernels, spread = zip(*groups)
+    written_out = HydraNeighborhoodAttention(16, kernels, 4, dilations=spread)
+    written_out.load_state_dict(hydra.state_dict())
+    assert torch.equal(written_out(x), hydra(x))
 
 
 def test_hydra_groups_are_independent_attentions():
@@ -359,5 +394,5 @@ def test_hydra_turns_queries_and_keys():
     query, key = (torch.cat((part.real, part.imag), dim=-1) for part in turned)
     expected = brute_force(query, key, qkv[2], 3, 1, None, 8**-0.5)
     assert_close(hydra(x), hydra.proj(expected.flatten(3)))
-    with pytest.raises(ValueError, match="head_dim of 4n"):
+    with pytest.raises(ValueError, match="a multiple of 4, not 12 / 2"):
         HydraNeighborhoodAttention(12, [3], 2, rope=True)
