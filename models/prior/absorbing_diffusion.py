@@ -7,36 +7,32 @@ Shapes: B batch, N tokens, K codebook size; T = total_steps; t int64 [B] in 1..T
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from models.autoencoder.quantizers import embed_grid
-from models.sampling.samplers import (
-    sample_ancestral, sample_confidence, sample_first_hitting, sample_halton, sample_mask_predict,
-    sample_raster, sample_remdm,
-)
+from models.sampling.samplers import SAMPLERS
 
 
-def draw_times(batch, total_steps, low_discrepancy=False, generator=None, device=None):
+def draw_times(batch, total_steps, low_discrepancy=False, rng=None, device=None):
     """Times t [B], each uniform on 1..T.
 
     With `low_discrepancy` the batch shares one draw and covers 1..T evenly (Kingma et al.,
     Variational Diffusion Models, arXiv 2107.00630, appendix I), which lowers the loss's variance.
     """
     if not low_discrepancy:
-        return torch.randint(1, total_steps + 1, (batch,), generator=generator, device=device)
-    start = torch.rand((), dtype=torch.float64, generator=generator, device=device)
+        return torch.randint(1, total_steps + 1, (batch,), generator=rng, device=device)
+    start = torch.rand((), dtype=torch.float64, generator=rng, device=device)
     spread = torch.arange(batch, dtype=torch.float64, device=device) / batch
     return ((start + spread) % 1 * total_steps).long() + 1
 
 
-def draw_mask(t, tokens, total_steps, schedule="random", generator=None):
+def draw_mask(t, tokens, total_steps, schedule="random", rng=None):
     """Which tokens are masked at time t: bool [B, N].
 
     `random`: each with probability t/T. `fixed`: exactly round(t/T * N) of them, at least one.
     """
-    noise = torch.rand((len(t), tokens), generator=generator, device=t.device)
+    noise = torch.rand((len(t), tokens), generator=rng, device=t.device)
     if schedule == "random":
         return noise < (t / total_steps)[:, None]
     count = (t / total_steps * tokens).round().long().clamp(min=1)
@@ -82,12 +78,14 @@ class AbsorbingDiffusion(nn.Module):
         self.low_discrepancy = H.t_sampling == "low_discrepancy"
         self.sample_type = H.sample_type
         self.sample_steps = H.sample_steps
-        self.choice_temp = H.choice_temp
-        self.remask = H.remask
+        self.options = {
+            name: getattr(H, name)
+            for method in SAMPLERS.values() for name in method.options if name != "grid"
+        }
         self.register_buffer("Lt_history", torch.zeros(H.total_steps + 1))
         self.register_buffer("Lt_count", torch.zeros(H.total_steps + 1))
         self.register_buffer("loss_history", torch.zeros(H.total_steps + 1))
-        self.register_buffer("embedding_weight", embedding_weight, persistent=False)
+        self.register_buffer("embedding_weight", embedding_weight.detach(), persistent=False)
         self._denoise_fn = denoise_fn
 
     def embed(self, ids, grid=None):
@@ -99,35 +97,36 @@ class AbsorbingDiffusion(nn.Module):
         logits = self._denoise_fn(ids.masked_fill(mask, self.mask_id))
         return diffusion_losses(logits, ids, mask, t, self.total_steps)
 
-    def forward(self, ids, generator=None, share=(0, 1)):
+    def forward(self, ids, rng=None, part=(0, 1), reduce=None):
         """Training objective for ids [B, N]: a dict with `loss` and `bits_per_token`, means.
 
-        In training mode the histories of the times drawn are brought up to date. With a `share`
-        (r, R) the ids are part r of R of a batch, whose whole noise is drawn from `generator`: the
-        parts' losses are then those of the whole batch.
+        With `part` (r, R) the ids are part r of R of a batch whose whole noise is drawn from
+        `rng`: the mean of the parts' losses is the loss of the whole batch. In training mode the
+        histories are updated with all parts; `reduce` adds a tensor up over them in place, as
+        `torch.distributed.all_reduce` does.
         """
-        part, parts = share
+        index, parts = part
         t = draw_times(
-            len(ids) * parts, self.total_steps, self.low_discrepancy, generator, device=ids.device
+            len(ids) * parts, self.total_steps, self.low_discrepancy, rng, device=ids.device
         )
-        mask = draw_mask(t, ids.shape[1], self.total_steps, self.mask_schedule, generator)
-        t, mask = t.chunk(parts)[part], mask.chunk(parts)[part]
+        mask = draw_mask(t, ids.shape[1], self.total_steps, self.mask_schedule, rng)
+        t, mask = t.chunk(parts)[index], mask.chunk(parts)[index]
         losses = self.losses(ids, t, mask)
         loss = losses[self.loss_type]
         if self.training:
-            self.update_histories(t, loss.detach(), losses["elbo"].detach())
+            self.update_histories(t, loss.detach(), losses["elbo"].detach(), reduce)
         return {"loss": loss.mean(), "bits_per_token": losses["elbo"].detach().mean()}
 
     @torch.no_grad()
-    def update_histories(self, t, loss, elbo):
-        """Average this batch's losses per time into the histories; a first visit sets them.
+    def update_histories(self, t, loss, elbo, reduce=None):
+        """Average the batch's losses [B] at times t into the histories; a first visit sets them.
 
-        Where several processes train together, the batch is that of all of them.
+        `reduce` as in `forward`.
         """
         values = torch.stack((torch.ones_like(loss), loss, elbo**2))  # [3, B]
         sums = values.new_zeros(3, self.total_steps + 1).index_add_(1, t, values)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
+        if reduce is not None:
+            reduce(sums)
         visits = sums[0]
         seen = visits > 0
         decay = torch.where(self.Lt_count > 0, 0.9, 0.0)
@@ -137,17 +136,17 @@ class AbsorbingDiffusion(nn.Module):
         self.Lt_count += visits
 
     @torch.no_grad()
-    def bits_per_token(self, ids, generator=None):
+    def bits_per_token(self, ids, rng=None):
         """Estimate of the bound -log2 p(ids) / N of each sample [B]: one t each, spread evenly.
 
         The bound is that of the `random` schedule, whichever the model trains with.
         """
-        t = draw_times(len(ids), self.total_steps, True, generator, device=ids.device)
-        mask = draw_mask(t, ids.shape[1], self.total_steps, "random", generator)
+        t = draw_times(len(ids), self.total_steps, True, rng, device=ids.device)
+        mask = draw_mask(t, ids.shape[1], self.total_steps, "random", rng)
         return self.losses(ids, t, mask)["elbo"]
 
     @torch.no_grad()
-    def nats(self, ids, draws=0, generator=None, batch_size=64):
+    def nats(self, ids, draws=0, rng=None, batch_size=64):
         """Unbiased estimate of the bound on -log p(ids) of each sample, in nats: float64 [B].
 
         The bound is the sum over t = 1..T of E[CE_t] / t. Every t is visited once, under one
@@ -159,47 +158,39 @@ class AbsorbingDiffusion(nn.Module):
         samples, tokens = ids.shape
         if draws:
             times = [
-                draw_times(draws, self.total_steps, True, generator, ids.device) for _ in ids
+                draw_times(draws, self.total_steps, True, rng, ids.device) for _ in ids
             ]
             t = torch.cat(times)  # [B * K]
         else:
             t = torch.arange(1, self.total_steps + 1, device=ids.device).repeat(samples)
         rows = ids.repeat_interleave(len(t) // samples, dim=0)  # [B * K, N]
-        mask = draw_mask(t, tokens, self.total_steps, "random", generator)
+        mask = draw_mask(t, tokens, self.total_steps, "random", rng)
         parts = zip(*(each.split(batch_size) for each in (rows, t, mask)))
         bits = torch.cat([self.losses(*part)["elbo"] for part in parts])
         return bits.view(samples, -1).double().mean(1) * tokens * math.log(2)
 
     def sample(
-        self, n_samples, temp=1.0, sample_steps=None, sample_type=None, generator=None,
-        progress=None, known=None, grid=None, denoise=None,
+        self, n_samples, temp=1.0, sample_steps=None, sample_type=None, rng=None, progress=None,
+        known=None, grid=None, denoise=None,
     ):
         """Draw ids [n_samples, N]; steps and type default to the model's settings.
 
         `known` ids [n_samples, N] are kept where they are not `mask_id`. `grid` (h, w) is another
-        one than the model's; `denoise` replaces the network as in `models.sampling.samplers`, by default
-        on that grid, which only a model without absolute positions can do.
+        one than the model's; `denoise`, see `models.sampling.samplers`, replaces the network on
+        that grid, which only a model without absolute positions can do by itself.
         """
-        kind, steps = sample_type or self.sample_type, sample_steps or self.sample_steps
+        method = SAMPLERS[sample_type or self.sample_type]
         grid = grid or self.shape
         shape, device = (n_samples, math.prod(grid)), self.Lt_count.device
         ids = torch.full(shape, self.mask_id, device=device) if known is None else known
         if ids.shape != shape:
-            raise ValueError(f"known must be {shape}, not {tuple(ids.shape)}")
-        sample, options = {
-            "diffusion": (sample_ancestral, {}),
-            "first_hitting": (sample_first_hitting, {}),
-            "mlm": (sample_mask_predict, {"total_steps": self.total_steps}),
-            "confidence": (sample_confidence, {"choice_temp": self.choice_temp}),
-            "halton": (sample_halton, {"grid": grid}),
-            "remdm": (sample_remdm, {"remask": self.remask}),
-            "raster": (sample_raster, {}),
-        }[kind]
+            raise ValueError(f"`known` must be {shape}, not {tuple(ids.shape)}")
+        options = {**self.options, "grid": grid}
 
         def on_grid(ids, where):
             return self._denoise_fn(ids, grid=grid, where=where)
 
-        return sample(
-            denoise or on_grid, ids, self.mask_id, steps, temp=temp, generator=generator,
-            progress=progress, **options,
+        return method.sample(
+            denoise or on_grid, ids, self.mask_id, sample_steps or self.sample_steps, temp, rng,
+            progress, **{name: options[name] for name in method.options},
         )

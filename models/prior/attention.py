@@ -107,9 +107,9 @@ class FullAttention(nn.Module):
 
         `cache` is a dict that keeps keys and values [B, h, N, e] between calls, empty at first.
         """
-
         def heads(tensor):
-            return tensor.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, h, N, e]
+            tensor = tensor.unflatten(2, (self.num_heads, self.head_dim))  # [B, N, h, e]
+            return tensor.transpose(1, 2)
 
         query, key, value = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
         if cache is not None:

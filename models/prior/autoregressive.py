@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.autoencoder.quantizers import embed_grid
-from models.sampling.samplers import sample_autoregressive
 from models.prior.transformer import Transformer
+from models.sampling.samplers import sample_autoregressive
 
 
 class AutoregressiveTransformer(nn.Module):
@@ -18,7 +18,7 @@ class AutoregressiveTransformer(nn.Module):
         super().__init__()
         self.shape = tuple(H.latent_shape[1:])
         self.tokens = math.prod(self.shape)
-        self.register_buffer("embedding_weight", embedding_weight, persistent=False)
+        self.register_buffer("embedding_weight", embedding_weight.detach(), persistent=False)
         self.net = Transformer(H)
         self.top_k, self.top_p = H.top_k, H.top_p
 
@@ -32,35 +32,35 @@ class AutoregressiveTransformer(nn.Module):
         nats = F.cross_entropy(logits.transpose(1, 2).float(), ids, reduction="none")
         return nats / math.log(2)
 
-    def forward(self, ids, generator=None, share=(0, 1)):
+    def forward(self, ids, rng=None, part=(0, 1), reduce=None):
         """Training objective for ids [B, N]: `loss` and `bits_per_token`, both that mean.
 
-        There is no noise to draw or to `share`.
+        The other arguments are those of `AbsorbingDiffusion.forward`; without noise and histories
+        they are ignored.
         """
         loss = self.bits(ids).mean()
         return {"loss": loss, "bits_per_token": loss.detach()}
 
     @torch.no_grad()
-    def bits_per_token(self, ids, generator=None):
+    def bits_per_token(self, ids, rng=None):
         """-log2 p(ids) / N of each sample, exact: [B]."""
         return self.bits(ids).mean(1)
 
     @torch.no_grad()
-    def nats(self, ids, draws=0, generator=None, batch_size=64):
+    def nats(self, ids, draws=0, rng=None, batch_size=64):
         """-log p(ids) of each sample, in nats and exact: float64 [B].
 
-        `draws` and `generator` belong to the diffusion and are not looked at.
+        `draws` and `rng` are those of the diffusion and are ignored.
         """
         bits = torch.cat([self.bits(part).double().sum(1) for part in ids.split(batch_size)])
         return bits * math.log(2)
 
     def sample(
-        self, n_samples, temp=1.0, sample_steps=None, sample_type=None, generator=None,
-        progress=None,
+        self, n_samples, temp=1.0, sample_steps=None, sample_type=None, rng=None, progress=None,
     ):
         """Draw ids [n_samples, N]; keys and values of earlier tokens are kept, not recomputed.
 
-        `sample_steps` and `sample_type` belong to the diffusion and are not looked at.
+        `sample_steps` and `sample_type` are those of the diffusion and are ignored.
         """
         caches = [{} for _ in self.net.blocks]
 
@@ -68,7 +68,7 @@ class AutoregressiveTransformer(nn.Module):
             return self.net(ids, caches=caches)[:, -1]
 
         return sample_autoregressive(
-            next_logits, n_samples, self.tokens, temp, generator,
+            next_logits, n_samples, self.tokens, temp, rng,
             device=self.net.start_tok.device, progress=progress, top_k=self.top_k,
             top_p=self.top_p,
         )

@@ -1,27 +1,51 @@
-"""Draw grids of ids from a denoiser: pure mathematics, no files and no devices.
+"""Sampling methods: how grids of ids are drawn from a denoiser.
 
 A denoiser is any `denoise(ids [B, N], where bool [B, N]) -> logits [M, K]`: of the M positions that
-`where` asks for, row by row, and of no others. A sampler starts from ids [B, N] that hold `mask_id`
-where a token is to be drawn and known tokens elsewhere (none, in unconditional sampling), and
-returns them complete; `progress(done, total)` is called after each network call. Only `remdm` and
-`mask_predict` ever change a token that they have drawn, and nothing changes a known one.
+`where` asks for, row by row, and of no others. A sampling method starts from ids [B, N] that hold
+`mask_id` where a token is to be drawn and known tokens elsewhere (none, in unconditional sampling),
+and returns them complete; it calls `progress(done, total)` after each network call. Only `remdm`
+and `mlm` ever change a token that they have drawn, and none changes a known one.
+
+All have the signature `method(denoise, ids, mask_id, steps, temp, rng, progress, **options)`; a
+new one is a function here with its name and options in `@sampling_method`.
 
 Shapes: B batch, N tokens, K codebook size, S steps.
 """
 
 import math
+from typing import Callable, NamedTuple
 
 import torch
 
 
-def draw(logits, temp=1.0, generator=None):
+class SamplingMethod(NamedTuple):
+    """A function that draws ids, and the names of its options: `grid` (h, w) is that of the ids,
+    every other one a setting."""
+
+    sample: Callable
+    options: tuple[str, ...]
+
+
+SAMPLERS = {}  # each `sample_type` to its SamplingMethod
+
+
+def sampling_method(name, *options):
+    """Function decorator: enter the function in SAMPLERS."""
+    def enter(function):
+        SAMPLERS[name] = SamplingMethod(function, options)
+        return function
+
+    return enter
+
+
+def draw(logits, temp=1.0, rng=None):
     """One categorical draw from each row of logits [M, K] at temperature `temp`: int64 [M].
 
     Drawn in float64: the inverse-CDF and Gumbel noise of lower precisions cut the tails off,
     which lowers the temperature (arXiv 2409.02908).
     """
     probabilities = (logits.double() / temp).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    return torch.multinomial(probabilities, 1, generator=rng).squeeze(-1)
 
 
 def truncate(logits, top_k=0, top_p=1.0):
@@ -40,7 +64,7 @@ def truncate(logits, top_k=0, top_p=1.0):
 
 
 @torch.no_grad()
-def reveal(denoise, ids, call, temp, generator=None, progress=None):
+def reveal(denoise, ids, call, temp, rng=None, progress=None):
     """Draw each token of ids [B, N] at the network call numbered `call` [B, N]; -1 for known ones.
 
     Each sample has a clock of its own: a call serves the samples that have tokens to draw at it,
@@ -54,7 +78,7 @@ def reveal(denoise, ids, call, temp, generator=None, progress=None):
         now = call[running] == number
         rows, columns = now.nonzero(as_tuple=True)
         logits = denoise(ids[running], now)
-        ids[running[rows], columns] = draw(logits, temp, generator)
+        ids[running[rows], columns] = draw(logits, temp, rng)
         if progress:
             progress(number + 1, calls)
     return ids
@@ -74,7 +98,8 @@ def reveal_in_order(denoise, ids, mask_id, steps, keys, *arguments):
     return reveal(denoise, ids, call.masked_fill(~masked, -1), *arguments)
 
 
-def sample_ancestral(denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None):
+@sampling_method("diffusion")
+def sample_ancestral(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None):
     """Ancestral sampling of the absorbing diffusion, event by event.
 
     Step by step, for t = S..1 every masked token is unmasked with probability 1/t. The denoiser
@@ -82,31 +107,33 @@ def sample_ancestral(denoise, ids, mask_id, steps, temp=1.0, generator=None, pro
     1..S and the network runs only at the times that occur, each sample on a clock of its own.
     """
     masked = ids == mask_id
-    time = torch.randint(steps, ids.shape, generator=generator, device=ids.device)
+    time = torch.randint(steps, ids.shape, generator=rng, device=ids.device)
     time = time.masked_fill(~masked, -1)
     # call[b, i]: how many times later than its own occur in sample b
     ordered, order = time.sort(dim=1, descending=True)
     new = torch.zeros_like(time)
     new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     call = torch.empty_like(time).scatter_(1, order, new.cumsum(1))
-    return reveal(denoise, ids, call.masked_fill(~masked, -1), temp, generator, progress)
+    return reveal(denoise, ids, call.masked_fill(~masked, -1), temp, rng, progress)
 
 
-def sample_first_hitting(denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None):
+@sampling_method("first_hitting")
+def sample_first_hitting(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None):
     """The continuous-time limit of ancestral sampling (Zheng et al., arXiv 2409.02908).
 
     In that limit no two tokens are unmasked at once and their order is uniformly random: with at
     least as many steps as tokens it is computed exactly, one token a call; with fewer, the tokens
     are drawn in that order by as many at a call as S calls need.
     """
-    noise = torch.rand(ids.shape, generator=generator, device=ids.device, dtype=torch.float64)
-    return reveal_in_order(denoise, ids, mask_id, steps, noise, temp, generator, progress)
+    noise = torch.rand(ids.shape, generator=rng, device=ids.device, dtype=torch.float64)
+    return reveal_in_order(denoise, ids, mask_id, steps, noise, temp, rng, progress)
 
 
-def sample_raster(denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None):
+@sampling_method("raster")
+def sample_raster(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None):
     """Row by row, as many tokens at a call as S calls need: one, with as many steps as tokens."""
     place = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float64).expand(ids.shape)
-    return reveal_in_order(denoise, ids, mask_id, steps, place, temp, generator, progress)
+    return reveal_in_order(denoise, ids, mask_id, steps, place, temp, rng, progress)
 
 
 def cosine_schedule(tokens, steps):
@@ -146,7 +173,8 @@ def halton_order(height, width):
     return found
 
 
-def sample_halton(denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None, *, grid):
+@sampling_method("halton", "grid")
+def sample_halton(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None, *, grid):
     """Draw in S calls tokens that lie far apart on `grid` (h, w): their order is a Halton sequence
     (Besnier et al., arXiv 2503.17076), shifted at random for each sample; cosine schedule."""
     height, width = grid
@@ -154,7 +182,7 @@ def sample_halton(denoise, ids, mask_id, steps, temp=1.0, generator=None, progre
     order = halton_order(height, width).to(ids.device)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=ids.device)  # of each position in the order
-    shift = torch.rand((2, len(ids), 1, 1), generator=generator, device=ids.device)
+    shift = torch.rand((2, len(ids), 1, 1), generator=rng, device=ids.device)
     rows = torch.arange(height, device=ids.device)[:, None] + (shift[0] * height).long()
     columns = torch.arange(width, device=ids.device) + (shift[1] * width).long()
     place = place[(rows % height * width + columns % width).flatten(1)]  # [B, N]
@@ -162,12 +190,13 @@ def sample_halton(denoise, ids, mask_id, steps, temp=1.0, generator=None, progre
     unmasked_before = masked.sum(1, keepdim=True) - left
     # token number r of a sample is drawn at the first call after which more than r are unmasked
     call = torch.searchsorted(unmasked_before, rank(place.double(), masked), right=True)
-    return reveal(denoise, ids, call.masked_fill(~masked, -1), temp, generator, progress)
+    return reveal(denoise, ids, call.masked_fill(~masked, -1), temp, rng, progress)
 
 
+@sampling_method("confidence", "choice_temp")
 @torch.no_grad()
 def sample_confidence(
-    denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None, choice_temp=4.5
+    denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None, *, choice_temp=4.5
 ):
     """MaskGIT (Chang et al., arXiv 2202.04200): every masked token is drawn at each of S calls,
     and those are kept that the network was surest of; cosine schedule.
@@ -183,11 +212,9 @@ def sample_confidence(
             break
         masked = ids[running] == mask_id
         logits = denoise(ids[running], masked)
-        tokens = draw(logits, temp, generator)
+        tokens = draw(logits, temp, rng)
         sure = logits.double().log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
-        uniform = torch.rand(
-            sure.shape, generator=generator, device=ids.device, dtype=torch.float64
-        )
+        uniform = torch.rand(sure.shape, generator=rng, device=ids.device, dtype=torch.float64)
         gumbel = -(-uniform.clamp(min=1e-300).log()).log()
         sure = sure + choice_temp * (1 - (number + 1) / steps) * gumbel
         # keep those of each sample that stand first when sureness falls
@@ -201,41 +228,40 @@ def sample_confidence(
     return ids
 
 
+@sampling_method("remdm", "remask")
 @torch.no_grad()
 def sample_remdm(
-    denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None, remask=0.05
+    denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None, *, remask=0.05
 ):
     """Ancestral sampling that masks tokens again (ReMDM, Wang et al., arXiv 2503.00307).
 
-    From t to t-1, with a = 1 - t/S the share unmasked, a drawn token is masked again with
+    From t to t-1, with a = 1 - t/S the fraction unmasked, a drawn token is masked again with
     probability s = `remask` * min(1, (1 - a') / a) (the paper's `rescale`, a' that of t-1), and a
-    masked one is drawn with probability (a' - (1 - s) a) / (1 - a), which keeps the shares. With
-    `remask` 0 this is ancestral sampling, step by step.
+    masked one is drawn with probability (a' - (1 - s) a) / (1 - a), which keeps the fractions.
+    With `remask` 0 this is ancestral sampling, step by step.
     """
     ids = ids.clone()
-    open_ = ids == mask_id
+    unknown = ids == mask_id
     for number, t in enumerate(range(steps, 0, -1)):
-        share, following = 1 - t / steps, 1 - (t - 1) / steps
-        again = remask * min(1.0, (1 - following) / share) if share else 0.0
-        drawn = (following - (1 - again) * share) / (1 - share)
+        before, after = 1 - t / steps, 1 - (t - 1) / steps
+        again = remask * min(1.0, (1 - after) / before) if before else 0.0
+        drawn = (after - (1 - again) * before) / (1 - before)
         masked = ids == mask_id
-        coin = torch.rand(ids.shape, generator=generator, device=ids.device, dtype=torch.float64)
+        coin = torch.rand(ids.shape, generator=rng, device=ids.device, dtype=torch.float64)
         now = masked & (coin < drawn)
         running = now.any(1).nonzero().squeeze(1)
-        tokens = None
         if len(running):
-            tokens = draw(denoise(ids[running], now[running]), temp, generator)
-        ids[open_ & ~masked & (coin < again)] = mask_id
-        if tokens is not None:
-            ids[now] = tokens
+            ids[now] = draw(denoise(ids[running], now[running]), temp, rng)
+        ids[unknown & ~masked & (coin < again)] = mask_id
         if progress:
             progress(number + 1, steps)
     return ids
 
 
+@sampling_method("mlm", "total_steps")
 @torch.no_grad()
 def sample_mask_predict(
-    denoise, ids, mask_id, steps, temp=1.0, generator=None, progress=None, *, total_steps
+    denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None, *, total_steps
 ):
     """Mask-predict with random re-masking, the published `mlm` sampling.
 
@@ -243,15 +269,15 @@ def sample_mask_predict(
     and all masked tokens are drawn at once.
     """
     ids = ids.clone()
-    open_ = ids == mask_id
+    unknown = ids == mask_id
     times = torch.linspace(total_steps, 1, steps).long().tolist()
     for number, t in enumerate(times):
-        coin = torch.rand(ids.shape, generator=generator, device=ids.device)
-        masked = open_ & ((coin < t / total_steps) | (ids == mask_id))
+        coin = torch.rand(ids.shape, generator=rng, device=ids.device)
+        masked = unknown & ((coin < t / total_steps) | (ids == mask_id))
         running = masked.any(1).nonzero().squeeze(1)
         if len(running):
             logits = denoise(ids.masked_fill(masked, mask_id)[running], masked[running])
-            ids[masked] = draw(logits, temp, generator)
+            ids[masked] = draw(logits, temp, rng)
         if progress:
             progress(number + 1, len(times))
     return ids
@@ -259,7 +285,7 @@ def sample_mask_predict(
 
 @torch.no_grad()
 def sample_autoregressive(
-    next_logits, n_samples, tokens, temp=1.0, generator=None, device=None, progress=None, top_k=0,
+    next_logits, n_samples, tokens, temp=1.0, rng=None, device=None, progress=None, top_k=0,
     top_p=1.0,
 ):
     """Draw ids one by one, in raster order: int64 [B, N].
@@ -269,7 +295,7 @@ def sample_autoregressive(
     ids = torch.empty((n_samples, 0), dtype=torch.long, device=device)
     for index in range(tokens):
         logits = next_logits(ids).double() / temp  # the nucleus is that of what is drawn from
-        token = draw(truncate(logits, top_k, top_p), 1.0, generator)
+        token = draw(truncate(logits, top_k, top_p), 1.0, rng)
         ids = torch.cat((ids, token[:, None]), dim=1)
         if progress:
             progress(index + 1, tokens)

@@ -217,7 +217,7 @@ def test_bfloat16_autocast_runs_both_ways(quantizer):
 # Quantizers --------------------------------------------------------------------------------
 
 
-def test_nearest_takes_the_closest_code_and_splits_the_gradient():
+def test_nearest_takes_the_closest_vector_and_splits_the_gradient():
     torch.manual_seed(0)
     quantizer = NearestQuantizer(codebook_size=7, emb_dim=3, beta=0.25)
     assert quantizer.embedding.weight.abs().max() <= 1 / 7
@@ -233,7 +233,7 @@ def test_nearest_takes_the_closest_code_and_splits_the_gradient():
 
     weights = torch.randn_like(z_q)
     (straight,) = torch.autograd.grad((z_q * weights).sum(), z, retain_graph=True)
-    assert torch.equal(straight, weights)  # the identity, whatever code was chosen
+    assert torch.equal(straight, weights)  # the identity, whichever id was chosen
     difference = (z - z_q).detach()
     to_z, to_codebook = torch.autograd.grad(loss, (z, quantizer.embedding.weight))
     torch.testing.assert_close(to_z, 2 * difference / z.numel())
@@ -245,7 +245,7 @@ def test_nearest_takes_the_closest_code_and_splits_the_gradient():
 
 def test_nearest_measures_in_float32_under_autocast():
     quantizer = NearestQuantizer(codebook_size=2, emb_dim=4, beta=0.25)
-    # bfloat16 rounds both codes to 1.
+    # bfloat16 rounds both vectors to 1.
     quantizer.embedding.weight.data = torch.tensor([[1.0], [1.001]]).expand(2, 4).clone()
     z = torch.full((1, 4, 1, 1), 1.0009)
     with torch.autocast("cpu", dtype=torch.bfloat16):
