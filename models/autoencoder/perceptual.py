@@ -1,8 +1,4 @@
-"""LPIPS, the learned perceptual distance between images (Zhang et al., 1801.03924).
-
-Only what the lpips package itself holds is read here, its linear heads; the VGG16 trunk comes
-out random and is filled by `load_vgg16` or by a checkpoint's `perceptual.*` keys.
-"""
+"""LPIPS, the learned perceptual distance between images (Zhang et al., 1801.03924)."""
 
 import warnings
 from pathlib import Path
@@ -15,16 +11,17 @@ HEADS = Path(lpips.__file__).with_name("weights") / "v0.1" / "vgg.pth"
 
 
 class PerceptualDistance(lpips.LPIPS):
-    """LPIPS on VGG16 that stays as it was fitted: frozen, and never in training mode.
+    """LPIPS on VGG16, frozen and always in eval mode.
 
-    Call it on two batches [B, 3, H, W] of at least 16 x 16 pixels: distances [B, 1, 1, 1].
+    Maps two batches [B, 3, H, W] of at least 16 x 16 pixels to distances [B, 1, 1, 1]. The linear
+    heads come from the lpips package; the VGG16 trunk is random until `load_vgg16` or a
+    checkpoint's `perceptual.*` keys fill it.
     """
 
     def __init__(self):
-        # lpips makes all of torchvision's VGG16 to keep its first tenth. On `meta` the rest
-        # costs neither memory nor seconds.
+        # lpips makes all of torchvision's VGG16 to keep its first tenth, which is free on `meta`.
         with warnings.catch_warnings(), torch.device("meta"):
-            # How lpips calls torchvision is deprecated, which users can do nothing about.
+            # How lpips calls torchvision is deprecated.
             warnings.simplefilter("ignore", UserWarning)
             super().__init__(net="vgg", pnet_rand=True, pretrained=False, verbose=False)
         device = torch.get_default_device()
@@ -54,7 +51,7 @@ class PerceptualDistance(lpips.LPIPS):
         return torch.cat(vectors, dim=1)
 
     def train(self, mode=True):
-        # The heads hold dropout, which `train()` of a model that owns this one would switch on.
+        # The heads hold dropout, which `train()` of the VQGAN would switch on.
         return super().train(False)
 
 
@@ -68,16 +65,15 @@ def lpips_input(images, value_range):
 
 
 def build_perceptual():
-    """A `PerceptualDistance` whose VGG16 trunk has random weights: see `load_vgg16`."""
+    """A `PerceptualDistance` whose VGG16 trunk has random weights."""
     return PerceptualDistance()
 
 
 def load_vgg16(perceptual, state_dict):
-    """Fill the trunk of `build_perceptual()` with torchvision's VGG16 weights, in place.
+    """Fill the trunk of a `PerceptualDistance` with torchvision's VGG16 weights, in place.
 
-    state_dict: `features.N.{weight,bias}` as in torchvision's vgg16 files; its other keys, the
-    classifier's among them, are left out. Raises ValueError naming a key that is missing or has
-    another shape; the trunk is then unchanged.
+    state_dict: `features.N.{weight,bias}` as in torchvision's files; other keys are ignored.
+    Raises ValueError naming a key that is missing or has another shape, and then changes nothing.
     """
     trunk = perceptual.net.state_dict()  # slice1.0.weight, slice1.0.bias, slice1.2.weight, ...
     found = {}

@@ -78,7 +78,7 @@ class VQGAN(nn.Module):
         x_hat, codebook_loss, usage, _ = self.ae(x)
         nll, l1, perceptual = self.reconstruction_losses(x, x_hat)
         if step < self.disc_start_step:
-            # The weight would be zero: the discriminator need not run.
+            # The weight is zero: the discriminator need not run.
             g_loss = d_weight = torch.zeros_like(nll)
         else:
             g_loss = generator_adversarial_loss(self.discriminate(x_hat, frozen=True))
@@ -87,12 +87,8 @@ class VQGAN(nn.Module):
             )
         loss = nll + d_weight * g_loss + codebook_loss
         stats = dict(
-            l1=l1,
-            perceptual=perceptual,
-            g_loss=g_loss,
-            d_weight=d_weight,
-            codebook_loss=codebook_loss,
-            perplexity=usage["perplexity"],
+            l1=l1, perceptual=perceptual, g_loss=g_loss, d_weight=d_weight,
+            codebook_loss=codebook_loss, perplexity=usage["perplexity"],
         )
         return loss, x_hat, {name: value.detach() for name, value in stats.items()}
 

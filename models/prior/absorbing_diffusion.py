@@ -72,19 +72,16 @@ class AbsorbingDiffusion(nn.Module):
         self.mask_id = mask_id
         self.shape = tuple(H.latent_shape[1:])
         self.tokens = math.prod(self.shape)
-        self.total_steps = H.total_steps
-        self.loss_type = H.loss_type
+        self.total_steps, self.loss_type = H.total_steps, H.loss_type
         self.mask_schedule = H.mask_schedule
         self.low_discrepancy = H.t_sampling == "low_discrepancy"
-        self.sample_type = H.sample_type
-        self.sample_steps = H.sample_steps
+        self.sample_type, self.sample_steps = H.sample_type, H.sample_steps
         self.options = {
             name: getattr(H, name)
             for method in SAMPLERS.values() for name in method.options if name != "grid"
         }
-        self.register_buffer("Lt_history", torch.zeros(H.total_steps + 1))
-        self.register_buffer("Lt_count", torch.zeros(H.total_steps + 1))
-        self.register_buffer("loss_history", torch.zeros(H.total_steps + 1))
+        for name in ("Lt_history", "Lt_count", "loss_history"):
+            self.register_buffer(name, torch.zeros(H.total_steps + 1))
         self.register_buffer("embedding_weight", embedding_weight.detach(), persistent=False)
         self._denoise_fn = denoise_fn
 
@@ -93,7 +90,7 @@ class AbsorbingDiffusion(nn.Module):
         return embed_grid(self.embedding_weight, ids, grid or self.shape)
 
     def losses(self, ids, t, mask):
-        """Hide ids [B, N] where `mask` says, denoise, and return `diffusion_losses` at times t."""
+        """`diffusion_losses` of the denoiser on ids [B, N] masked where `mask` is True, at times t."""
         logits = self._denoise_fn(ids.masked_fill(mask, self.mask_id))
         return diffusion_losses(logits, ids, mask, t, self.total_steps)
 
@@ -128,19 +125,16 @@ class AbsorbingDiffusion(nn.Module):
         if reduce is not None:
             reduce(sums)
         visits = sums[0]
-        seen = visits > 0
         decay = torch.where(self.Lt_count > 0, 0.9, 0.0)
         for history, total in ((self.loss_history, sums[1]), (self.Lt_history, sums[2])):
             mean = total / visits.clamp(min=1)
-            history.copy_(torch.where(seen, decay * history + (1 - decay) * mean, history))
+            history.copy_(torch.where(visits > 0, decay * history + (1 - decay) * mean, history))
         self.Lt_count += visits
 
     @torch.no_grad()
     def bits_per_token(self, ids, rng=None):
-        """Estimate of the bound -log2 p(ids) / N of each sample [B]: one t each, spread evenly.
-
-        The bound is that of the `random` schedule, whichever the model trains with.
-        """
+        """Estimate of the bound on -log2 p(ids) / N of each sample [B], from one t each, spread
+        evenly over 1..T. The bound is that of the `random` schedule (see `nats`)."""
         t = draw_times(len(ids), self.total_steps, True, rng, device=ids.device)
         mask = draw_mask(t, ids.shape[1], self.total_steps, "random", rng)
         return self.losses(ids, t, mask)["elbo"]
@@ -149,24 +143,21 @@ class AbsorbingDiffusion(nn.Module):
     def nats(self, ids, draws=0, rng=None, batch_size=64):
         """Unbiased estimate of the bound on -log p(ids) of each sample, in nats: float64 [B].
 
-        The bound is the sum over t = 1..T of E[CE_t] / t. Every t is visited once, under one
-        random mask; with `draws` K, K times are, spread evenly over 1..T from a random start,
-        each counting T/K times. The masks are those of the `random` schedule, whichever the
-        model trains with: 1/t is the weight of tokens that are masked independently, and with
-        the numbers of `fixed` the sum bounds nothing. `batch_size` does not change the draws.
+        The bound is the sum over t = 1..T of E[CE_t] / t. Every t is visited once, with one
+        random mask; with `draws` n, only n times, spread evenly over 1..T from a random start and
+        weighted T/n. Masks follow the `random` schedule whichever the model trains with: the
+        weight 1/t holds for independently masked tokens only. `batch_size` does not change draws.
         """
         samples, tokens = ids.shape
         if draws:
-            times = [
-                draw_times(draws, self.total_steps, True, rng, ids.device) for _ in ids
-            ]
-            t = torch.cat(times)  # [B * K]
+            times = [draw_times(draws, self.total_steps, True, rng, ids.device) for _ in ids]
+            t = torch.cat(times)  # [B * n]
         else:
             t = torch.arange(1, self.total_steps + 1, device=ids.device).repeat(samples)
-        rows = ids.repeat_interleave(len(t) // samples, dim=0)  # [B * K, N]
+        rows = ids.repeat_interleave(len(t) // samples, dim=0)  # [B * n, N]
         mask = draw_mask(t, tokens, self.total_steps, "random", rng)
-        parts = zip(*(each.split(batch_size) for each in (rows, t, mask)))
-        bits = torch.cat([self.losses(*part)["elbo"] for part in parts])
+        batches = zip(*(tensor.split(batch_size) for tensor in (rows, t, mask)))
+        bits = torch.cat([self.losses(*batch)["elbo"] for batch in batches])
         return bits.view(samples, -1).double().mean(1) * tokens * math.log(2)
 
     def sample(

@@ -1,4 +1,4 @@
-"""The two attentions of the transformer, both on grids [B, H, W, C] or sequences [B, N, C].
+"""The two attentions of the transformer: on sequences [B, N, C] and on grids [B, H, W, C].
 
 Shapes: B batch, H W grid, N tokens, C channels, h heads, e head_dim = C / h.
 """
@@ -29,7 +29,7 @@ def rotary_angles(height, width, head_dim, device=None):
 
 def rotate(x, angles):
     """Turn pairs of channels (i, i + e/2) of x [B, H, W, h, e] by angles [H, W, e/2] (Su et al.,
-    RoFormer, arXiv 2104.09864): products of two turned vectors see their distance only."""
+    RoFormer, arXiv 2104.09864): dot products of two of them depend on their distance only."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     first, second = wide.chunk(2, dim=-1)
     cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
@@ -91,8 +91,7 @@ class FullAttention(nn.Module):
     def __init__(self, dim, num_heads, attn_drop=0.0, proj_drop=0.0, causal=False, block_size=None):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_width(dim, num_heads)
-        self.attn_drop = attn_drop
-        self.causal = causal
+        self.attn_drop, self.causal = attn_drop, causal
         if causal:
             mask = torch.ones(block_size, block_size).tril().view(1, 1, block_size, block_size)
             self.register_buffer("mask", mask)
@@ -118,8 +117,7 @@ class FullAttention(nn.Module):
                 value = torch.cat((cache["value"], value), dim=2)
             cache.update(key=key, value=value)
         out = F.scaled_dot_product_attention(
-            query, key, value,
-            dropout_p=self.attn_drop if self.training else 0.0,
+            query, key, value, dropout_p=self.attn_drop if self.training else 0.0,
             is_causal=self.causal and x.shape[1] > 1,
         )
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # [B, N, C]
@@ -151,8 +149,7 @@ class HydraNeighborhoodAttention(nn.Module):
         if attn_drop:
             raise ValueError("`attn_drop` must be 0: hydra attention has no attention dropout")
         self.scale = qk_scale or self.head_dim**-0.5
-        self.rope = rope
-        self.backend = backend
+        self.rope, self.backend = rope, backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.rpb = None
         if rpb:

@@ -58,7 +58,7 @@ class AutoregressiveTransformer(nn.Module):
     def sample(
         self, n_samples, temp=1.0, sample_steps=None, sample_type=None, rng=None, progress=None,
     ):
-        """Draw ids [n_samples, N]; keys and values of earlier tokens are kept, not recomputed.
+        """Draw ids [n_samples, N], caching the keys and values of earlier tokens.
 
         `sample_steps` and `sample_type` are those of the diffusion and are ignored.
         """

@@ -57,8 +57,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x, cache=None, where=None):
-        """Transform x [B, h, w, C]; with `where` bool [B, h*w] return those positions only, [M, C],
-        and spend no more on the others than the attention to them takes."""
+        """Transform x [B, h, w, C]; with `where` bool [B, h*w] only those positions, [M, C]."""
         h = self.ln1(x)
         if isinstance(self.attn, HydraNeighborhoodAttention):
             h = self.attn(h)
@@ -73,8 +72,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Token ids [B, N] to logits [B, N, codebook_size].
 
-    As a denoiser (`H.sampler == "absorbing"`) it has one more input id, the mask, and is never
-    told the time. As a causal prior its input is shifted right by a learned start token.
+    As a denoiser (`H.sampler == "absorbing"`) it has one more input id, the mask, and does not
+    see the time. As a causal prior its input is shifted right by a learned start token.
     Positions come from `H.position`: `absolute` adds a table to the embeddings and ties the
     model to its grid; `rpb` and `rope` live in the attention and do not.
     Raises ValueError for settings that do not fit together.

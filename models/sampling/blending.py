@@ -1,4 +1,4 @@
-"""Lay generated pixels into an image so that no edge is seen where they meet the kept ones."""
+"""Blend generated pixels into an image without a visible seam."""
 
 import numpy as np
 import scipy.sparse
@@ -9,8 +9,8 @@ import torch
 def seam_system(hidden):
     """(A, B) of Laplace's equation on the pixels `hidden` bool [H, W]: A u = B v, sparse.
 
-    u are the values of the hidden pixels and v those of all pixels, of which B takes the kept ones
-    beside hidden ones; nothing flows over the edges of the image.
+    u are the values of the hidden pixels and v those of all pixels, of which B reads the known
+    ones beside hidden ones. The image's edges are free (Neumann boundary).
     """
     number = np.full(hidden.shape, -1)
     number[hidden] = np.arange(hidden.sum())
@@ -18,10 +18,9 @@ def seam_system(hidden):
     inside, outside = [], []  # (hidden pixel, its neighbour)
     for axis in (0, 1):
         for step in (0, 1):
-            here = [slice(None)] * 2
-            there = [slice(None)] * 2
-            here[axis], there[axis] = (slice(1, None), slice(-1))[:: 1 if step else -1]
-            here, there = tuple(here), tuple(there)
+            here, there = (slice(1, None), slice(-1))[:: 1 if step else -1]
+            if axis == 1:
+                here, there = (slice(None), here), (slice(None), there)
             both = hidden[here] & hidden[there]
             inside.append(np.stack((number[here][both], number[there][both])))
             edge = hidden[here] & ~hidden[there]
@@ -35,12 +34,11 @@ def seam_system(hidden):
 
 
 def lay_in(image, completions, hidden):
-    """Images [n, C, H, W] that are `image` [C, H, W] where `hidden` bool [H, W] is False, to the
-    bit, and elsewhere `completions` [n, C, H, W] without a seam.
+    """Blend `completions` [n, C, H, W] into `image` [C, H, W] where `hidden` bool [H, W] is True.
 
-    What the completions differ by from the kept pixels along the border is taken off inside, as
-    the smoothest function with those values there (Perez et al., Poisson Image Editing, 2003).
-    All in [0, 1].
+    The difference between both along the border is subtracted inside, continued as smoothly as
+    possible (Perez et al., Poisson Image Editing, 2003). Pixels that are not hidden stay as they
+    are, to the bit. All values in [0, 1]; returns [n, C, H, W].
     """
     laid = torch.where(hidden, completions, image)
     if hidden.all() or not hidden.any():

@@ -19,23 +19,20 @@ import torch
 
 
 class SamplingMethod(NamedTuple):
-    """A function that draws ids, and the names of its options: `grid` (h, w) is that of the ids,
-    every other one a setting."""
-
     sample: Callable
-    options: tuple[str, ...]
+    options: tuple[str, ...]  # names of keyword arguments: `grid` (h, w), or settings
 
 
-SAMPLERS = {}  # each `sample_type` to its SamplingMethod
+SAMPLERS = {}  # name (the setting `sample_type`) to SamplingMethod
 
 
 def sampling_method(name, *options):
-    """Function decorator: enter the function in SAMPLERS."""
-    def enter(function):
-        SAMPLERS[name] = SamplingMethod(function, options)
-        return function
+    """Decorator that adds a function to SAMPLERS and runs it without gradients."""
+    def add(function):
+        SAMPLERS[name] = SamplingMethod(torch.no_grad()(function), options)
+        return SAMPLERS[name].sample
 
-    return enter
+    return add
 
 
 def draw(logits, temp=1.0, rng=None):
@@ -63,14 +60,13 @@ def truncate(logits, top_k=0, top_p=1.0):
     return logits
 
 
-@torch.no_grad()
-def reveal(denoise, ids, call, temp, rng=None, progress=None):
-    """Draw each token of ids [B, N] at the network call numbered `call` [B, N]; -1 for known ones.
+def reveal(denoise, ids, mask_id, call, temp, rng, progress):
+    """Draw each masked token of ids [B, N] at the network call numbered `call` [B, N].
 
-    Each sample has a clock of its own: a call serves the samples that have tokens to draw at it,
-    and the network is asked for those tokens only. Each sample's calls are numbered 0, 1, 2, ...
+    The calls of each sample are numbered 0, 1, 2, ... A call serves the samples that have tokens
+    to draw at it, and asks the network for those tokens only.
     """
-    ids = ids.clone()
+    call, ids = call.masked_fill(ids != mask_id, -1), ids.clone()
     last = call.amax(1)
     calls = int(last.max()) + 1
     for number in range(calls):
@@ -85,9 +81,8 @@ def reveal(denoise, ids, call, temp, rng=None, progress=None):
 
 
 def rank(keys, masked):
-    """Position of each masked token of its row when `keys` [B, N] ascend: int64, -1 elsewhere."""
-    order = keys.masked_fill(~masked, float("inf")).argsort(dim=1).argsort(dim=1)
-    return order.masked_fill(~masked, -1)
+    """Number of each masked token when `keys` [B, N] of its row ascend: int64 [B, N], from 0."""
+    return keys.masked_fill(~masked, float("inf")).argsort(dim=1).argsort(dim=1)
 
 
 def reveal_in_order(denoise, ids, mask_id, steps, keys, *arguments):
@@ -95,7 +90,7 @@ def reveal_in_order(denoise, ids, mask_id, steps, keys, *arguments):
     masked = ids == mask_id
     count = masked.sum(1, keepdim=True)
     call = rank(keys, masked) * count.clamp(max=steps) // count.clamp(min=1)
-    return reveal(denoise, ids, call.masked_fill(~masked, -1), *arguments)
+    return reveal(denoise, ids, mask_id, call, *arguments)
 
 
 @sampling_method("diffusion")
@@ -103,27 +98,25 @@ def sample_ancestral(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=
     """Ancestral sampling of the absorbing diffusion, event by event.
 
     Step by step, for t = S..1 every masked token is unmasked with probability 1/t. The denoiser
-    is not told t, so the same distribution arises when every token draws its time uniformly from
-    1..S and the network runs only at the times that occur, each sample on a clock of its own.
+    does not see t, so the distribution is the same when every token draws its time uniformly from
+    1..S and the network runs only at times that occur, each sample with its own clock.
     """
-    masked = ids == mask_id
     time = torch.randint(steps, ids.shape, generator=rng, device=ids.device)
-    time = time.masked_fill(~masked, -1)
+    time = time.masked_fill(ids != mask_id, -1)
     # call[b, i]: how many times later than its own occur in sample b
     ordered, order = time.sort(dim=1, descending=True)
     new = torch.zeros_like(time)
     new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     call = torch.empty_like(time).scatter_(1, order, new.cumsum(1))
-    return reveal(denoise, ids, call.masked_fill(~masked, -1), temp, rng, progress)
+    return reveal(denoise, ids, mask_id, call, temp, rng, progress)
 
 
 @sampling_method("first_hitting")
 def sample_first_hitting(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None):
     """The continuous-time limit of ancestral sampling (Zheng et al., arXiv 2409.02908).
 
-    In that limit no two tokens are unmasked at once and their order is uniformly random: with at
-    least as many steps as tokens it is computed exactly, one token a call; with fewer, the tokens
-    are drawn in that order by as many at a call as S calls need.
+    In that limit no two tokens are unmasked at once and their order is uniformly random. With at
+    least as many steps as tokens this is exact, one token a call; with fewer, a call draws several.
     """
     noise = torch.rand(ids.shape, generator=rng, device=ids.device, dtype=torch.float64)
     return reveal_in_order(denoise, ids, mask_id, steps, noise, temp, rng, progress)
@@ -131,16 +124,14 @@ def sample_first_hitting(denoise, ids, mask_id, steps, temp=1.0, rng=None, progr
 
 @sampling_method("raster")
 def sample_raster(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None):
-    """Row by row, as many tokens at a call as S calls need: one, with as many steps as tokens."""
+    """Row by row, spread evenly over S calls: one token a call with as many steps as tokens."""
     place = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float64).expand(ids.shape)
     return reveal_in_order(denoise, ids, mask_id, steps, place, temp, rng, progress)
 
 
 def cosine_schedule(tokens, steps):
-    """How many of `tokens` [B] are still masked after each call: int64 [B, S], from MaskGIT.
-
-    Every call unmasks at least one token, until there are none.
-    """
+    """How many of `tokens` [B] are still masked after each call: int64 [B, S], as in MaskGIT, but
+    every call unmasks at least one token."""
     done = torch.arange(1, steps + 1, device=tokens.device, dtype=torch.float64) / steps
     left = (tokens[:, None] * torch.cos(math.pi / 2 * done) + 1e-9).floor().long()
     at_most = tokens[:, None] - torch.arange(1, steps + 1, device=tokens.device)
@@ -175,8 +166,8 @@ def halton_order(height, width):
 
 @sampling_method("halton", "grid")
 def sample_halton(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None, *, grid):
-    """Draw in S calls tokens that lie far apart on `grid` (h, w): their order is a Halton sequence
-    (Besnier et al., arXiv 2503.17076), shifted at random for each sample; cosine schedule."""
+    """Tokens of a call lie far apart on `grid` (h, w): their order is a Halton sequence (Besnier
+    et al., arXiv 2503.17076), shifted at random for each sample; cosine schedule."""
     height, width = grid
     masked = ids == mask_id
     order = halton_order(height, width).to(ids.device)
@@ -190,18 +181,17 @@ def sample_halton(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=Non
     unmasked_before = masked.sum(1, keepdim=True) - left
     # token number r of a sample is drawn at the first call after which more than r are unmasked
     call = torch.searchsorted(unmasked_before, rank(place.double(), masked), right=True)
-    return reveal(denoise, ids, call.masked_fill(~masked, -1), temp, rng, progress)
+    return reveal(denoise, ids, mask_id, call, temp, rng, progress)
 
 
 @sampling_method("confidence", "choice_temp")
-@torch.no_grad()
 def sample_confidence(
     denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None, *, choice_temp=4.5
 ):
-    """MaskGIT (Chang et al., arXiv 2202.04200): every masked token is drawn at each of S calls,
-    and those are kept that the network was surest of; cosine schedule.
+    """MaskGIT (Chang et al., arXiv 2202.04200): each of S calls draws every masked token and keeps
+    those with the highest confidence; cosine schedule.
 
-    Sureness is the drawn token's log probability plus Gumbel noise, whose scale falls linearly
+    Confidence is the drawn token's log probability plus Gumbel noise, whose scale falls linearly
     from `choice_temp` to 0.
     """
     ids = ids.clone()
@@ -211,15 +201,14 @@ def sample_confidence(
         if len(running) == 0:
             break
         masked = ids[running] == mask_id
-        logits = denoise(ids[running], masked)
+        logits = denoise(ids[running], masked).double()
         tokens = draw(logits, temp, rng)
-        sure = logits.double().log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
-        uniform = torch.rand(sure.shape, generator=rng, device=ids.device, dtype=torch.float64)
+        confidence = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)  # [M]
+        uniform = torch.rand(len(tokens), generator=rng, device=ids.device, dtype=torch.float64)
         gumbel = -(-uniform.clamp(min=1e-300).log()).log()
-        sure = sure + choice_temp * (1 - (number + 1) / steps) * gumbel
-        # keep those of each sample that stand first when sureness falls
+        confidence = confidence + choice_temp * (1 - (number + 1) / steps) * gumbel
         keys = torch.zeros(masked.shape, dtype=torch.float64, device=ids.device)
-        keys[masked] = -sure
+        keys[masked] = -confidence
         kept = masked & (rank(keys, masked) < (masked.sum(1) - left[running, number])[:, None])
         rows, columns = kept.nonzero(as_tuple=True)
         ids[running[rows], columns] = tokens[kept[masked]]
@@ -229,10 +218,7 @@ def sample_confidence(
 
 
 @sampling_method("remdm", "remask")
-@torch.no_grad()
-def sample_remdm(
-    denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None, *, remask=0.05
-):
+def sample_remdm(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None, *, remask=0.05):
     """Ancestral sampling that masks tokens again (ReMDM, Wang et al., arXiv 2503.00307).
 
     From t to t-1, with a = 1 - t/S the fraction unmasked, a drawn token is masked again with
@@ -259,7 +245,6 @@ def sample_remdm(
 
 
 @sampling_method("mlm", "total_steps")
-@torch.no_grad()
 def sample_mask_predict(
     denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None, *, total_steps
 ):
@@ -274,10 +259,10 @@ def sample_mask_predict(
     for number, t in enumerate(times):
         coin = torch.rand(ids.shape, generator=rng, device=ids.device)
         masked = unknown & ((coin < t / total_steps) | (ids == mask_id))
+        ids[masked] = mask_id
         running = masked.any(1).nonzero().squeeze(1)
         if len(running):
-            logits = denoise(ids.masked_fill(masked, mask_id)[running], masked[running])
-            ids[masked] = draw(logits, temp, rng)
+            ids[masked] = draw(denoise(ids[running], masked[running]), temp, rng)
         if progress:
             progress(number + 1, len(times))
     return ids
