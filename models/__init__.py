@@ -8,11 +8,6 @@ from models.prior.transformer import Transformer
 from models.sampling.samplers import SAMPLERS
 
 __all__ = [
-    "SAMPLERS",
-    "VQGAN",
-    "AbsorbingDiffusion",
-    "AutoregressiveTransformer",
-    "FullAttention",
-    "HydraNeighborhoodAttention",
-    "Transformer",
+    "SAMPLERS", "VQGAN", "AbsorbingDiffusion", "AutoregressiveTransformer", "FullAttention",
+    "HydraNeighborhoodAttention", "Transformer",
 ]

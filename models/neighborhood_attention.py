@@ -13,9 +13,9 @@ Three backends compute it:
 
 This is the only file that imports natten, and everything runs without it.
 
-Shapes: B batch, H W grid, h heads, e head_dim, side = 2k-1. Along one axis a block is T queries
-of one dilation group, its window the S keys that they attend to between them, and there are A
-blocks: those of the rows give A T S, those of the columns A' T' S'.
+Shapes: B batch, H W grid, h heads, e head_dim, side = 2k-1. Along one axis, a block is T queries
+of one dilation group and its window the S keys that any of them attends to; there are A blocks.
+Primes mark the columns: A' T' S'.
 """
 
 from dataclasses import dataclass
@@ -24,18 +24,16 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+NATTEN_PROBLEM = None
 try:
     import natten
 except Exception as error:  # a build for another torch fails with more than ImportError
     natten, NATTEN_PROBLEM = None, f"natten does not import ({error})"
-else:
-    NATTEN_PROBLEM = None
 
 BACKENDS = ("natten", "tiled", "dense")
 
-# `dense` scores each query against the whole grid, `tiled` against the keys of a window: the
-# latter is faster where the grid is larger than so many windows. Measured on two CPU cores (see
-# the columns `tiled` and `dense` of benchmarks/neighborhood_attention.py), taken over for GPUs.
+# `tiled` is faster than `dense` where the grid is larger than so many windows: measured on two CPU
+# cores by benchmarks/neighborhood_attention.py, assumed for GPUs.
 WORTHWHILE_WINDOWS = 3
 
 
@@ -43,10 +41,10 @@ WORTHWHILE_WINDOWS = 3
 class Axis:
     """How one axis is cut into A = tiles * groups blocks; block a is tile a // groups.
 
-    `keys` int64 [tiles * S * groups] are the positions that the windows hold, None when one window
-    holds the axis as it is. `offset` int64 [K, T, S] is the row (or column) of the bias table for
-    each query and key of a block, -1 where the query does not attend to the key. Most blocks are
-    alike: the K kinds that differ are kept, and `kind` int64 [A] says which one a block is.
+    `keys` int64 [tiles * S * groups] are the positions in the windows, None when one window holds
+    the whole axis. `offset` int64 [K, T, S] is the row (or column) of the bias table for each query
+    and key, -1 where the query does not attend to the key, for K kinds of blocks: most blocks are
+    alike, and `kind` int64 [A] gives the kind of each.
     """
 
     tiles: int
@@ -84,8 +82,8 @@ def dense_axis(length, kernel_size, dilation, device):
 def tiled_axis(length, kernel_size, dilation, tile, device):
     """The axis with each dilation group cut into tiles of at most `tile` queries.
 
-    Groups that are one position shorter than the longest are padded to its length, and the last
-    tile to a whole one: no query attends to that padding, and what it computes is cut off.
+    Groups that are one position shorter than the longest, and the last tile, are padded: no query
+    attends to the padding, and its outputs are cut off.
     """
     longest = -(-length // dilation)
     tile = min(tile, longest)
@@ -120,7 +118,7 @@ def tiled_axis(length, kernel_size, dilation, tile, device):
 @lru_cache(maxsize=16)
 def cut_grid(height, width, kernel_size, dilation, tile, device):
     """(rows, columns, kind, mask): both axes, the kind int64 [A*A'] of each block of the grid, and
-    for the K*K' kinds which keys of its window each query attends to, bool [K*K', T*T', S*S'].
+    which keys of its window each query attends to, for each kind: bool [K*K', T*T', S*S'].
 
     `tile` is the (rows, columns) of a tile of `tiled`, or None for `dense`.
     """
@@ -139,7 +137,7 @@ def cut_grid(height, width, kernel_size, dilation, tile, device):
 def neighborhood_bias(rows, columns, kind, mask, rpb):
     """The bias of every block, -inf where a query does not attend: [h, A*A', T*T', S*S'].
 
-    The table is looked up by products with one-hot matrices, whose gradients are products too,
+    Products with one-hot matrices look the table up: their gradients are products too, which is
     faster than scattering into so small a table.
     """
     heads, side, _ = rpb.shape
@@ -156,9 +154,9 @@ def neighborhood_bias(rows, columns, kind, mask, rpb):
 def masked_attention(query, key, value, rpb, scale, grid):
     """Attention of each block of `query` to its window, on a `grid` cut by `cut_grid`.
 
-    One scaled_dot_product_attention. Without a bias its batch are the blocks, and the heads of
-    all images are its heads; with one its batch are the images, and the heads of all blocks are
-    its heads: so the mask need not be repeated for each image.
+    One scaled_dot_product_attention: without a bias over a batch of blocks, with the heads of all
+    images as its heads; with a bias over a batch of images, with the heads of all blocks as its
+    heads. So the mask need not be repeated for each image.
     """
     rows, columns, kind, mask = grid
     batch, height, width, heads, dim = query.shape
@@ -230,20 +228,17 @@ def natten_problem(query, key, value, rpb, kernel_size):
 
 
 def prefers_natten(device):
-    """Whether natten is tried first: on GPUs, where its kernels are fused; on CPUs it is slow."""
+    """Whether natten is tried first: on GPUs; on CPUs it is slow."""
     return device.type == "cuda"
 
 
 def tile_shape(kernel_size, with_bias):
-    """The (rows, columns) of a tile: the fastest of those from 4x4 to 16x16 on two CPU cores.
-
-    Wider tiles share more keys but score more that are masked; a bias is written out for each.
-    """
+    """The (rows, columns) of a tile: the fastest from 4x4 to 16x16 on two CPU cores."""
     return (4, 8) if with_bias or kernel_size < 7 else (8, 8)
 
 
 def dense_is_faster(height, width, kernel_size, dilation, tile):
-    """Whether the grid is so small that cutting it into tiles is not worthwhile."""
+    """Whether the grid is too small for tiles."""
     window = [
         min(side + kernel_size - 1, -(-length // dilation))
         for length, side in zip((height, width), tile)
@@ -257,13 +252,13 @@ def neighborhood_attention_2d(
     """Neighborhood attention of `query` over `key` and `value`, each [B, H, W, heads, head_dim].
 
     `kernel_size` is odd, `rpb` is [heads, 2*kernel_size-1, 2*kernel_size-1] or None, `scale`
-    defaults to head_dim ** -0.5. `backend` is one of BACKENDS; None takes the fastest that can do
-    what is asked: natten's fused kernels on CUDA, where they can; else `dense` on grids that are
-    smaller than three windows (see `dense_is_faster`) and `tiled` on larger ones.
+    defaults to head_dim ** -0.5. `backend` is one of BACKENDS; None takes the fastest one that can
+    do the call: natten's fused kernels on CUDA, else `dense` on small grids (see `dense_is_faster`)
+    and `tiled` on others. Returns [B, H, W, heads, head_dim].
 
-    Returns [B, H, W, heads, head_dim]. Raises ValueError for tensors that do not match, a kernel
-    that does not fit the grid, a bias of the wrong shape, or a backend that cannot do what is
-    asked. Compiles without graph breaks; grids of several sizes want `dynamic=False`.
+    Raises ValueError for tensors that do not match, a kernel that does not fit the grid, or a
+    backend that cannot do the call. Compiles without graph breaks; grids of several sizes want
+    `dynamic=False`.
     """
     if query.dim() != 5 or not query.shape == key.shape == value.shape:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
@@ -289,11 +284,9 @@ def neighborhood_attention_2d(
         if backend == "natten":
             raise ValueError(f"`backend` 'natten' cannot do this call: {problem}")
     tile = tile_shape(kernel_size, rpb is not None)
-    if backend is None and dense_is_faster(height, width, kernel_size, dilation, tile):
-        backend = "dense"
-    if backend == "dense":
-        tile = None
-    cut = (height, width, kernel_size, dilation, tile, query.device)
+    cut = (height, width, kernel_size, dilation)
+    dense = backend == "dense" or (backend is None and dense_is_faster(*cut, tile))
+    cut += (None if dense else tile, query.device)
     if torch.compiler.is_compiling():
         grid = cut_grid.__wrapped__(*cut)  # a part of the graph
     else:

@@ -1,7 +1,6 @@
 """The autoencoder: images to grids of codebook ids and back (Esser et al., 2012.09841).
 
-Shapes: B images of C channels and side S in [0, 1]; the grid is h x w, with vectors of
-D = emb_dim entries; K = codebook_size.
+Shapes: B images of C channels and side S in [0, 1]; h x w grid, D = emb_dim, K = codebook_size.
 Module names give the keys of the published files: `encoder.blocks.N`, `generator.blocks.N`, ...
 """
 
@@ -83,9 +82,6 @@ class Upsample(nn.Module):
 
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-# Encoder and generator ---------------------------------------------------------------------
 
 
 def level_sides(H):
@@ -195,10 +191,7 @@ class Generator(nn.Module):
 
 
 class VQAutoEncoder(nn.Module):
-    """Encoder, quantizer and generator, as the settings in H describe them.
-
-    Raises ValueError for settings that do not fit together.
-    """
+    """Encoder, quantizer and generator; raises ValueError for settings that do not fit together."""
 
     def __init__(self, H):
         super().__init__()

@@ -6,8 +6,8 @@ from torch import nn
 class Discriminator(nn.Module):
     """Images [B, n_channels, S, S] -> logits [B, 1, s, s], where s = S // 2^disc_layers - 2.
 
-    `disc_layers` convolutions halve the side, two more look at their surroundings. Widths double
-    from `ndf` up to 8·ndf. Raises ValueError where nothing is left of images of side `img_size`.
+    `disc_layers` convolutions halve the side, two more follow. Widths double from `ndf` to 8·ndf.
+    Raises ValueError where nothing is left of images of side `img_size`.
     """
 
     def __init__(self, n_channels, ndf, disc_layers, img_size):

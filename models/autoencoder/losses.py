@@ -23,8 +23,8 @@ def adaptive_weight(nll, g_loss, last_weight, max_weight, grad_scale=1.0):
 
     lambda = |grad_L nll| / (|grad_L g_loss| + 1e-4), clamped to [0, max_weight], where L is
     `last_weight` and both losses are 0-d with a graph to it. Returns a 0-d tensor without one.
-    `grad_scale` multiplies the losses while they are differentiated, so that gradients passing
-    through float16 do not vanish; the result is that of the unscaled gradients.
+    `grad_scale` multiplies the losses while they are differentiated, so that float16 gradients do
+    not vanish; the result is that of the unscaled gradients.
     """
     def gradient_norm(loss):
         (gradient,) = torch.autograd.grad(loss * grad_scale, last_weight, retain_graph=True)
@@ -44,8 +44,8 @@ def gaussian_nll(x, mu, logsigma):
 def bits_per_dim(nats, n_dims, levels):
     """Nats of a density on [0, 1]^n_dims -> bits per dimension of images of `levels` levels.
 
-    A level is 1/levels wide, so an image's probability is its density over levels^n_dims; both
-    2^5 (published) and 2^8 levels are in use, and `levels=1` leaves the density as it is.
+    A level is 1/levels wide, so an image's probability is its density over levels^n_dims. The
+    published figures are of 32 levels, others of 256.
     """
     return nats / (n_dims * math.log(2)) + math.log2(levels)
 
@@ -53,9 +53,8 @@ def bits_per_dim(nats, n_dims, levels):
 def gaussian_level_nll(x, mu, logsigma, levels=256):
     """-log of the probability that a Gaussian gives to each image's levels: nats, float64 [B].
 
-    x holds k / (levels - 1), k = 0, 1, ... The level k is the interval of that width around it,
-    the first and the last reaching to infinity: a pixel's probabilities add up to 1.
-    Unlike that of a density this is never negative, however narrow the Gaussian.
+    x holds k / (levels - 1), k = 0, 1, ... Level k is the interval of that width around it, the
+    first and the last reach to infinity. So probabilities add up to 1 and nats are never negative.
     """
     mu, logsigma = mu.double(), logsigma.double()
     level = (x.double() * (levels - 1)).round()

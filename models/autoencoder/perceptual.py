@@ -36,10 +36,9 @@ class PerceptualDistance(lpips.LPIPS):
     def vectors(self, x):
         """Images [B, 3, H, W] -> vectors [B, M] whose squared distances are LPIPS.
 
-        LPIPS is the sum over layers of mean over pixels of sum over channels of w (a - b)^2, with
-        a and b unit vectors over the channels (eq. 1): |u - v|^2 for u = a sqrt(w / pixels). One
-        pass of the network for each image thus replaces two for each pair. M is about 122 H W.
-        Raises ValueError where a head has weights below 0, which have no root.
+        LPIPS is the sum over layers of the mean over pixels of the sum over channels of
+        w (a - b)^2 with unit vectors a, b (eq. 1): |u - v|^2 for u = a sqrt(w / pixels). M is about
+        122 H W. Raises ValueError where a head has weights below 0, which have no root.
         """
         vectors = []
         for features, head in zip(self.net(self.scaling_layer(x)), self.lins):

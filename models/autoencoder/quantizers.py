@@ -1,7 +1,6 @@
 """Vector quantizers: from an encoder's grid of vectors to codebook ids and back.
 
-Shapes: B images, D = emb_dim, K = codebook_size, h x w grid. Both quantizers have a `codebook`
-[K, D], `forward(z)` and `embed_indices(indices, shape)`.
+Shapes: B images, D = emb_dim, K = codebook_size, h x w grid.
 """
 
 import math
@@ -92,10 +91,9 @@ class NearestQuantizer(nn.Module):
 class GumbelQuantizer(nn.Module):
     """Ids drawn from a learned categorical through the Gumbel-softmax (1611.01144, 1611.00712).
 
-    `temperature` belongs to the training loop, which sets it to `gumbel_temperature(step)`.
-    With `straight_through` the training draw is one-hot forward and soft backward; without it,
-    soft both ways. In eval mode there is no draw: the likeliest id is taken, so that an image has
-    one grid of ids.
+    The training loop sets `temperature` to `gumbel_temperature(step)`. With `straight_through` the
+    draw is one-hot forward and soft backward, otherwise soft both ways. In eval mode there is no
+    draw: the likeliest id is taken, so that an image has one grid of ids.
     """
 
     def __init__(self, codebook_size, emb_dim, kl_weight, straight_through=False):
@@ -126,8 +124,8 @@ class GumbelQuantizer(nn.Module):
             else:
                 indices = logits.argmax(1).flatten(1)  # [B, h*w]
                 z_q = self.embed_indices(indices, z.shape[2:])
-        stats = codebook_usage(indices, self.codebook_size)
-        return z_q.to(z.dtype), self.kl_weight * kl, stats, indices
+        usage = codebook_usage(indices, self.codebook_size)
+        return z_q.to(z.dtype), self.kl_weight * kl, usage, indices
 
     @property
     def codebook(self):

@@ -60,20 +60,17 @@ class VQGAN(nn.Module):
 
         With `frozen` gradients reach x and not the discriminator's parameters.
         """
-        parameters = {}
-        if frozen:
-            # Stand-ins rather than requires_grad switched off for a while: autocast may still
-            # hold half-precision copies of the parameters that lead back to them.
-            parameters = {name: p.detach() for name, p in self.disc.named_parameters()}
+        # Not by switching requires_grad off: autocast may still hold half-precision copies of the
+        # parameters that lead back to them.
+        parameters = {n: p.detach() for n, p in self.disc.named_parameters()} if frozen else {}
         return functional_call(self.disc, parameters, diff_augment(x) if self.diff_aug else x)
 
     def generator_losses(self, x, step, grad_scale=1.0):
         """The autoencoder's objective on images x [B, C, S, S] at a training step.
 
         Returns (loss, x_hat, stats): loss is 0-d, x_hat [B, C, S, S] keeps its graph, and stats
-        holds 0-d tensors without one: l1, perceptual, g_loss, d_weight, codebook_loss,
-        perplexity. The discriminator takes part from `disc_start_step` on, and gets no gradient.
-        Needs gradients to be on from then. `grad_scale`: see `adaptive_weight`.
+        are 0-d tensors without one. The discriminator takes part from `disc_start_step` on, which
+        needs gradients to be on, and gets no gradient itself. `grad_scale`: see `adaptive_weight`.
         """
         x_hat, codebook_loss, usage, _ = self.ae(x)
         nll, l1, perceptual = self.reconstruction_losses(x, x_hat)

@@ -1,5 +1,4 @@
-"""Absorbing diffusion over grids of ids (Unleashing Transformers, arXiv 2111.12701; D3PM,
-2107.03006): the forward process, its three losses, and the model that trains and samples.
+"""Absorbing diffusion over grids of ids (Unleashing Transformers, 2111.12701; D3PM, 2107.03006).
 
 Shapes: B batch, N tokens, K codebook size; T = total_steps; t int64 [B] in 1..T.
 """
@@ -59,12 +58,12 @@ def diffusion_losses(logits, ids, mask, t, total_steps):
 
 
 class AbsorbingDiffusion(nn.Module):
-    """The absorbing-state sampler around a denoiser that maps ids [B, N] to logits [B, N, K].
+    """The sampler around a denoiser `denoise_fn` that maps ids [B, N] to logits [B, N, K].
 
-    `mask_id` is the id of the absorbing state (the codebook size), `embedding_weight` [K, emb_dim]
-    the codebook that `embed` looks ids up in. The running averages of each time's losses
-    (`loss_history` of the objective, `Lt_history` of the squared bound; decay 0.9) and the number
-    of visits `Lt_count` are buffers [T+1], part of the model's file.
+    `mask_id` is the id of the absorbing state, K; `embedding_weight` [K, emb_dim] is the codebook,
+    which is neither copied nor saved. The running averages of each time's losses (`loss_history`
+    of the objective, `Lt_history` of the squared bound; decay 0.9) and the number of visits
+    `Lt_count` are buffers [T+1], saved with the weights.
     """
 
     def __init__(self, H, denoise_fn, mask_id, embedding_weight):
@@ -90,7 +89,7 @@ class AbsorbingDiffusion(nn.Module):
         return embed_grid(self.embedding_weight, ids, grid or self.shape)
 
     def losses(self, ids, t, mask):
-        """`diffusion_losses` of the denoiser on ids [B, N] masked where `mask` is True, at times t."""
+        """`diffusion_losses` of ids [B, N], which the denoiser sees masked by `mask` [B, N]."""
         logits = self._denoise_fn(ids.masked_fill(mask, self.mask_id))
         return diffusion_losses(logits, ids, mask, t, self.total_steps)
 
@@ -103,9 +102,7 @@ class AbsorbingDiffusion(nn.Module):
         `torch.distributed.all_reduce` does.
         """
         index, parts = part
-        t = draw_times(
-            len(ids) * parts, self.total_steps, self.low_discrepancy, rng, device=ids.device
-        )
+        t = draw_times(len(ids) * parts, self.total_steps, self.low_discrepancy, rng, ids.device)
         mask = draw_mask(t, ids.shape[1], self.total_steps, self.mask_schedule, rng)
         t, mask = t.chunk(parts)[index], mask.chunk(parts)[index]
         losses = self.losses(ids, t, mask)
@@ -135,7 +132,7 @@ class AbsorbingDiffusion(nn.Module):
     def bits_per_token(self, ids, rng=None):
         """Estimate of the bound on -log2 p(ids) / N of each sample [B], from one t each, spread
         evenly over 1..T. The bound is that of the `random` schedule (see `nats`)."""
-        t = draw_times(len(ids), self.total_steps, True, rng, device=ids.device)
+        t = draw_times(len(ids), self.total_steps, True, rng, ids.device)
         mask = draw_mask(t, ids.shape[1], self.total_steps, "random", rng)
         return self.losses(ids, t, mask)["elbo"]
 

@@ -21,14 +21,13 @@ def rotary_angles(height, width, head_dim, device=None):
     """
     quarter = head_dim // 4
     frequency = ROPE_BASE ** -(torch.arange(quarter, device=device) / quarter)
-    rows = torch.arange(height, device=device)[:, None] * frequency  # [H, head_dim / 4]
-    columns = torch.arange(width, device=device)[:, None] * frequency
-    rows = rows[:, None].expand(height, width, quarter)
-    return torch.cat((rows, columns[None].expand(height, width, quarter)), dim=-1)
+    rows = torch.arange(height, device=device)[:, None, None] * frequency  # [H, 1, head_dim / 4]
+    columns = torch.arange(width, device=device)[:, None] * frequency  # [W, head_dim / 4]
+    return torch.cat(torch.broadcast_tensors(rows, columns), dim=-1)
 
 
 def rotate(x, angles):
-    """Turn pairs of channels (i, i + e/2) of x [B, H, W, h, e] by angles [H, W, e/2] (Su et al.,
+    """Rotate pairs of channels (i, i + e/2) of x [B, H, W, h, e] by angles [H, W, e/2] (Su et al.,
     RoFormer, arXiv 2104.09864): dot products of two of them depend on their distance only."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     first, second = wide.chunk(2, dim=-1)
@@ -56,7 +55,7 @@ def match_groups(kernel_sizes, dilations):
 
 
 def split_heads(num_heads, groups):
-    """Heads of each group; where they do not divide evenly, the last groups get one more.
+    """Heads of each group, one more in the last groups where they do not divide evenly.
 
     Raises ValueError when there are fewer heads than groups.
     """
@@ -106,11 +105,10 @@ class FullAttention(nn.Module):
 
         `cache` is a dict that keeps keys and values [B, h, N, e] between calls, empty at first.
         """
-        def heads(tensor):
-            tensor = tensor.unflatten(2, (self.num_heads, self.head_dim))  # [B, N, h, e]
-            return tensor.transpose(1, 2)
-
-        query, key, value = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        query, key, value = (
+            project(x).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
+        )  # [B, h, N, e]
         if cache is not None:
             if cache:
                 key = torch.cat((cache["key"], key), dim=2)

@@ -1,4 +1,4 @@
-"""The baseline prior: ids one after another, in raster order, by a causal transformer."""
+"""The baseline prior: a causal transformer that predicts ids one by one, in raster order."""
 
 import math
 
@@ -33,10 +33,9 @@ class AutoregressiveTransformer(nn.Module):
         return nats / math.log(2)
 
     def forward(self, ids, rng=None, part=(0, 1), reduce=None):
-        """Training objective for ids [B, N]: `loss` and `bits_per_token`, both that mean.
+        """Training objective for ids [B, N]: `loss` and `bits_per_token`, both the mean of `bits`.
 
-        The other arguments are those of `AbsorbingDiffusion.forward`; without noise and histories
-        they are ignored.
+        The other arguments are those of `AbsorbingDiffusion.forward` and are ignored.
         """
         loss = self.bits(ids).mean()
         return {"loss": loss, "bits_per_token": loss.detach()}

@@ -22,9 +22,7 @@ def check_attention(H):
     if H.sampler == "autoregressive" and H.attention == "hydra":
         raise ValueError("`sampler` autoregressive needs `attention` full: hydra looks ahead")
     if H.attention == "full" and H.position != ["absolute"]:
-        raise ValueError(
-            f"`attention` full has absolute positions only, not {listed(H.position)}"
-        )
+        raise ValueError(f"`attention` full has absolute positions only, not {listed(H.position)}")
     _, height, width = H.latent_shape
     if H.block_size != height * width:
         raise ValueError(
@@ -87,9 +85,8 @@ class Transformer(nn.Module):
         dim = H.bert_n_emb
         # In the order of the published files, by which their optimisers number the parameters.
         # Only the causal prior learns start_tok; the published denoisers' files hold it too.
-        has_table = "absolute" in H.position
-        table = nn.Parameter(torch.zeros(1, H.block_size, dim)) if has_table else None
-        self.register_parameter("pos_emb", table)
+        absolute = "absolute" in H.position
+        self.pos_emb = nn.Parameter(torch.zeros(1, H.block_size, dim)) if absolute else None
         self.start_tok = nn.Parameter(torch.zeros(1, 1, dim), requires_grad=self.causal)
         self.tok_emb = nn.Embedding(H.codebook_size + (not self.causal), dim)
         self.drop = nn.Dropout(H.embd_pdrop)
@@ -105,8 +102,8 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Normal(0, 0.02) weights and zero biases (GPT-2); the last layers of each residual
-        branch are narrower by sqrt(2 * layers), so that depth does not widen the stream."""
+        """Normal(0, 0.02) weights and zero biases (GPT-2); the standard deviation of the last
+        layers of residual branches is divided by sqrt(2 * layers)."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -116,14 +113,13 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02 * depth)
 
     def forward(self, ids, grid=None, caches=None, where=None):
-        """Logits [B, N, codebook_size] for ids [B, N] laid out row by row on `grid` (h, w).
+        """Logits [B, N, codebook_size] for ids [B, N] laid out row by row on `grid` (h, w), by
+        default the one trained on; with `where` bool [B, N] only those M: [M, codebook_size].
 
-        With `where` bool [B, N] only those of its M positions, row by row: [M, codebook_size].
-
-        `grid` defaults to the one trained on; another one needs a model without `absolute`.
         A causal model predicts token i from ids[:, :i], so N ids give N+1 predictions; with
         `caches` (one dict a block, empty at first) it predicts only the token that follows ids,
-        of which the caches have seen all but the last.
+        of which the caches hold all but the last. Raises ValueError for another grid than the one
+        trained on where positions are absolute.
         """
         if self.causal:
             return self.causal_forward(ids, caches)

@@ -1,8 +1,8 @@
 """Canvases larger than the grid that a denoiser was trained on (Unleashing Transformers,
 arXiv 2111.12701, section 4.4).
 
-The denoiser runs on windows of its own size; where several cover a token, their probabilities are
-averaged. A denoiser without absolute positions needs none of this: it runs on the canvas itself.
+The denoiser runs on windows of its own size, and the probabilities of windows that overlap are
+averaged. A denoiser without absolute positions can run on the whole canvas instead.
 
 Shapes: B batch, [h, w] the trained grid, [H, W] the canvas in ids, K codebook size.
 """
@@ -14,9 +14,8 @@ import torch.nn.functional as F
 class WindowedDenoiser:
     """A denoiser (see `models.sampling.samplers`) of a canvas, made from one of a window.
 
-    Only windows that cover a position asked for are computed, `batch_size` of them at a time. The
-    logits are the logarithms of the averaged probabilities. Raises ValueError for a canvas that is
-    smaller than the window.
+    Computes only windows that cover a position asked for, `batch_size` at a time. Logits are the
+    logs of averaged probabilities. Raises ValueError for a canvas smaller than the window.
     """
 
     def __init__(self, denoise, window, canvas, batch_size=64):
@@ -54,20 +53,21 @@ class WindowedDenoiser:
         return (sums / counts).clamp(min=1e-30).log()
 
 
-def blending_weight(length, overlap_before, overlap_after):
-    """Weights along one axis of a tile, rising over the first overlap and falling over the last."""
-    weight = torch.ones(length)
-    if overlap_before:
-        weight[:overlap_before] = (torch.arange(overlap_before) + 0.5) / overlap_before
-    if overlap_after:
-        falling = 1 - (torch.arange(overlap_after) + 0.5) / overlap_after
-        weight[-overlap_after:] = torch.minimum(weight[-overlap_after:], falling)
-    return weight
-
-
 def tile_starts(length, tile, stride):
-    """Where the tiles of one axis start: every `stride`, the last one so that it ends at the end."""
+    """Where the tiles of one axis start: every `stride`, and the last one flush with the end."""
     return [*range(0, length - tile, stride), length - tile]
+
+
+def tile_weights(starts, tile):
+    """Weights [tiles, tile] of tiles along one axis: linear ramps where two of them overlap."""
+    weights = torch.ones(len(starts), tile)
+    for i, (start, following) in enumerate(zip(starts, starts[1:])):
+        overlap = start + tile - following
+        if overlap:
+            rising = (torch.arange(overlap) + 0.5) / overlap
+            weights[i, -overlap:] = torch.minimum(weights[i, -overlap:], 1 - rising)
+            weights[i + 1, :overlap] = rising
+    return weights
 
 
 @torch.no_grad()
@@ -84,21 +84,14 @@ def decode_canvas(decode, grid, tile):
     for row, top in enumerate(tops):
         for column, left in enumerate(lefts):
             image = decode(grid[:, :, top : top + h, left : left + w]).float().cpu()
-            scale = image.shape[2] // h
-            weights = [
-                blending_weight(
-                    side * scale,
-                    (starts[i - 1] + side - starts[i]) * scale if i else 0,
-                    (starts[i] + side - starts[i + 1]) * scale if i + 1 < len(starts) else 0,
-                )
-                for starts, i, side in ((tops, row, h), (lefts, column, w))
-            ]
-            weight = weights[0][:, None] * weights[1]
             if canvas is None:
-                shape = *image.shape[:2], height * scale, width * scale
-                canvas, total = torch.zeros(shape), torch.zeros(shape[2:])
-            rows = slice(top * scale, (top + h) * scale)
-            columns = slice(left * scale, (left + w) * scale)
-            canvas[..., rows, columns] += image * weight
-            total[rows, columns] += weight
+                f = image.shape[2] // h
+                canvas = torch.zeros(*image.shape[:2], height * f, width * f)
+                total = torch.zeros(height * f, width * f)
+                row_weights = tile_weights([f * start for start in tops], f * h)
+                column_weights = tile_weights([f * start for start in lefts], f * w)
+            weight = row_weights[row][:, None] * column_weights[column]
+            region = ..., slice(f * top, f * (top + h)), slice(f * left, f * (left + w))
+            canvas[region] += image * weight
+            total[region] += weight
     return canvas / total

@@ -2,12 +2,11 @@
 
 A denoiser is any `denoise(ids [B, N], where bool [B, N]) -> logits [M, K]`: of the M positions that
 `where` asks for, row by row, and of no others. A sampling method starts from ids [B, N] that hold
-`mask_id` where a token is to be drawn and known tokens elsewhere (none, in unconditional sampling),
-and returns them complete; it calls `progress(done, total)` after each network call. Only `remdm`
-and `mlm` ever change a token that they have drawn, and none changes a known one.
+`mask_id` where a token is to be drawn and known tokens elsewhere, which it keeps, and calls
+`progress(done, total)` after each network call. Only `remdm` and `mlm` change drawn tokens.
 
-All have the signature `method(denoise, ids, mask_id, steps, temp, rng, progress, **options)`; a
-new one is a function here with its name and options in `@sampling_method`.
+To add a method, write a function with the arguments of the others and decorate it with
+`@sampling_method`, its name and the names of its options.
 
 Shapes: B batch, N tokens, K codebook size, S steps.
 """
@@ -38,8 +37,7 @@ def sampling_method(name, *options):
 def draw(logits, temp=1.0, rng=None):
     """One categorical draw from each row of logits [M, K] at temperature `temp`: int64 [M].
 
-    Drawn in float64: the inverse-CDF and Gumbel noise of lower precisions cut the tails off,
-    which lowers the temperature (arXiv 2409.02908).
+    In float64: lower precisions cut the tails off, which lowers the temperature (2409.02908).
     """
     probabilities = (logits.double() / temp).softmax(-1)
     return torch.multinomial(probabilities, 1, generator=rng).squeeze(-1)
@@ -63,18 +61,16 @@ def truncate(logits, top_k=0, top_p=1.0):
 def reveal(denoise, ids, mask_id, call, temp, rng, progress):
     """Draw each masked token of ids [B, N] at the network call numbered `call` [B, N].
 
-    The calls of each sample are numbered 0, 1, 2, ... A call serves the samples that have tokens
-    to draw at it, and asks the network for those tokens only.
+    The calls of each sample are numbered 0, 1, 2, ...; the network sees only samples that have
+    tokens left to draw, and is asked only for those drawn at the call.
     """
     call, ids = call.masked_fill(ids != mask_id, -1), ids.clone()
     last = call.amax(1)
     calls = int(last.max()) + 1
     for number in range(calls):
         running = (last >= number).nonzero().squeeze(1)
-        now = call[running] == number
-        rows, columns = now.nonzero(as_tuple=True)
-        logits = denoise(ids[running], now)
-        ids[running[rows], columns] = draw(logits, temp, rng)
+        now = call == number
+        ids[now] = draw(denoise(ids[running], now[running]), temp, rng)
         if progress:
             progress(number + 1, calls)
     return ids

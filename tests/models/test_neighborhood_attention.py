@@ -57,7 +57,7 @@ def cases(draw):
 @pytest.mark.parametrize("backend", OURS)
 @settings(max_examples=25, deadline=None)
 @given(case=cases(), with_bias=st.booleans())
-def test_is_the_definition(backend, case, with_bias):
+def test_equals_brute_force(backend, case, with_bias):
     *qkv, kernel, dilation, rpb = case
     rpb = rpb if with_bias else None
     out = neighborhood_attention_2d(*qkv, kernel, dilation, rpb, scale=0.7, backend=backend)
@@ -135,7 +135,7 @@ def test_half_precision(backend, dtype, with_bias):
 @pytest.mark.parametrize("dilation", [1, 2, 3])
 @pytest.mark.parametrize("kernel", [1, 3, 7])
 @pytest.mark.parametrize("tile", [2, 3, 4])
-def test_blocks_see_what_their_queries_attend_to(kernel, dilation, tile):
+def test_tiles_hold_the_keys_that_their_queries_attend_to(kernel, dilation, tile):
     """Every length: what the few kinds of blocks say is what the definition says."""
     for length in range(kernel * dilation, kernel * dilation + 26):
         axis = module.tiled_axis(length, kernel, dilation, tile, torch.device("cpu"))
@@ -184,7 +184,7 @@ def check_compiled(backend, with_bias, compiler):
 
 
 @pytest.mark.parametrize("backend", OURS)
-def test_what_is_cached_in_inference_mode_serves_training(backend):
+def test_grids_cached_in_inference_mode_work_in_training(backend):
     module.cut_grid.cache_clear()
     qkv = torch.randn(3, 1, 12, 18, 1, 4, requires_grad=True)
     rpb = torch.randn(1, 5, 5, requires_grad=True)
@@ -251,7 +251,7 @@ def test_on_a_gpu(backend):
         assert_close(actual.cpu(), expected, tolerance=1e-3)
 
 
-def test_refusals_say_why(monkeypatch):
+def test_invalid_arguments_raise(monkeypatch):
     pytest.importorskip("natten")
     qkv = torch.randn(3, 1, 6, 6, 2, 4)
     for arguments, says in [
@@ -381,7 +381,7 @@ def test_hydra_is_translation_equivariant_away_from_borders(options):
     assert_close(hydra(shifted)[:, margin, margin], expected[:, margin, margin])
 
 
-def test_hydra_turns_queries_and_keys():
+def test_hydra_rope_equals_complex_rotation():
     """Against complex numbers: pair i of the channels is turned by its angle."""
     torch.manual_seed(0)
     hydra = HydraNeighborhoodAttention(16, [3], 2, rpb=False, rope=True)

@@ -85,7 +85,7 @@ def test_nearest_autoencoder_agrees_with_golden():
 
 
 @pytest.mark.parametrize("name", ["nearest", "gumbel"])
-def test_what_follows_the_quantizer_agrees_with_golden(name):
+def test_generator_and_discriminator_agree_with_golden(name):
     golden, model = read_golden(name)
     x = golden["x"]
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_objectives_and_gradients_agree_with_golden():
     assert_near(model.discriminator_loss(golden["x"], x_hat).detach(), golden["d_loss"])
 
 
-def test_published_config_has_the_published_layout():
+def test_published_settings_give_the_published_shapes():
     with torch.device("meta"):
         model = VQGAN(SimpleNamespace(**FFHQ))
         x = torch.empty(1, 3, 256, 256)
@@ -261,7 +261,7 @@ def test_usage_and_perplexity():
 
 
 @pytest.mark.parametrize("straight_through", [False, True])
-def test_gumbel_draws_in_training_and_decides_in_eval(straight_through):
+def test_gumbel_draws_in_training_and_takes_the_likeliest_in_eval(straight_through):
     torch.manual_seed(0)
     quantizer = GumbelQuantizer(6, 4, kl_weight=1.0, straight_through=straight_through)
     z = torch.randn(2, 4, 3, 5, requires_grad=True)
@@ -376,7 +376,7 @@ def test_gaussian_levels_add_up_and_agree_with_the_density():
     assert float(far) == pytest.approx(-norm.logsf(edge), rel=1e-6)
 
 
-def test_the_discriminator_waits_for_its_step():
+def test_discriminator_is_unused_before_disc_start_step():
     model = tiny()
     calls = []
     model.disc.register_forward_hook(lambda *_: calls.append(1))
@@ -410,7 +410,7 @@ def test_each_objective_moves_only_its_own_side():
     assert all(p.grad is not None for p in model.disc.parameters())
 
 
-def test_diff_aug_is_what_the_discriminator_sees():
+def test_discriminator_sees_augmented_images():
     shown = []
     model = tiny(diff_aug=True)
     model.disc.register_forward_hook(lambda _, inputs, __: shown.append(inputs[0]))
@@ -524,7 +524,7 @@ def test_perceptual_keys_are_the_published_ones(perceptual):
     assert set(VQGAN(published, perceptual).state_dict()) == set(golden["state_dict"])
 
 
-def test_perceptual_holds_what_lpips_ships(perceptual):
+def test_perceptual_heads_are_those_of_the_lpips_package(perceptual):
     shipped = torch.load(
         Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth",
         map_location="cpu",
@@ -552,7 +552,7 @@ def test_perceptual_stays_frozen_and_eval(perceptual):
     assert model.ae.generator.last_weight.grad.abs().sum() > 0
 
 
-def test_perceptual_term_is_weighed_and_ranged(perceptual):
+def test_perceptual_weight_and_range(perceptual):
     x, x_hat = images(), images().flip(3).requires_grad_()
     l1 = (x - x_hat).abs().mean()
     for value_range, at in (("0_1", lambda v: v), ("-1_1", lambda v: 2 * v - 1)):
@@ -619,12 +619,12 @@ def test_vgg16_weights_fill_the_trunk(perceptual):
          "LPIPS needs images of 16 pixels or more, not `img_size` 8: set `perceptual_weight` 0"),
     ],
 )
-def test_settings_that_cannot_work_say_so(changes, message):
+def test_invalid_settings_raise(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)), torch.device("meta"):
         tiny(**changes)
 
 
-def test_perceptual_settings_that_cannot_work_say_so():
+def test_invalid_perceptual_settings_raise():
     def distance(x, y):
         raise AssertionError("never reached")
 
@@ -638,7 +638,7 @@ def test_perceptual_settings_that_cannot_work_say_so():
     assert tiny(module, **(small | dict(perceptual_weight=0.0))).perceptual is None
 
 
-def test_ids_that_do_not_fill_the_grid_say_so():
+def test_ids_that_do_not_fill_the_grid_raise():
     model = tiny()
     with pytest.raises(ValueError, match="8x8 grid must be"):
         model.ae.decode_indices(torch.zeros(2, 60, dtype=torch.long))

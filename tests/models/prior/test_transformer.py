@@ -43,7 +43,7 @@ def build(**changes):
     (dict(latent_shape=[1, 6, 16], block_size=96), "= 7 is larger than the 6x16 grid"),
     (dict(dilations=[0]), "`dilations` must be at least 1, not 0"),
 ])
-def test_settings_that_cannot_work_say_so(changes, message):
+def test_invalid_settings_raise(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build(**changes)
 

@@ -26,7 +26,7 @@ def test_a_smooth_error_is_undone(hidden, slope):
     assert torch.allclose(laid, image.expand(2, -1, -1, -1), atol=1e-6)
 
 
-def test_stays_between_what_the_border_says():
+def test_correction_stays_within_the_differences_at_the_border():
     image, hidden = torch.full((1, 12, 15), 0.5), box(2, 10, 3, 12)
     completion = 0.5 + 0.1 * torch.rand(1, 1, 12, 15)
     taken = completion[0, 0][hidden] - lay_in(image, completion, hidden)[0, 0][hidden]

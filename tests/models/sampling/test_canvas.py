@@ -29,7 +29,7 @@ def plain_average(net, ids, canvas, window):
 
 
 @torch.no_grad()
-def test_windows_are_the_plain_average():
+def test_windows_equal_the_plain_average():
     torch.manual_seed(0)
     net = Transformer(get_sampler_hparams(FLAGS)).eval()
     canvas, window = (11, 13), (8, 8)

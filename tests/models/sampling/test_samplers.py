@@ -185,7 +185,7 @@ def test_known_tokens_condition_a_consistent_denoiser():
         assert_distributed(ids, exact)
 
 
-def test_no_call_and_no_logit_is_wasted():
+def test_ancestral_asks_the_network_once_for_each_token():
     toy = Toy()
     torch.manual_seed(0)
     sample_ancestral(toy, toy.start(50), K, 1000)
@@ -217,7 +217,7 @@ def uniform_denoiser(size=5):
     (sample_halton, dict(grid=GRID)), (sample_remdm, {}),
     (sample_mask_predict, dict(total_steps=16)),
 ])
-def test_every_sampler_completes_and_keeps_what_is_known(sample, options, steps):
+def test_every_method_completes_and_keeps_known_ids(sample, options, steps):
     denoise, calls = uniform_denoiser()
     start = torch.full((3, 24), 5)
     start[1, :7], start[2] = 2, 3  # one sample has known tokens, one has nothing else
@@ -349,7 +349,7 @@ def variational_bound(toy, ids, steps):
 BOUND_STEPS, BOUND_GRID = 4, (0, 1, 1)
 
 
-def test_the_bound_is_a_sum_of_cross_entropies():
+def test_mean_elbo_loss_is_the_variational_bound():
     """The elbo loss, averaged over all times and masks, is the variational bound."""
     toy, ids = Toy(), torch.tensor([BOUND_GRID])
     mean = 0.0
@@ -531,13 +531,13 @@ def test_relative_positions_run_at_twice_the_size(position):
     assert corner.abs().max() > 1e-6
 
 
-def test_a_table_of_positions_ties_to_its_grid():
+def test_absolute_positions_refuse_another_grid():
     H = get_sampler_hparams([*FLAGS, "absorbing"])
     with pytest.raises(ValueError, match="absolute positions"):
         Transformer(H)(torch.zeros(1, 140, dtype=torch.long), grid=(10, 14))
 
 
-def test_autoregressive_sampling_is_narrowed():
+def test_top_k_1_and_a_small_top_p_draw_the_likeliest_id():
     """With top_k 1, or top_p near 0, every token is the likeliest after those before it."""
     for flag, value in (("--top_k", "1"), ("--top_p", "0.001")):
         H = get_sampler_hparams([*FLAGS, "autoregressive", flag, value])
