@@ -7,22 +7,126 @@
 import torch
 
 from hparams import get_sampler_hparams
-from utils.runs.folder import RunFolder
-from utils.training.assemble import build_sampler, check_autoencoder, load_autoencoder
-from utils.training.checkpoints import Checkpoints, choose_checkpoint, weights_hash
-from utils.data.datasets import load_dataset, train_validation_split
-from utils.training.processes import join
+from utils.data.datasets import load_dataset
 from utils.data.latents import latent_batches, load_latents
-from utils.data.batches import stream_positions
-from utils.training.muon import MuonWithAdamW
+from utils.data.split import split_if_validated
 from utils.evaluation.samples import decode
-from utils.runs.script import log_changed_settings, record_settings, run_script, start_run
-from utils.training.loop import (
-    EMA, Precision, backward, buffers_kept, due, learning_rate, seed_step, set_learning_rate,
-    step_seed, take_step, training_loop,
+from utils.runs.resume import choose_checkpoint, record_settings
+from utils.runs.script import run_script, start_run
+from utils.training.build import (
+    build_both, build_sampler, check_autoencoder, check_models, load_autoencoder, sampler_path,
 )
+from utils.training.checkpoints import Checkpoints
+from utils.training.ema import EMA
+from utils.training.loop import TrainingLoop, due, tolerate_full_disk
+from utils.training.optimizers import (
+    MuonWithAdamW, backward, learning_rate, set_learning_rate, take_step,
+)
+from utils.training.precision import Precision, seed_step, step_seed
+from utils.training.processes import init_processes
 
 VALIDATION_DRAWS = 8
+
+
+class SamplerTraining:
+    """Everything that is trained, and the loop that trains it."""
+
+    def __init__(self, H, log, processes):
+        self.H, self.log, self.processes = H, log, processes
+        train_set, validation_set = split_if_validated(load_dataset(H), H, log)
+        self.autoencoder = load_autoencoder(H, processes.device, log)
+        self.ids = load_latents(
+            train_set, self.autoencoder, H, H.horizontal_flip, processes, log
+        )  # [n, orientations, N]
+        if validation_set is not None:
+            held_out = load_latents(validation_set, self.autoencoder, H, False, processes, log)
+            self.held_out = held_out[:, 0].long()  # [n, N]
+
+        seed_step(H.seed, 0, "weights")
+        self.sampler = build_sampler(H, self.autoencoder).to(processes.device)
+        self.best, self.ema = self.sampler, None
+        models = {H.sampler: self.sampler}
+        if H.ema and processes.is_first:
+            self.ema = EMA(self.sampler, H.ema_beta, shared=["embedding_weight"])
+            self.best = models[f"{H.sampler}_ema"] = self.ema.model
+        self.optimizer = build_optimizer(self.sampler, H)
+        self.precision = Precision(H.amp, processes.device)
+        log.info(f"precision: {self.precision.description}")
+        self.checkpoints = Checkpoints(
+            log.folder, models, {f"{H.sampler}_optim": self.optimizer}, self.precision.scaler,
+            H.keep_checkpoints,
+        )
+        stats = self.checkpoints.restore(H, log)
+        check_autoencoder(self.autoencoder, stats, sampler_path(H))
+        self.seconds = stats.get("seconds", 0.0)
+        self.loss = processes.wrap(self.sampler)
+
+    def train(self):
+        """Train to `H.train_steps`."""
+        H, sampler, processes = self.H, self.sampler, self.processes
+        batches = latent_batches(self.ids, H, H.load_step, processes)
+        with TrainingLoop(
+            H, self.log, processes, len(self.ids), H.load_step, self.seconds
+        ) as loop:
+            for step in loop:
+                ids = next(batches)
+                sampler.train()
+                set_learning_rate(self.optimizer, learning_rate(H, step))
+                with loop.attempt(sampler):
+                    with self.precision.autocast():
+                        stats = self.loss(ids, **self.noise_of(step))
+                    backward(stats["loss"], self.optimizer, self.precision)
+                    take_step([stats["loss"]], [self.optimizer], self.precision, processes,
+                              H.clip_grad_norm)
+                    if self.ema and due(step, H.steps_per_update_ema):
+                        self.ema.update(sampler)
+                    loop.count(**{name: value.detach() for name, value in stats.items()})
+                loop.end_step()
+                if loop.must_validate:
+                    self.validate(step)
+                if loop.must_show or loop.must_save_images:
+                    self.show_samples(step, loop.must_save_images, loop.must_show)
+                if loop.must_save:
+                    stats = {"seconds": loop.seconds, "autoencoder": self.autoencoder.weights_hash}
+                    with tolerate_full_disk(self.log, unless=loop.ends):
+                        self.checkpoints.save(step, stats)
+
+    def noise_of(self, step):
+        """Arguments with which ranks draw the whole batch's noise and each takes its part."""
+        processes = self.processes
+        if processes.size == 1:
+            return {}
+        rng = torch.Generator(processes.device).manual_seed(step_seed(self.H.seed, step))
+        return dict(rng=rng, part=(processes.rank, processes.size), reduce=processes.sum)
+
+    @torch.no_grad()
+    def validate(self, step):
+        """Log bits per token of the held-out ids, each seen VALIDATION_DRAWS times, with times
+        spread evenly over 1..T and always the same noise."""
+        bits = []
+        self.best.eval()
+        seed_step(0, 0, "validation")
+        with self.precision.autocast():
+            draws = self.held_out.repeat(VALIDATION_DRAWS, 1)
+            for ids in draws.split(max(self.H.batch_size, 64)):
+                bits.append(self.best.bits_per_token(ids.to(self.processes.device)))
+        bits = float(torch.cat(bits).double().mean())
+        self.log.metrics(step, {"bits_per_token": bits}, group="validation")
+
+    @torch.no_grad()
+    def show_samples(self, step, save, display):
+        """Samples of the EMA where there is one, and the loss of each time step."""
+        H = self.H
+        self.best.eval()
+        seed_step(H.seed, step, "samples")
+        with self.precision.autocast():
+            ids = self.best.sample(min(H.batch_size, 64), H.temp)
+        images = decode(self.autoencoder, ids)
+        with tolerate_full_disk(self.log):
+            self.log.images(step, "samples", images, save=save, display=display,
+                            individually=H.save_individually)
+        if H.sampler == "absorbing" and display:
+            self.log.bars(step, "loss_per_timestep", self.sampler.loss_history[1:])
 
 
 def build_optimizer(sampler, H):
@@ -32,108 +136,16 @@ def build_optimizer(sampler, H):
     return torch.optim.Adam(sampler.parameters(), lr=H.lr)
 
 
-def train_step(sampler, model, ema, optimizer, ids, step, H, precision, world):
-    """One step on ids [B, N], this process's share; `model` is `sampler` as the world wraps it."""
-    sampler.train()
-    set_learning_rate(optimizer, learning_rate(H, step))
-    noise = None
-    if world.size > 1:  # the processes draw the same, that of the whole batch
-        noise = torch.Generator(ids.device).manual_seed(step_seed(H.seed, step))
-    with buffers_kept(sampler):
-        with precision.autocast():
-            stats = model(ids, noise, (world.rank, world.size))
-        backward(stats["loss"], optimizer, precision)
-        take_step([stats["loss"]], [optimizer], precision, world, H.clip_grad_norm)
-    if ema is not None and due(step, H.steps_per_update_ema):
-        ema.update(sampler)
-    return {name: value.detach() for name, value in stats.items()}
-
-
-@torch.no_grad()
-def validate(sampler, ids, H, precision):
-    """Bits per token of held-out ids [n, N], each seen VALIDATION_DRAWS times.
-
-    The times are spread evenly over 1..T and the noise is always the same.
-    """
-    device = next(sampler.parameters()).device
-    seed_step(0, 0, "validation")
-    bits = []
-    with precision.autocast():
-        for part in ids.repeat(VALIDATION_DRAWS, 1).split(max(H.batch_size, 64)):
-            bits.append(sampler.bits_per_token(part.to(device)))
-    return {"bits_per_token": float(torch.cat(bits).double().mean())}
-
-
 def main(argv=None):
     H = get_sampler_hparams(argv)
-    world = join(H.device)
-    device = world.device
-    with start_run(H, device, world) as log:
-        choose_checkpoint(H, log, world)
-        dataset = load_dataset(H)
-        autoencoder = load_autoencoder(H, device, log)
-        train_set, validation_set = dataset, None
-        if H.steps_per_eval:
-            train_set, validation_set = train_validation_split(dataset)
-        flip, workers = H.horizontal_flip, H.num_workers
-        ids = load_latents(train_set, autoencoder, flip, workers, device, log, world)
-        if validation_set is not None and world.is_first:
-            held_out = load_latents(validation_set, autoencoder, False, workers, device, log)
-            held_out = held_out[:, 0].long()  # [n, N]
-
-        seed_step(H.seed, 0, "weights")
-        sampler = build_sampler(H, autoencoder).to(device)
-        ema = EMA(sampler, H.ema_beta) if H.ema and world.is_first else None
-        best = ema.model if ema else sampler
-        optimizer = build_optimizer(sampler, H)
-        precision = Precision(H.amp, device)
-        log.info(f"precision: {precision.description}")
-        models = {H.sampler: sampler, **({f"{H.sampler}_ema": ema.model} if ema else {})}
-        checkpoints = Checkpoints(
-            log.folder, models, {f"{H.sampler}_optim": optimizer}, precision.scaler,
-            H.keep_checkpoints,
-        )
-        stats = {}
-        if H.load_step:
-            run = RunFolder(H.load_dir)
-            stats = checkpoints.restore(run, H.load_step, log, optimizers=H.load_optim)
-            check_autoencoder(autoencoder, stats, run.model(H.sampler, H.load_step))
-            log_changed_settings(H, run, log)
-        model = world.wrap(sampler)
-        if world.is_first:
+    check_models(H, build_both)
+    processes = init_processes(H.device)
+    with start_run(H, processes) as log:
+        choose_checkpoint(H, log, processes)
+        training = SamplerTraining(H, log, processes)
+        if processes.is_first:
             record_settings(H, log)
-        identity = {"autoencoder": weights_hash(autoencoder)}
-        share = world.rank, world.size
-        batches = latent_batches(ids, H.batch_size, H.seed, H.load_step, device, share)
-
-        def step_of_training(step):
-            return train_step(
-                sampler, model, ema, optimizer, next(batches), step, H, precision, world
-            )
-
-        def batch(step):
-            return stream_positions(len(ids), H.batch_size * world.size, H.seed, step - 1)[0]
-
-        def run_validation(step):
-            best.eval()
-            log.metrics(step, validate(best, held_out, H, precision), group="validation")
-
-        def display(step, save, show):
-            best.eval()
-            seed_step(H.seed, step, "samples")
-            with torch.no_grad(), precision.autocast():
-                samples = best.sample(min(H.batch_size, 64), H.temp)
-            images = decode(best, autoencoder, samples)
-            log.images(step, "samples", images, save=save, display=show,
-                       individually=H.save_individually)
-            if H.sampler == "absorbing" and show:
-                log.bars(step, "loss_per_timestep", sampler.loss_history[1:])
-
-        training_loop(
-            H, log, world, stats.get("seconds", 0.0), step_of_training,
-            batch=batch, validate=run_validation, display=display,
-            save=lambda step, so_far: checkpoints.save(step, {**so_far, **identity}),
-        )
+        training.train()
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import sys
 
 import yaml
 
+from measure import number, print_table
 from utils.runs.folder import RunFolder
-from measure import number, table
 
 EVERY = 50  # steps between validations and between figures of speed
 RECIPE = "--optimizer muon --t_sampling low_discrepancy --lr_schedule cosine --lr 3e-3"
@@ -124,13 +124,9 @@ def step_of(points, bits):
     return next((step for step, value in points if value <= bits), None)
 
 
-def main():
-    arguments, handed_on = parse_arguments()
+def rows_of_variants(arguments, handed_on, titles, curves):
+    """Yield the figures of each variant, and add the curves of its seeds to `curves`."""
     small, large = arguments.kernels
-    titles = list(VARIANTS)
-    if arguments.variants is not None:
-        titles = [titles[index] for index in arguments.variants]
-    rows, curves = [], {}
     for title in titles:
         flags = [*variant_flags(arguments, title), *handed_on]
         runs = curves[title] = [
@@ -138,24 +134,30 @@ def main():
         ]
         bits = [points[-1][1] for _, points in runs]
         milliseconds = 1e3 * min(seconds for seconds, _ in runs)
-        rows.append([
-            title.format(small=small, large=large), number(statistics.mean(bits), 4),
-            f"{min(bits):.3f} to {max(bits):.3f}", number(milliseconds),
-        ])
-        print(*rows[-1], sep=", ", flush=True)
-    print("\n" + table(["variant", "bits per token", "seeds", "ms per step"], rows) + "\n")
-    first = next(iter(VARIANTS))
+        yield [title.format(small=small, large=large), number(statistics.mean(bits), 4),
+               f"{min(bits):.3f} to {max(bits):.3f}", number(milliseconds)]
+
+
+def main():
+    arguments, handed_on = parse_arguments()
+    titles = list(VARIANTS)
+    first = titles[0]
+    if arguments.variants is not None:
+        titles = [titles[index] for index in arguments.variants]
+    curves = {}
+    print_table(["variant", "bits per token", "seeds", "ms per step"],
+                rows_of_variants(arguments, handed_on, titles, curves))
     for baseline in (FULL_ADAM, PUBLISHED):
         if first not in curves or baseline not in curves:
             continue
         for seed, chosen, other in zip(arguments.seeds, curves[first], curves[baseline]):
             (pace, points), (other_pace, other_points) = chosen, other
             last, bits = other_points[-1]
-            print(f"seed {seed}: {baseline} ends at {bits:.3f} bits per token after step {last}, "
-                  f"{last * other_pace:.0f} s of training;", end=" ")
             step = step_of(points, bits)
-            print("the first variant never is there" if step is None else
-                  f"the first variant is there at step {step}, after {step * pace:.0f} s")
+            reached = ("never is there" if step is None else
+                       f"is there at step {step}, after {step * pace:.0f} s")
+            print(f"seed {seed}: {baseline} ends at {bits:.3f} bits per token after step {last}, "
+                  f"{last * other_pace:.0f} s of training; the first variant {reached}")
 
 
 if __name__ == "__main__":

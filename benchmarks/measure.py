@@ -1,19 +1,40 @@
-"""How the benchmarks measure time and memory, and how they print what they found."""
+"""What the benchmarks share: time, memory, untrained models and tables."""
 
 import gc
 import math
 import platform
+import re
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
+from hparams import get_sampler_hparams
+from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
 
-def wait_for(device):
-    """Wait until the device has done what it was told: a GPU runs behind the program."""
+
+def untrained_sampler(side, flags, device):
+    """A sampler of `side` x `side` ids with random weights; `flags` is a string."""
+    H = get_sampler_hparams(
+        "--dataset custom --custom_dataset_path . --ae_load_dir none --ae_load_step 1 "
+        f"--img_size {16 * side} --attn_resolutions {side} --latent_shape 1 {side} {side} "
+        f"{flags}".split()
+    )
+    torch.manual_seed(0)
+    embedding = torch.zeros(H.codebook_size, H.emb_dim)
+    if H.sampler == "autoregressive":
+        return AutoregressiveTransformer(H, embedding).to(device)
+    return AbsorbingDiffusion(H, Transformer(H), H.codebook_size, embedding).to(device)
+
+
+def run_seconds(function, device):
+    """Seconds that `function()` takes; on a GPU, until that is done."""
+    began = time.perf_counter()
+    function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 
 def milliseconds(function, device, seconds=1.0, least=3):
@@ -22,26 +43,19 @@ def milliseconds(function, device, seconds=1.0, least=3):
     One call before warms up what is built on the first: caches, threads, kernels. Where that one
     takes longer than ten times `seconds`, it is the figure.
     """
-    began = time.perf_counter()
-    function()
-    wait_for(device)
-    if time.perf_counter() - began > 10 * max(seconds, 1):
-        return 1e3 * (time.perf_counter() - began)
-    times, began = [], time.perf_counter()
-    while len(times) < least or time.perf_counter() - began < seconds:
-        start = time.perf_counter()
-        function()
-        wait_for(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+    first = run_seconds(function, device)
+    if first > 10 * max(seconds, 1):
+        return 1e3 * first
+    times = []
+    while len(times) < least or sum(times) < seconds:
+        times.append(run_seconds(function, device))
+    return 1e3 * statistics.median(times)
 
 
 def resident_megabytes(field):
     """`VmRSS` (resident now) or `VmHWM` (its peak) of this process, by Linux's /proc."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise ValueError(f"/proc/self/status has no {field}")
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024
 
 
 def peak_megabytes(function, device):
@@ -67,21 +81,14 @@ def peak_megabytes(function, device):
 
 def machine(device):
     """A line that says what the figures were measured on."""
-    name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        if Path("/proc/cpuinfo").exists():
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            name = next((x.split(": ")[1] for x in lines if x.startswith("model name")), name)
+        cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        model = re.search(r"^model name\s*: (.*)", cpuinfo, re.MULTILINE)
+        name = model[1] if model else platform.processor() or platform.machine()
         name += f", {torch.get_num_threads()} threads"
     return f"{name}; torch {torch.__version__}"
-
-
-def table(head, rows):
-    """Rows of strings as a Markdown table."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def number(value, digits=3):
@@ -90,3 +97,18 @@ def number(value, digits=3):
         return "-"
     magnitude = math.floor(math.log10(abs(value))) if value else 0
     return f"{value:.{max(0, digits - 1 - magnitude)}f}"
+
+
+def table(head, rows):
+    """Rows as a Markdown table."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def print_table(head, rows):
+    """Print each of the rows, which may be a generator, as it comes, then all as a table."""
+    shown = []
+    for row in rows:
+        print(*row, sep=", ", flush=True)
+        shown.append(row)
+    print("\n" + table(head, shown) + "\n")

@@ -9,25 +9,22 @@ cores; --quick measures a few cases in half a minute.
 """
 
 import argparse
-import itertools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import product
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
-from hparams import get_sampler_hparams
-from measure import machine, milliseconds, number, peak_megabytes, table
-from models import AbsorbingDiffusion, Transformer
+from measure import machine, milliseconds, number, peak_megabytes, print_table, untrained_sampler
 from models.neighborhood_attention import natten, natten_problem, neighborhood_attention_2d
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  after the choice of a backend that needs no screen
-
 HEADS, HEAD_DIM = 8, 32
+DENOISER = "--sampler absorbing --bert_n_emb 256 --bert_n_head 8 --bert_n_layers 4 --attention "
 
 
 def parse_arguments():
@@ -39,7 +36,8 @@ def parse_arguments():
                         help="sides of the square grids of tokens")
     parser.add_argument("--kernel_sizes", nargs="+", type=int, default=[3, 7, 13])
     parser.add_argument("--dilations", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=torch.device,
+                        default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=1, help="images at once")
     parser.add_argument("--seconds", type=float, default=0.5, help="time spent on each figure")
     parser.add_argument("--quick", action="store_true", help="sides 16 32, kernel 7, no dilation")
@@ -56,228 +54,168 @@ def dense_attention(query, key, value):
     return F.scaled_dot_product_attention(query, key, value)
 
 
-def attention_function(kernel, dilation=1, backend=None):
-    """The function (query, key, value, rpb=None) to measure; `dense_attention` without a kernel."""
-    if kernel is None:
-        return dense_attention
-    return lambda *tensors: neighborhood_attention_2d(
-        *tensors[:3], kernel, dilation, *tensors[3:], backend=backend
-    )
+def inputs(side, batch, device, bias_kernel=None):
+    """{name: tensor}: query, key, value [B, side, side, h, e], and `rpb` for `bias_kernel`."""
+    shapes = dict.fromkeys(("query", "key", "value"), (batch, side, side, HEADS, HEAD_DIM))
+    if bias_kernel:
+        shapes["rpb"] = (HEADS, 2 * bias_kernel - 1, 2 * bias_kernel - 1)
+    return {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
 
 
-def inputs(side, arguments, kernel=None, batch=None):
-    """query, key and value [B, side, side, h, e], and a bias table when `kernel` is given."""
-    shape = (batch or arguments.batch, side, side, HEADS, HEAD_DIM)
-    tensors = [torch.randn(shape, device=arguments.device) for _ in range(3)]
-    if kernel:
-        extent = 2 * kernel - 1
-        tensors.append(torch.randn(HEADS, extent, extent, device=arguments.device))
-    return tensors
+def forward_and_backward(attention, tensors):
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    torch.autograd.grad(attention(**leaves).sum(), list(leaves.values()))
 
 
-def forward_and_backward(attend, tensors):
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-    torch.autograd.grad(attend(*leaves).sum(), leaves)
-
-
-def costs(attend, tensors, arguments):
-    """{"forward": ms, "both": ms of forward and backward} of attend(*tensors)."""
-    device = torch.device(arguments.device)
+def costs(attention, tensors, arguments):
+    """Milliseconds of attention(**tensors): (forward, forward and backward)."""
     with torch.no_grad():
-        forward = milliseconds(lambda: attend(*tensors), device, arguments.seconds)
-    both = milliseconds(lambda: forward_and_backward(attend, tensors), device, arguments.seconds)
-    return {"forward": forward, "both": both}
-
-
-def peak_of_case(side, kernel, backend, with_bias, arguments):
-    """Megabytes of one forward and backward; to be called in a process of its own."""
-    tensors = inputs(side, arguments, kernel if with_bias else None)
-    attend = attention_function(kernel, backend=backend)
-    return peak_megabytes(
-        lambda: forward_and_backward(attend, tensors), torch.device(arguments.device)
+        forward = milliseconds(lambda: attention(**tensors), arguments.device, arguments.seconds)
+    return forward, milliseconds(
+        lambda: forward_and_backward(attention, tensors), arguments.device, arguments.seconds
     )
 
 
-def memory_table(arguments):
-    """Peak memory of kernel 7, forward and backward: rows.
+def natten_forward(tensors, kernel, dilation, arguments):
+    """Milliseconds of natten's own call, forward; None where it has no kernel for this."""
+    if natten_problem(**tensors, rpb=None, kernel_size=kernel):
+        return None
+    with torch.no_grad():
+        return milliseconds(lambda: natten.na2d(**tensors, kernel_size=kernel, dilation=dilation),
+                            arguments.device, arguments.seconds, least=1)
+
+
+def operator_rows(arguments, curves):
+    """Yield the figures of every case; those without dilation are added to `curves`."""
+    for side in arguments.sides:
+        tensors = inputs(side, arguments.batch, arguments.device)
+        dense, dense_both = costs(dense_attention, tensors, arguments)
+        add_point(curves, "dense", side, dense_both, "k.-")
+        for kernel, dilation in product(arguments.kernel_sizes, arguments.dilations):
+            if kernel * dilation > side:
+                continue
+            attention = partial(neighborhood_attention_2d, kernel_size=kernel, dilation=dilation)
+            forward, both = costs(attention, tensors, arguments)
+            with_bias = inputs(side, arguments.batch, arguments.device, kernel)
+            _, biased = costs(attention, with_bias, arguments)
+            other = natten_forward(tensors, kernel, dilation, arguments)
+            if dilation == 1:
+                color = f"C{arguments.kernel_sizes.index(kernel)}"
+                add_point(curves, f"kernel {kernel}", side, both, f"{color}.-")
+                add_point(curves, f"kernel {kernel} with bias", side, biased, f"{color}.--")
+            if other and (kernel, dilation) == (7, 1):
+                add_point(curves, "natten, kernel 7, forward only", side, other, "C7x:")
+            ratio = other and other / forward
+            figures = (forward, dense, other, ratio, both, biased, dense_both, dense_both / both)
+            yield [f"{side}x{side}", kernel, dilation, *map(number, figures)]
+
+
+def backend_rows(arguments):
+    """Yield forward and backward of `tiled` and `dense` around where they cross, milliseconds."""
+    for side, kernel in product((8, 12, 16, 20, 24, 32), (3, 7)):
+        times = []
+        for bias_kernel, backend in product((None, kernel), ("tiled", "dense")):
+            tensors = inputs(side, 8, arguments.device, bias_kernel)
+            attention = partial(neighborhood_attention_2d, kernel_size=kernel, backend=backend)
+            times.append(costs(attention, tensors, arguments)[1])
+        yield [f"{side}x{side}", kernel, *map(number, times)]
+
+
+def memory_rows(arguments):
+    """Yield the peak memory of kernel 7, forward and backward, megabytes.
 
     Each case is measured in a fresh process, whose allocator has nothing to give out again; one
     that the system kills for its memory is a dash.
     """
+    ours = partial(neighborhood_attention_2d, kernel_size=7)
+    cases = [*product((ours, partial(ours, backend="dense")), (None, 7)), (dense_attention, None)]
     context = multiprocessing.get_context("spawn")
-    cases = [(7, None, False), (7, None, True), (7, "dense", False), (7, "dense", True)]
-    rows = []
     for side in arguments.sides:
         peaks = []
-        for case in [*cases, (None, None, False)]:
+        for case in cases:
             with ProcessPoolExecutor(1, mp_context=context) as pool:
                 try:
                     peaks.append(pool.submit(peak_of_case, side, *case, arguments).result())
                 except BrokenProcessPool:
                     peaks.append(None)
-        rows.append([f"{side}x{side}", *(number(peak, 2) for peak in peaks)])
-        print(*rows[-1], flush=True)
-    return rows
+        yield [f"{side}x{side}", *(number(peak, 2) for peak in peaks)]
 
 
-def backend_table(arguments):
-    """Milliseconds of forward and backward of `tiled` and `dense` around where they cross: rows."""
-    rows = []
-    for side, kernel in itertools.product((8, 12, 16, 20, 24, 32), (3, 7)):
-        times = []
-        for with_bias in (False, True):
-            tensors = inputs(side, arguments, kernel if with_bias else None, batch=8)
-            for backend in ("tiled", "dense"):
-                attend = attention_function(kernel, backend=backend)
-                times.append(costs(attend, tensors, arguments)["both"])
-        rows.append([f"{side}x{side}", kernel, *map(number, times)])
-        print(*rows[-1], flush=True)
-    return rows
+def peak_of_case(side, attention, bias_kernel, arguments):
+    """Megabytes of one forward and backward; to be called in a process of its own."""
+    tensors = inputs(side, arguments.batch, arguments.device, bias_kernel)
+    return peak_megabytes(lambda: forward_and_backward(attention, tensors), arguments.device)
 
 
-def natten_forward(tensors, kernel, dilation, arguments):
-    """Milliseconds of natten's own call, forward; None where it has no kernel for this."""
-    if natten_problem(*tensors, None, kernel):
-        return None
-    device = torch.device(arguments.device)
-    with torch.no_grad():
-        return milliseconds(
-            lambda: natten.na2d(*tensors, kernel, dilation=dilation), device, arguments.seconds, 1
-        )
-
-
-def operator_table(arguments):
-    """Measure every case; returns the table's rows and, for the plot, {(side, case): costs}."""
-    rows, measured = [], {}
-    for side in arguments.sides:
-        tensors = inputs(side, arguments)
-        dense = measured[side, "dense"] = costs(dense_attention, tensors, arguments)
-        for kernel, dilation in itertools.product(arguments.kernel_sizes, arguments.dilations):
-            if kernel * dilation > side:
-                continue
-            attend = attention_function(kernel, dilation)
-            plain = costs(attend, tensors, arguments)
-            biased = costs(attend, inputs(side, arguments, kernel), arguments)
-            other = natten_forward(tensors, kernel, dilation, arguments)
-            measured[side, kernel, dilation] = dict(plain, biased=biased["both"], natten=other)
-            ratio = other and other / plain["forward"]
-            rows.append([
-                f"{side}x{side}", kernel, dilation,
-                *map(number, (plain["forward"], dense["forward"], other, ratio)),
-                *map(number, (plain["both"], biased["both"], dense["both"])),
-                number(dense["both"] / plain["both"]),
-            ])
-            print(*rows[-1], flush=True)
-    return rows, measured
-
-
-HEADINGS = [
-    "grid", "kernel", "dilation", "forward, ms", "forward, dense", "forward, natten",
-    "natten / ours", "both ways, ms", "both ways, with bias", "both ways, dense", "dense / ours",
-]
-BACKEND_HEADINGS = [
-    "grid", "kernel", "tiled, ms", "dense under the mask", "tiled with bias", "dense with bias",
-]
-MEMORY_HEADINGS = [
-    "grid", "ours, MB", "ours with bias", "dense under the mask", "the same with bias",
-    "dense, no mask",
-]
-
-
-def denoiser(side, kind, device):
-    """A denoiser of `side` x `side` ids, four blocks of width 256, and its settings."""
-    H = get_sampler_hparams(
-        f"--sampler absorbing --dataset custom --custom_dataset_path . --ae_load_dir none "
-        f"--ae_load_step 1 --img_size {side * 16} --attn_resolutions {side} "
-        f"--latent_shape 1 {side} {side} "
-        f"--attention {kind} --bert_n_emb 256 --bert_n_head 8 --bert_n_layers 4".split()
-    )
-    torch.manual_seed(0)
-    embedding = torch.zeros(H.codebook_size, H.emb_dim)
-    model = AbsorbingDiffusion(H, Transformer(H), H.codebook_size, embedding)
-    return H, model.to(device)
-
-
-def training_step_table(arguments, device):
-    """Milliseconds of one training step, hydra against full attention: rows and {...: ms}."""
-    rows, times = [], {}
+def step_rows(arguments, curves):
+    """Yield milliseconds of a training step, hydra against full attention, and add to `curves`."""
     for side in [side for side in arguments.sides if side <= 64]:
+        times = {}
         for kind in ("hydra", "full"):
-            H, model = denoiser(side, kind, device)
+            model = untrained_sampler(side, DENOISER + kind, arguments.device)
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-            ids = torch.randint(H.codebook_size, (arguments.batch, side * side), device=device)
+            shape = (arguments.batch, side * side)
+            ids = torch.randint(model.mask_id, shape, device=arguments.device)
 
             def step():
                 optimizer.zero_grad()
                 model(ids)["loss"].backward()
                 optimizer.step()
 
-            times[side, kind] = milliseconds(step, device, 4 * arguments.seconds)
-        hydra, full = times[side, "hydra"], times[side, "full"]
-        rows.append([f"{side}x{side}", number(hydra), number(full), number(full / hydra)])
-        print(*rows[-1], flush=True)
-    return rows, times
+            times[kind] = milliseconds(step, arguments.device, 4 * arguments.seconds)
+            add_point(curves, kind, side, times[kind], {"hydra": "C1.-", "full": "k.-"}[kind])
+        ratio = times["full"] / times["hydra"]
+        yield [f"{side}x{side}", *map(number, (times["hydra"], times["full"], ratio))]
 
 
-def exponent(tokens, times):
-    """The power of the number of tokens that the time grows with: a log-log fit's slope."""
-    return np.polyfit(np.log(tokens), np.log(times), 1)[0]
+def add_point(curves, label, side, time, style):
+    """Add (side, time) to `curves`: {label: (style of matplotlib, sides, times)}."""
+    _, sides, times = curves.setdefault(label, (style, [], []))
+    sides.append(side)
+    times.append(time)
 
 
-def draw(path, arguments, measured, times):
+def draw(path, operator, steps):
     """Two log-log plots: the operator's cost and the training step's, against tokens."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
-    sides = arguments.sides
-    tokens = [side**2 for side in sides]
-    left.plot(tokens, [measured[side, "dense"]["both"] for side in sides], "k.-", label="dense")
-    kernel_7 = [(side, measured[side, 7, 1]) for side in sides if (side, 7, 1) in measured]
-    known = [(side**2, found["natten"]) for side, found in kernel_7 if found["natten"]]
-    if known:
-        left.plot(*zip(*known), "x:", color="gray", label="natten, kernel 7, forward only")
-    for kernel in arguments.kernel_sizes:
-        for name, style, label in (("both", ".-", ""), ("biased", ".--", " with bias")):
-            cases = [(s, measured[s, kernel, 1]) for s in sides if (s, kernel, 1) in measured]
-            left.plot(
-                [side**2 for side, _ in cases], [found[name] for _, found in cases], style,
-                color=f"C{arguments.kernel_sizes.index(kernel)}", label=f"kernel {kernel}{label}",
-            )
-    left.set_title("attention, forward and backward, no dilation")
-    sides = sorted({side for side, _ in times})
-    for kind, style in (("full", "k.-"), ("hydra", "C1.-")):
-        right.plot(
-            [side**2 for side in sides], [times[side, kind] for side in sides], style,
-            label=kind,
-        )
-    right.set_title("a denoiser's training step")
-    for axes, shown in ((left, arguments.sides), (right, sides)):
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds")
-        axes.set_xticks([side**2 for side in shown], [f"{side}x{side}" for side in shown])
+    figure = Figure(figsize=(11, 4.2), layout="tight")
+    plots = {"attention, forward and backward, no dilation": operator,
+             "a denoiser's training step": steps}
+    for axes, (title, curves) in zip(figure.subplots(1, 2), plots.items()):
+        for label, (style, sides, times) in curves.items():
+            axes.plot(np.square(sides), times, style, label=label)
+        ticks = sorted({side for _, sides, _ in curves.values() for side in sides})
+        axes.set(title=title, xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds")
+        axes.set_xticks(np.square(ticks), [f"{side}x{side}" for side in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(f"drawn: {path}")
 
 
 def main():
     arguments = parse_arguments()
-    device = torch.device(arguments.device)
     torch.manual_seed(0)
-    print(f"{machine(device)}; natten {natten and natten.__version__}; batch {arguments.batch}, "
-          f"{HEADS} heads of {HEAD_DIM}, float32")
-    rows, measured = operator_table(arguments)
-    print("\n" + table(HEADINGS, rows) + "\n")
-    print("\n" + table(BACKEND_HEADINGS, backend_table(arguments)) + "\n")
-    print("\n" + table(MEMORY_HEADINGS, memory_table(arguments)) + "\n")
-    step_rows, times = training_step_table(arguments, device)
-    print("\n" + table(["grid", "hydra, ms", "full, ms", "full / hydra"], step_rows) + "\n")
-    for kind in ("hydra", "full"):
-        cases = [(side**2, time) for (side, name), time in times.items() if name == kind]
-        if len(cases) > 1:
-            print(f"{kind}: time grows with tokens to the power {exponent(*zip(*cases)):.2f}")
+    print(f"{machine(arguments.device)}; natten {natten and natten.__version__}; batch "
+          f"{arguments.batch}, {HEADS} heads of {HEAD_DIM}, float32")
+    operator, steps = {}, {}
+    head = ["grid", "kernel", "dilation", "forward, ms", "forward, dense", "forward, natten",
+            "natten / ours", "both ways, ms", "both ways, with bias", "both ways, dense",
+            "dense / ours"]
+    print_table(head, operator_rows(arguments, operator))
+    head = ["grid", "kernel", "tiled, ms", "dense under the mask", "tiled with bias",
+            "dense with bias"]
+    print_table(head, backend_rows(arguments))
+    head = ["grid", "ours, MB", "ours with bias", "dense under the mask", "the same with bias",
+            "dense, no mask"]
+    print_table(head, memory_rows(arguments))
+    print_table(["grid", "hydra, ms", "full, ms", "full / hydra"], step_rows(arguments, steps))
+    for kind, (_, sides, times) in steps.items():
+        if len(sides) > 1:
+            slope = np.polyfit(np.log(np.square(sides)), np.log(times), 1)[0]
+            print(f"{kind}: time grows with tokens to the power {slope:.2f}")
     if arguments.out:
-        draw(arguments.out, arguments, measured, times)
+        draw(arguments.out, operator, steps)
 
 
 if __name__ == "__main__":

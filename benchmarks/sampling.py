@@ -1,4 +1,4 @@
-"""Network calls, time and quality of every sampler, on a trained digits model.
+"""Network calls, time and quality of every sampling method, on a trained digits model.
 
     python benchmarks/sampling.py --load_dir demo_absorbing --load_step 1600 --ema \
         --n_samples 500 --log_dir sampling --out assets/sampling.png
@@ -13,26 +13,24 @@ import argparse
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from hparams import UserError, get_samples_hparams
 from measure import machine, number, table
 from models.sampling.samplers import draw
-from utils.training.assemble import load_autoencoder, load_sampler
-from utils.data.datasets import load_dataset, train_validation_split
+from utils.data.datasets import load_dataset
+from utils.data.split import train_validation_split
+from utils.evaluation.experiment import experiment
 from utils.evaluation.metrics import frechet_distance
 from utils.evaluation.samples import decode
-from utils.runs.script import run_script, start_run
-from utils.training.loop import Precision, resolve_device, seed_step
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  after the choice of a backend that needs no screen
+from utils.runs.script import run_script
+from utils.training.precision import seed_step
 
 STEPS = (8, 16, 32, 64, 256)
-SAMPLERS = ("diffusion", "first_hitting", "mlm", "confidence", "halton", "remdm")
+METHODS = ("diffusion", "first_hitting", "mlm", "confidence", "halton", "remdm")
 PLAIN = "plain loop"
 
 
@@ -70,18 +68,18 @@ class Counted:
         return self.network(ids, where=where)
 
 
-def run_sampler(H, sampler, name, steps, precision):
+def draw_by(run, name, steps):
     """(ids, seconds, the counted network) of `n_samples` drawn in batches of `batch_size`."""
+    H, sampler = run.H, run.sampler
     network = Counted(sampler._denoise_fn)
     ids, seconds = [], 0.0
     for first in range(0, H.n_samples, H.batch_size):
         count = min(H.batch_size, H.n_samples - first)
         seed_step(H.seed, first, "samples")
         began = time.perf_counter()
-        with precision.autocast():
+        with run.precision.autocast():
             if name == PLAIN:
-                start = torch.full((count, sampler.tokens), sampler.mask_id)
-                start = start.to(sampler.embedding_weight.device)
+                start = torch.full((count, sampler.tokens), sampler.mask_id, device=run.device)
                 part = plain_loop(network, start, sampler.mask_id, steps, H.temp)
             else:
                 part = sampler.sample(count, H.temp, steps, name, denoise=network)
@@ -90,33 +88,32 @@ def run_sampler(H, sampler, name, steps, precision):
     return torch.cat(ids), seconds, network
 
 
-def figures(H, sampler, autoencoder, held_out, name, steps, precision):
-    """What one sampler does: a dict of figures."""
-    ids, seconds, network = run_sampler(H, sampler, name, steps, precision)
-    batches = -(-H.n_samples // H.batch_size)
-    device = sampler.embedding_weight.device
+def figures(run, held_out, name, steps):
+    """Calls, seconds and quality of one sampling method: {heading of the table: figure}."""
+    ids, seconds, network = draw_by(run, name, steps)
+    batches = -(-run.H.n_samples // run.H.batch_size)
     seed_step(0, 0, "validation")
     with torch.no_grad():
-        bits = sampler.bits_per_token(ids.repeat(4, 1).to(device)).mean().item()
-    images = decode(sampler, autoencoder, ids.to(device))
+        bits = run.sampler.bits_per_token(ids.repeat(4, 1).to(run.device)).mean().item()
+    images = decode(run.autoencoder, ids.to(run.device))
     return {
-        "sampler": name, "steps": steps, "calls": network.calls / batches,
-        "calls per sample": network.samples / H.n_samples, "seconds": seconds,
-        "distance": distance(features(images), held_out), "bits": bits,
+        "method": name, "steps": steps, "calls of a batch": network.calls / batches,
+        "calls per sample": network.samples / run.H.n_samples, "seconds": seconds,
+        "Fréchet distance": distance(features(images), held_out), "bits per token": bits,
     }
 
 
 def draw_plot(path, results):
-    """Distance against seconds, a line for each sampler."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for name in (PLAIN, *SAMPLERS):
-        points = [(r["seconds"], r["distance"]) for r in results if r["sampler"] == name]
+    """Distance against seconds, a line for each method."""
+    figure = Figure(figsize=(7, 4.5), layout="tight")
+    axes = figure.subplots()
+    for name in (PLAIN, *METHODS):
+        points = [(r["seconds"], r["Fréchet distance"]) for r in results if r["method"] == name]
         axes.plot(*zip(*points), "k.--" if name == PLAIN else ".-", label=name)
     axes.set(xscale="log", xlabel="seconds for all samples",
              ylabel="Fréchet distance to held-out digits")
     axes.grid(which="both", alpha=0.3)
     axes.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
@@ -124,36 +121,30 @@ def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out")
     own, argv = parser.parse_known_args()
-    description = "Calls, time and quality of every sampler. --out FILE.png draws them."
-    H = get_samples_hparams(argv, description)
+    H = get_samples_hparams(argv)
     if H.dataset != "digits" or H.sampler != "absorbing":
         raise UserError("this benchmark is for an absorbing sampler of the digits")
     if own.out and not Path(own.out).parent.is_dir():
         raise UserError(f"--out {own.out}: there is no such folder")
-    device = resolve_device(H.device)
-    with start_run(H, device) as log:
+    with experiment(H, "sampling methods", several=False) as run:
         _, validation = train_validation_split(load_dataset(H))
-        held_out = torch.stack([validation.load(index) for index in range(len(validation))])
-        held_out = features(held_out)
-        autoencoder = load_autoencoder(H, device, log)
-        sampler = load_sampler(H, autoencoder, device, log)
-        precision = Precision(H.amp, device)
-        sampler.sample(min(H.n_samples, H.batch_size), sample_steps=8)  # warms up
-        cases = [(name, steps) for name in (PLAIN, *SAMPLERS) for steps in STEPS]
-        results = [
-            figures(H, sampler, autoencoder, held_out, *case, precision) for case in tqdm(cases)
-        ]
-        rows = [
-            [r["sampler"], r["steps"], number(r["calls"]), number(r["calls per sample"]),
-             number(r["seconds"]), number(r["distance"]), number(r["bits"])] for r in results
-        ]
-        head = ["sampler", "steps", "calls of a batch", "calls per sample", "seconds",
-                "Fréchet distance", "bits per token"]
-        log.info(f"{machine(device)}; {H.n_samples} samples in batches of {H.batch_size}, "
-                 f"temperature {H.temp}\n\n{table(head, rows)}\n")
+        images = [validation.load(index) for index in range(len(validation))]
+        held_out = features(torch.stack(images))
+        run.load_sampler()
+        run.sampler.sample(min(H.n_samples, H.batch_size), sample_steps=8)  # warms up
+        cases = [(name, steps) for name in (PLAIN, *METHODS) for steps in STEPS]
+        results = [figures(run, held_out, *case) for case in tqdm(cases)]
+        rows = []
+        for result in results:
+            name, steps, *measured = result.values()
+            rows.append([name, steps, *map(number, measured)])
+        run.log.info(
+            f"{machine(run.device)}; {H.n_samples} samples in batches of {H.batch_size}, "
+            f"temperature {H.temp}", table(list(results[0]), rows)
+        )
         if own.out:
             draw_plot(own.out, results)
-            log.info(f"drawn: {own.out}")
+            run.log.info(f"drawn: {own.out}")
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ some ids spread over it, since the plain loop would take hours. Eight minutes on
 
 import argparse
 import statistics
-import time
+from functools import partial
 
 import torch
 
-from hparams import get_sampler_hparams
-from measure import machine, number, table, wait_for
-from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
+from measure import machine, number, run_seconds, table, untrained_sampler
 from models.sampling.canvas import WindowedDenoiser
 from models.sampling.samplers import draw
-from sampling import plain_loop
-from utils.training.loop import Precision
+from sampling import Counted, plain_loop
+from utils.training.precision import Precision
 
 SIDE, STEPS, SAMPLES = 16, 256, 8
 
@@ -30,7 +28,8 @@ def parse_arguments():
         description="Samplers against the published loops.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=torch.device,
+                        default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--width", type=int, default=256, help="width of the denoiser")
     parser.add_argument("--layers", type=int, default=4, help="blocks of the denoiser")
     parser.add_argument("--canvases", nargs="+", type=int, default=[32, 64],
@@ -39,45 +38,32 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def settings(arguments, *flags):
-    """H of a sampler of 16x16 ids out of 1024."""
-    return get_sampler_hparams([
-        "--dataset", "custom", "--custom_dataset_path", ".", "--ae_load_dir", "none",
-        "--ae_load_step", "1", "--img_size", str(16 * SIDE), "--bert_n_emb", str(arguments.width),
-        "--bert_n_layers", str(arguments.layers), *flags,
-    ])
+def frozen_sampler(arguments, flags):
+    """A sampler of 16x16 ids with random weights, for inference."""
+    flags += f" --bert_n_emb {arguments.width} --bert_n_layers {arguments.layers}"
+    return untrained_sampler(SIDE, flags, arguments.device).eval().requires_grad_(False)
 
 
-def run_seconds(function, device):
-    """Seconds that `function()` takes."""
-    began = time.perf_counter()
-    function()
-    wait_for(device)
-    return time.perf_counter() - began
-
-
-def median_seconds(function, device, repeats):
+def median_seconds(function, arguments):
     """Median seconds of `function()` after one call to warm up."""
-    return statistics.median([run_seconds(function, device) for _ in range(repeats + 1)][1:])
+    times = [run_seconds(function, arguments.device) for _ in range(arguments.repeats + 1)]
+    return statistics.median(times[1:])
 
 
-@torch.no_grad()
-def all_windows(network, ids, position, canvas):
+def all_windows(model, canvas, ids, position):
     """Draw the id at `position` of ids [1, H*W] from the mean over all windows of the canvas."""
     grid = ids.view(canvas, canvas)
-    total, count = None, torch.zeros(canvas, canvas, 1, device=ids.device)
+    total = torch.zeros(canvas, canvas, model.mask_id, device=ids.device)
+    count = torch.zeros(canvas, canvas, 1, device=ids.device)
     for top in range(canvas - SIDE + 1):
         for left in range(canvas - SIDE + 1):
             part = slice(top, top + SIDE), slice(left, left + SIDE)
-            probabilities = network(grid[part].reshape(1, -1)).softmax(-1).view(SIDE, SIDE, -1)
-            if total is None:
-                total = torch.zeros(canvas, canvas, probabilities.shape[-1], device=ids.device)
-            total[part] += probabilities
+            logits = model._denoise_fn(grid[part].reshape(1, -1))
+            total[part] += logits.softmax(-1).view(SIDE, SIDE, -1)
             count[part] += 1
     ids[0, position] = draw((total / count).log().flatten(0, 1)[position : position + 1])
 
 
-@torch.no_grad()
 def one_id(denoise, ids, position):
     """Draw the id at `position` of ids [1, N] by the project's interface of denoisers."""
     where = torch.zeros_like(ids, dtype=torch.bool)
@@ -85,107 +71,84 @@ def one_id(denoise, ids, position):
     ids[0, position] = draw(denoise(ids, where))
 
 
-def raster_states(canvas, mask_id, count, device):
-    """(ids [1, N], position) at `count` places spread evenly over a raster schedule."""
-    tokens = canvas**2
+def seconds_a_call(draw_one, count, canvas, mask_id, device):
+    """Mean seconds of `draw_one(ids [1, N], position)` at `count` places of a raster schedule."""
+    states = []
     for index in range(count):
-        position = (2 * index + 1) * tokens // (2 * count)
-        ids = torch.full((1, tokens), mask_id, device=device)
+        position = (2 * index + 1) * canvas**2 // (2 * count)  # spread evenly
+        ids = torch.full((1, canvas**2), mask_id, device=device)
         ids[:, :position] = torch.randint(mask_id, (1, position), device=device)
-        yield ids, position
-
-
-def seconds_a_call(draw_one, canvas, mask_id, count, device):
-    """Mean seconds of drawing one id of the schedule, at `count` places of it."""
-    states = list(raster_states(canvas, mask_id, count, device))
+        states.append((ids, position))
     draw_one(*states[0])  # warms up
     return run_seconds(lambda: [draw_one(*state) for state in states], device) / count
 
 
-def same_size_rows(model, arguments, device):
+def same_size_rows(model, arguments):
     """Eight samples in 256 steps."""
-    network = model._denoise_fn
-    start = torch.full((SAMPLES, model.tokens), model.mask_id, device=device)
+    start = torch.full((SAMPLES, model.tokens), model.mask_id, device=arguments.device)
     plain = median_seconds(
-        lambda: plain_loop(network, start, model.mask_id, STEPS, 1.0), device, arguments.repeats
+        lambda: plain_loop(model._denoise_fn, start, model.mask_id, STEPS, 1.0), arguments
     )
     rows = []
     for amp in (False, True):
-        precision = Precision(amp, device)
-        calls = []
+        precision, network = Precision(amp, arguments.device), Counted(model._denoise_fn)
 
         def sample():
-            calls.append(0)
-            with torch.no_grad(), precision.autocast():
-                model.sample(SAMPLES, sample_steps=STEPS, sample_type="diffusion",
-                             progress=lambda done, total: calls.__setitem__(-1, done))
+            with precision.autocast():
+                model.sample(SAMPLES, 1.0, STEPS, "diffusion", denoise=network)
 
-        seconds = median_seconds(sample, device, arguments.repeats)
+        seconds = median_seconds(sample, arguments)
+        calls = network.calls / (arguments.repeats + 1)
         rows.append([f"{SAMPLES} samples, {STEPS} steps, {precision.description}", plain, seconds,
-                     f"{statistics.mean(calls):.0f} of {STEPS} calls"])
+                     f"{calls:.0f} of {STEPS} calls"])
     return rows
 
 
 def canvas_rows(model, canvas, device):
     """A canvas, one id a call in raster order, by windows and natively."""
-    network, mask_id = model._denoise_fn, model.mask_id
-    windowed = WindowedDenoiser(
-        lambda ids, where: network(ids, where=where), model.shape, (canvas, canvas)
-    )
+    network, grid = model._denoise_fn, (canvas, canvas)
+    windowed = WindowedDenoiser(lambda ids, where: network(ids, where=where), model.shape, grid)
 
     def native(ids, where):
-        return network(ids, grid=(canvas, canvas), where=where)
+        return network(ids, grid=grid, where=where)
 
-    plain = seconds_a_call(
-        lambda ids, position: all_windows(network, ids, position, canvas), canvas, mask_id, 2,
-        device,
-    )
+    seconds = partial(seconds_a_call, canvas=canvas, mask_id=model.mask_id, device=device)
+    plain = seconds(partial(all_windows, model, canvas), count=2)
     rows = []
     for name, denoise in (("windows", windowed), ("native", native)):
-        ours = seconds_a_call(
-            lambda ids, position: one_id(denoise, ids, position), canvas, mask_id, 23, device
-        )
+        ours = seconds(partial(one_id, denoise), count=23)
         rows.append([f"canvas of {canvas}x{canvas} ids, {name}", plain, ours, "a call"])
     return rows
 
 
-def autoregressive_row(arguments, device):
+def autoregressive_row(arguments):
     """Eight samples of the autoregressive prior, with its cache and without."""
-    H = settings(arguments, "--sampler", "autoregressive")
-    model = AutoregressiveTransformer(H, torch.zeros(H.codebook_size, H.emb_dim)).to(device).eval()
+    model = frozen_sampler(arguments, "--sampler autoregressive")
 
-    @torch.no_grad()
     def without_cache():
-        ids = torch.empty((SAMPLES, 0), dtype=torch.long, device=device)
+        ids = torch.empty((SAMPLES, 0), dtype=torch.long, device=arguments.device)
         for _ in range(model.tokens):
             ids = torch.cat((ids, draw(model.net(ids)[:, -1])[:, None]), dim=1)
         return ids
 
-    @torch.no_grad()
-    def with_cache():
-        return model.sample(SAMPLES)
-
-    torch.manual_seed(0)
-    first = without_cache()
-    torch.manual_seed(0)
-    same = (with_cache() == first).double().mean().item()
-    times = [median_seconds(f, device, arguments.repeats) for f in (without_cache, with_cache)]
+    ids, times = [], []
+    for function in (without_cache, lambda: model.sample(SAMPLES)):
+        torch.manual_seed(0)
+        ids.append(function())
+        times.append(median_seconds(function, arguments))
+    same = (ids[0] == ids[1]).double().mean().item()
     return [f"autoregressive, {SAMPLES} samples", *times, f"{same:.0%} of the ids equal"]
 
 
 def main():
     arguments = parse_arguments()
-    device = torch.device(arguments.device)
-    torch.manual_seed(0)
-    H = settings(arguments, "--sampler", "absorbing", "--position", "rpb")
-    embedding = torch.zeros(H.codebook_size, H.emb_dim)
-    model = AbsorbingDiffusion(H, Transformer(H), H.codebook_size, embedding).to(device).eval()
-    model.requires_grad_(False)
-    rows = same_size_rows(model, arguments, device)
+    model = frozen_sampler(arguments, "--sampler absorbing --position rpb")
+    rows = same_size_rows(model, arguments)
     for canvas in arguments.canvases:
-        rows += canvas_rows(model, canvas, device)
-    rows.append(autoregressive_row(arguments, device))
-    print(f"{machine(device)}; denoiser of {arguments.layers} blocks of width {arguments.width}\n")
+        rows += canvas_rows(model, canvas, arguments.device)
+    rows.append(autoregressive_row(arguments))
+    print(f"{machine(arguments.device)}; denoiser of {arguments.layers} blocks of width "
+          f"{arguments.width}\n")
     cells = [
         [name, number(plain), number(ours), number(plain / ours), note]
         for name, plain, ours, note in rows

@@ -1,20 +1,19 @@
-"""FID of a trained sampler: how far its samples lie from the dataset's images.
+"""How far do a trained sampler's samples lie from the dataset's images? FID.
 
     python experiments/calc_FID.py --sampler absorbing --dataset churches --log_dir FID_log \
         --ae_load_dir vqgan_churches --ae_load_step 2200000 --load_dir absorbing_churches \
         --load_step 2000000 --ema --n_samples 50000 --temp 0.9
 
-Samples stream from the sampler into the extractor, exactly --n_samples of them; all images of the
-dataset are the reference, and its statistics are kept in statistics/. --kid, --isc and --prc
-measure more on the same samples. An interrupted command goes on where it stopped when it is given
-again, and torchrun's processes divide samples and images among them. Prints a table and keeps it
-in logs/<log_dir>/results.json with what it takes to repeat it.
+All images of the dataset are the reference, and its statistics are kept in statistics/. --kid,
+--isc and --prc measure more on the same samples. An interrupted command goes on where it stopped
+when it is given again, and torchrun's processes divide samples and images among them. Prints a
+table and keeps it in logs/<log_dir>/results.json with what it takes to repeat it.
 """
 
 from hparams import get_fid_hparams
 from utils.data.datasets import load_dataset
 from utils.evaluation.experiment import experiment
-from utils.evaluation.fidelity import fid_extractor, fid_figures
+from utils.evaluation.measure import measure
 from utils.runs.script import run_script
 
 
@@ -24,9 +23,8 @@ def main(argv=None):
         dataset = load_dataset(H)
         run.note_data(dataset)
         run.load_sampler()
-        extractor = fid_extractor(run)
-        samples = run.sample_features(extractor)
-        run.report(fid_figures(run, dataset, extractor, samples))
+        names = ["fid", *(name for name in ("kid", "isc", "prc") if getattr(H, name))]
+        run.report(measure(run, dataset, run.sample_stream(), names))
 
 
 if __name__ == "__main__":

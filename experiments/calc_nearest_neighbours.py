@@ -1,32 +1,32 @@
-"""The training images nearest to samples: has the model learned them by heart?
+"""Has the model learned its training images by heart? Those nearest to samples.
 
     python experiments/calc_nearest_neighbours.py --load_dir absorbing_digits --load_step 1500 \
         --ema --n_samples 16 --k_nearest 10 --log_dir neighbours_digits
 
 Nearest by LPIPS, which sees the images as `--perceptual_range` says (by default as the autoencoder
-was trained), and by the Euclidean distance between pixels in [0, 1]. Every image goes through
-LPIPS' network once, and training images go by in blocks of `--batch_size`, so their number does
-not matter for memory. Its VGG16 comes from `--vgg_weights`, the autoencoder's own file, or a
-download; `--spaces pixels` does without.
+was trained), and by the Euclidean distance between pixels in [0, 1]. Training images go by in
+blocks of `--batch_size`, so their number does not matter for memory. LPIPS' VGG16 comes from
+`--vgg_weights`, the autoencoder's own file, or a download; `--spaces pixels` does without.
 
 Writes logs/<log_dir>/images/neighbours_<space>_<step>.png, each row a sample and its neighbours,
 and into results.json their distances, their indices in the dataset and where they lie.
 """
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from hparams import get_nearest_neighbours_hparams
-from utils.runs.folder import RunFolder
 from models.autoencoder.perceptual import lpips_input
-from utils.training.assemble import load_perceptual
-from utils.training.checkpoints import weights_hash
-from utils.data.datasets import Subset, load_dataset, train_validation_split
-from utils.evaluation.experiment import experiment
 from utils.data.batches import evaluation_batches
+from utils.data.datasets import load_dataset
+from utils.data.pixels import to_float
+from utils.data.split import part_of, train_validation_split
+from utils.evaluation.experiment import experiment
 from utils.evaluation.neighbours import NearestNeighbours
-from utils.runs.script import holds_out, run_script
+from utils.files import weights_hash
+from utils.runs.resume import was_validation_held_out
+from utils.runs.script import run_script
+from utils.training.build import load_perceptual
 
 
 def embeddings(run):
@@ -59,22 +59,17 @@ def find_neighbours(run, embed, samples, dataset):
     return nearest
 
 
-def training_images(H):
-    """The images that the sampler of `--load_dir` learned, a Subset of the dataset."""
-    dataset = load_dataset(H)
-    if holds_out(RunFolder(H.load_dir)):
-        return train_validation_split(dataset)[0]
-    return Subset(dataset, np.arange(len(dataset)))
-
-
 def main(argv=None):
     H = get_nearest_neighbours_hparams(argv)
     with experiment(H, "nearest neighbours") as run:
-        learned = training_images(H)
+        dataset = load_dataset(H)
+        learned = part_of(dataset, 0, len(dataset))
+        if was_validation_held_out(H.load_dir):
+            learned, _ = train_validation_split(dataset)
         run.note_data(learned)
         run.load_sampler()
         embed = embeddings(run)
-        samples = torch.cat(list(run.samples())) / 255
+        samples = to_float(torch.cat(list(run.samples())))
         figures, neighbours = {}, {}
         for space, nearest in find_neighbours(run, embed, samples, learned).items():
             # LPIPS is itself a squared distance of its vectors.

@@ -1,4 +1,4 @@
-"""Judge a sampler trained on the digits: pictures, an independent classifier, copies.
+"""Are a sampler's digits like real ones, and new? Pictures, a classifier, distances.
 
     python experiments/digits_report.py --load_dir demo_absorbing --load_step 1500 --ema \
         --n_samples 500 --log_dir demo
@@ -15,11 +15,13 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from hparams import UserError, get_samples_hparams
-from utils.runs.folder import RunFolder
-from utils.data.datasets import load_dataset, train_validation_split
+from utils.data.datasets import load_dataset
+from utils.data.pixels import to_float, to_uint8
+from utils.data.split import train_validation_split
 from utils.evaluation.experiment import experiment
-from utils.logging.images import image_grid, save_image, to_uint8
 from utils.evaluation.metrics import psnr
+from utils.logging.images import image_grid, save_image
+from utils.runs.folder import RunFolder
 from utils.runs.script import run_script
 
 SIDE = 8  # the pixels of scikit-learn's digits, to which images are reduced again
@@ -31,21 +33,10 @@ def reduce(images):
     return torch.nn.functional.interpolate(images, size=(SIDE, SIDE), mode="area").flatten(1)
 
 
-def fit_classifier(images, labels):
-    """A support vector machine on real digits [n, 64], its confidence calibrated on folds."""
-    machine = CalibratedClassifierCV(SVC(C=10), method="isotonic", cv=10, ensemble=False)
-    return machine.fit(images.numpy(), labels)
-
-
 def recognise(classifier, images):
     """(classes [n], confidences [n]) that the classifier gives digits [n, 64]."""
     confidence, classes = torch.from_numpy(classifier.predict_proba(images.numpy())).max(1)
     return classes, confidence
-
-
-def nearest_distances(images, others):
-    """Euclidean distance of each image [n, 64] to the nearest of `others` [m, 64]: [n]."""
-    return torch.cdist(images, others).amin(1)
 
 
 def all_images(dataset):
@@ -68,24 +59,27 @@ def metrics_at(run, step):
 
 def nearest_other(images):
     """Euclidean distance of each image [n, 64] to the nearest other one: [n]."""
-    distances = torch.cdist(images, images)
-    return distances.fill_diagonal_(float("inf")).amin(1)
+    return torch.cdist(images, images).fill_diagonal_(float("inf")).amin(1)
 
 
 @torch.no_grad()
 def measure(H, real, held_out, labels, reconstructions, samples):
     """The table: name -> value. `labels` are (those of real, those of held_out)."""
-    classifier = fit_classifier(reduce(real), labels[0])
-    classes, confidence = recognise(classifier, reduce(held_out))
-    sample_classes, sample_confidence = recognise(classifier, reduce(samples))
+    training, validation, drawn = map(reduce, (real, held_out, samples))  # [n, 64] each
+    # a support vector machine, its confidence calibrated on folds
+    classifier = CalibratedClassifierCV(SVC(C=10), method="isotonic", cv=10, ensemble=False)
+    classifier.fit(training.numpy(), labels[0])
+    classes, confidence = recognise(classifier, validation)
+    sample_classes, sample_confidence = recognise(classifier, drawn)
     recognised = sample_confidence >= CONFIDENT
     shares = torch.bincount(sample_classes, minlength=10) / len(samples)
-    sample_distance = nearest_distances(reduce(samples), reduce(real))
-    real_distance = nearest_distances(reduce(held_out), reduce(real))
+    sample_distance, real_distance = (
+        torch.cdist(part, training).amin(1) for part in (drawn, validation)
+    )
     autoencoder_run = metrics_at(RunFolder(H.ae_load_dir), H.ae_load_step)
     sampler_run = metrics_at(RunFolder(H.load_dir), H.load_step)
     count = min(len(samples), len(held_out))  # the nearest of more is nearer
-    among = [nearest_other(reduce(part[:count])) for part in (held_out, samples)]
+    among = [nearest_other(part[:count]) for part in (validation, drawn)]
     return {
         "reconstruction PSNR of held-out digits (dB)":
             psnr(held_out, reconstructions).mean().item(),
@@ -110,16 +104,16 @@ def measure(H, real, held_out, labels, reconstructions, samples):
     }
 
 
-def picture(held_out, reconstructions, samples, columns=10, rows=6):
+def picture(held_out, reconstructions, samples):
     """Three panels side by side: real digits, their reconstructions, samples; [1, H, W]."""
-    count = min(columns * rows, len(held_out), len(samples))
-    panels = [image_grid(part[:count], columns) for part in (held_out, reconstructions, samples)]
+    count = min(60, len(held_out), len(samples))
+    panels = [image_grid(part[:count], columns=10) for part in (held_out, reconstructions, samples)]
     gap = torch.full((panels[0].shape[0], panels[0].shape[1], 24), 255, dtype=torch.uint8)
     return torch.cat((panels[0], gap, panels[1], gap, panels[2]), dim=2)
 
 
 def main(argv=None):
-    H = get_samples_hparams(argv, "Judge a sampler that was trained on the digits.")
+    H = get_samples_hparams(argv)
     if H.dataset != "digits":
         raise UserError(f"digits_report judges runs on the digits, not on {H.dataset}")
     with experiment(H, "digits") as run:
@@ -132,7 +126,7 @@ def main(argv=None):
         run.load_sampler()
         with torch.no_grad():
             reconstructions = run.autoencoder(held_out.to(run.device))[0].clamp(0, 1).cpu()
-        samples = torch.cat(list(run.samples())) / 255
+        samples = to_float(torch.cat(list(run.samples())))
         run.report(measure(H, real, held_out, labels, reconstructions, samples))
         path = run.log.folder.images / f"report_{H.load_step}.png"
         save_image(picture(*map(to_uint8, (held_out, reconstructions, samples))), path)

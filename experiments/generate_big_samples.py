@@ -14,21 +14,20 @@ from tqdm import tqdm
 
 from hparams import get_big_samples_hparams
 from models.sampling.canvas import WindowedDenoiser, decode_canvas
-from utils.training.assemble import load_autoencoder, load_sampler
-from utils.training.processes import alone
-from utils.runs.script import run_script, start_run
-from utils.training.loop import Precision, seed_step
+from utils.evaluation.experiment import experiment
+from utils.runs.script import run_script
+from utils.training.precision import seed_step
 
 
 @torch.no_grad()
-def draw_canvas(H, sampler, precision, count):
-    """Ids [count, H*W] of canvases of `H.shape`."""
-    options = {}
+def draw_canvas(run, count):
+    """Ids [count, H*W] of canvases of `--shape`."""
+    H, sampler, options = run.H, run.sampler, {}
     if H.canvas == "windows":
         options["denoise"] = WindowedDenoiser(
             lambda ids, where: sampler._denoise_fn(ids, where=where), sampler.shape, H.shape
         )
-    with tqdm(desc="sampling", unit="call", dynamic_ncols=True) as bar, precision.autocast():
+    with tqdm(desc="sampling", unit="call", dynamic_ncols=True) as bar, run.precision.autocast():
         def progress(done, total):
             bar.total = total
             bar.update()
@@ -37,32 +36,27 @@ def draw_canvas(H, sampler, precision, count):
 
 
 @torch.no_grad()
-def decode_big(sampler, autoencoder, ids, shape):
+def decode_big(run, ids):
     """Images [n, C, H*f, W*f] in [0, 1] of ids [n, H*W], decoded tile by tile."""
-    return decode_canvas(
-        autoencoder.generator, sampler.embed(ids, tuple(shape)), sampler.shape
-    ).clamp(0, 1)
+    vectors = run.sampler.embed(ids, tuple(run.H.shape))
+    return decode_canvas(run.autoencoder.generator, vectors, run.sampler.shape).clamp(0, 1)
 
 
 def main(argv=None):
     H = get_big_samples_hparams(argv)
-    device = alone(H.device)
-    with start_run(H, device) as log:
-        autoencoder = load_autoencoder(H, device, log)
-        sampler = load_sampler(H, autoencoder, device, log)
-        precision = Precision(H.amp, device)
+    with experiment(H, "big samples", several=False) as run:
+        run.load_sampler()
         images = []
         for first in range(0, H.n_samples, H.batch_size):
             seed_step(H.seed, first, "samples")
-            count = min(H.batch_size, H.n_samples - first)
-            ids = draw_canvas(H, sampler, precision, count)
-            images.append(decode_big(sampler, autoencoder, ids, H.shape))
+            ids = draw_canvas(run, min(H.batch_size, H.n_samples - first))
+            images.append(decode_big(run, ids))
         images = torch.cat(images)
-        log.images(H.load_step, "big", images)
+        run.log.images(H.load_step, "big", images)
         if H.save_individually:
-            log.images(H.load_step, "big", images, display=False, individually=True)
-        log.info(f"{len(images)} canvases of {H.shape[0]}x{H.shape[1]} ids, {images.shape[2]}x"
-                 f"{images.shape[3]} pixels: {log.folder.images}/big_{H.load_step}.png")
+            run.log.images(H.load_step, "big", images, display=False, individually=True)
+        run.log.info(f"{len(images)} canvases of {H.shape[0]}x{H.shape[1]} ids, {images.shape[2]}x"
+                     f"{images.shape[3]} pixels: {run.log.folder.images}/big_{H.load_step}.png")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ divide the samples among them.
 import torch
 
 from hparams import get_samples_hparams
-from utils.training.checkpoints import save_file
 from utils.evaluation.experiment import experiment
+from utils.files import save_file
 from utils.runs.script import run_script
 
 SHOWN = 100

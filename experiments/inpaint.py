@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 
 from hparams import UserError, get_inpaint_hparams
-from utils.training.assemble import load_autoencoder, load_sampler
 from models.sampling.blending import lay_in
 from utils.data.datasets import load_dataset
 from utils.data.pixels import decode as decode_file
-from utils.data.pixels import to_square
-from utils.training.processes import alone
+from utils.data.pixels import to_float, to_square
+from utils.evaluation.experiment import experiment
 from utils.evaluation.samples import decode
-from utils.runs.script import run_script, start_run
-from utils.training.loop import Precision, seed_step
+from utils.runs.script import run_script
+from utils.training.precision import seed_step
+
 
 def read_image(path, img_size, n_channels):
     """An image file as [C, S, S] in [0, 1], cut to a square like the data trained on."""
@@ -29,7 +29,7 @@ def read_image(path, img_size, n_channels):
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return to_square(decode_file(content, path), img_size, n_channels)
+    return to_float(to_square(decode_file(content, path), img_size, n_channels))
 
 
 def hidden_pixels(H):
@@ -52,46 +52,46 @@ def hidden_ids(hidden, shape):
 
 
 @torch.no_grad()
-def complete(H, sampler, autoencoder, precision, image, hidden, count, log):
-    """`count` completions of image [C, S, S], its pixels kept where `hidden` is False."""
-    device = sampler.embedding_weight.device
-    ids = autoencoder.encode(image[None].to(device))[-1]  # [1, N]
-    unknown = hidden_ids(hidden, sampler.shape).to(device)
-    known = ids.masked_fill(unknown, sampler.mask_id).expand(count, -1)
-    log.info(f"{int(unknown.sum())} of {ids.shape[1]} ids are drawn again")
+def complete(run, image, hidden):
+    """`n_samples` completions of image [C, S, S], its pixels kept where `hidden` is False."""
+    H, sampler = run.H, run.sampler
+    ids = run.autoencoder.encode(image[None].to(run.device))[-1]  # [1, N]
+    unknown = hidden_ids(hidden, sampler.shape).to(run.device)
+    known = ids.masked_fill(unknown, sampler.mask_id).expand(H.n_samples, -1)
+    run.log.info(f"{int(unknown.sum())} of {ids.shape[1]} ids are drawn again")
     images = []
-    for first in range(0, count, H.batch_size):
+    for first in range(0, H.n_samples, H.batch_size):
         part = known[first : first + H.batch_size]
         seed_step(H.seed, first, "inpaint")
-        with precision.autocast():
+        with run.precision.autocast():
             drawn = sampler.sample(len(part), H.temp, known=part)
-        images.append(decode(sampler, autoencoder, drawn))
+        images.append(decode(run.autoencoder, drawn))
     return lay_in(image, torch.cat(images), hidden)
+
+
+def image_to_fill(H):
+    """The image of `--image`, or the one of the dataset that `--image_index` names: [C, S, S]."""
+    if H.image:
+        return read_image(H.image, H.img_size, H.n_channels)
+    dataset = load_dataset(H)
+    if H.image_index >= len(dataset):
+        raise UserError(f"--image_index {H.image_index}: there are {len(dataset)} images")
+    return dataset.load(H.image_index)
 
 
 def main(argv=None):
     H = get_inpaint_hparams(argv)
-    device = alone(H.device)
-    with start_run(H, device) as log:
-        if H.image:
-            image = read_image(H.image, H.img_size, H.n_channels)
-        else:
-            dataset = load_dataset(H)
-            if H.image_index >= len(dataset):
-                raise UserError(f"--image_index {H.image_index}: there are {len(dataset)} images")
-            image = dataset.load(H.image_index)
-        hidden = hidden_pixels(H)
-        autoencoder = load_autoencoder(H, device, log)
-        sampler = load_sampler(H, autoencoder, device, log)
-        precision = Precision(H.amp, device)
-        images = complete(H, sampler, autoencoder, precision, image, hidden, H.n_samples, log)
+    with experiment(H, "inpainting", several=False) as run:
+        image, hidden = image_to_fill(H), hidden_pixels(H)
+        run.load_sampler()
+        images = complete(run, image, hidden)
         mask = hidden.float().expand_as(image)
         before = torch.stack((image, mask, torch.where(hidden, mask * 0.5, image)))
-        log.images(H.load_step, "inpaint", torch.cat((before, images)))
+        run.log.images(H.load_step, "inpaint", torch.cat((before, images)))
         if H.save_individually:
-            log.images(H.load_step, "inpaint", images, display=False, individually=True)
-        log.info(f"the image, the mask, what is kept, {len(images)} completions: "
-                 f"{log.folder.images}/inpaint_{H.load_step}.png")
+            run.log.images(H.load_step, "inpaint", images, display=False, individually=True)
+        run.log.info(f"the image, the mask, what is kept, {len(images)} completions: "
+                     f"{run.log.folder.images}/inpaint_{H.load_step}.png")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,3 @@ SAMPLER_DEFAULTS = {
         t_sampling="low_discrepancy", sample_steps=256,
     ),
 }
-
-
-def dataset_defaults(table, dataset):
-    """The values of `table` for a dataset: those of all datasets, then its own."""
-    return {**table["*"], **table.get(dataset, {})}

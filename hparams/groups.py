@@ -1,16 +1,17 @@
-"""Every setting of every script, declared once: name, type, default, limits and help.
+"""Every setting of every script, declared once: name, type, default, limits, help; and the rules.
 
 The defaults written here are those of ffhq; `hparams/defaults.py` holds what other datasets change.
 """
 
-from dataclasses import dataclass
+import math
 
+from hparams.defaults import UNALIGNED
 from hparams.settings import Settings, setting
+from utils.errors import SettingsError
 
 DATASETS = ["digits", "textures", "ffhq", "churches", "bedrooms", "real_fake_faces", "custom"]
 
 
-@dataclass
 class Data(Settings):
     """Data."""
 
@@ -22,8 +23,16 @@ class Data(Settings):
     num_workers: int | None = setting(None, "processes that read images (none: up to 4, or 0 for "
                                       "embedded data)", minimum=0)
 
+    def validate(self):
+        super().validate()
+        if self.dataset == "custom" and not self.custom_dataset_path:
+            raise SettingsError("--dataset custom needs --custom_dataset_path, a folder of images")
+        if self.custom_dataset_path and self.dataset != "custom":
+            raise SettingsError(
+                f"--custom_dataset_path is for --dataset custom, not {self.dataset}"
+            )
 
-@dataclass
+
 class Training(Settings):
     """Training."""
 
@@ -57,7 +66,6 @@ class Training(Settings):
     device: str | None = setting(None, "cpu, cuda, cuda:1, ... (none: a GPU where there is one)")
 
 
-@dataclass
 class Logging(Settings):
     """Logging."""
 
@@ -76,34 +84,34 @@ class Logging(Settings):
     no_visdom: bool = setting(False, "do not plot on visdom")
 
 
-@dataclass
-class Autoencoder(Settings):
-    """Autoencoder (a sampler takes these from the run in --ae_load_dir)."""
+class AutoencoderArchitecture(Settings):
+    """Architecture of the autoencoder (a sampler takes it from the run in --ae_load_dir)."""
 
-    img_size: int = setting(256, "side of the square images, pixels", minimum=8,
-                            architecture="autoencoder")
-    n_channels: int = setting(3, "3 for colour, 1 for grey", minimum=1, maximum=3,
-                              architecture="autoencoder")
-    nf: int = setting(128, "channels of the first level", minimum=1, architecture="autoencoder")
+    img_size: int = setting(256, "side of the square images, pixels", minimum=8)
+    n_channels: int = setting(3, "3 for colour, 1 for grey", choices=[1, 3])
+    nf: int = setting(128, "channels of the first level", minimum=1)
     ch_mult: list[int] = setting([1, 1, 2, 2, 4], "channels of each level, as multiples of nf; "
-                                 "each level but the first halves the side", minimum=1,
-                                 architecture="autoencoder")
-    res_blocks: int = setting(2, "residual blocks a level", minimum=1, architecture="autoencoder")
+                                 "each level but the first halves the side", minimum=1)
+    res_blocks: int = setting(2, "residual blocks a level", minimum=1)
     attn_resolutions: list[int] = setting([16], "sides at which residual blocks are followed by "
-                                          "attention", minimum=1, architecture="autoencoder")
-    emb_dim: int = setting(256, "width of a codebook vector", minimum=1,
-                           architecture="autoencoder")
-    codebook_size: int = setting(1024, "number of codebook vectors", minimum=2,
-                                 architecture="autoencoder")
+                                          "attention", minimum=1)
+    emb_dim: int = setting(256, "width of a codebook vector", minimum=1)
+    codebook_size: int = setting(1024, "number of codebook vectors", minimum=2)
     latent_shape: list[int] | None = setting(None, "1 H W, the grid of ids (none: what img_size "
-                                             "and ch_mult give)", minimum=1,
-                                             architecture="autoencoder")
-    quantizer: str = setting("nearest", "how latents become ids", choices=["nearest", "gumbel"],
-                             architecture="autoencoder")
-    ndf: int = setting(64, "channels of the discriminator's first layer", minimum=1,
-                       architecture="autoencoder")
-    disc_layers: int = setting(3, "strided layers of the discriminator", minimum=1,
-                               architecture="autoencoder")
+                                             "and ch_mult give)", minimum=1)
+    quantizer: str = setting("nearest", "how vectors become ids", choices=["nearest", "gumbel"])
+    ndf: int = setting(64, "channels of the discriminator's first layer", minimum=1)
+    disc_layers: int = setting(3, "strided layers of the discriminator", minimum=1)
+
+    def validate(self):
+        super().validate()
+        side = self.img_size // 2 ** (len(self.ch_mult) - 1)
+        self.latent_shape = self.latent_shape or [1, side, side]
+
+
+class Autoencoder(AutoencoderArchitecture):
+    """Training of the autoencoder (a sampler takes it from the run in --ae_load_dir)."""
+
     base_lr: float = setting(4.5e-6, "learning rate per image of the batch", above=0)
     beta: float = setting(0.25, "weight of the codebook term of the nearest quantizer", minimum=0)
     gumbel_kl_weight: float = setting(1e-8, "weight of the gumbel quantizer's KL term", minimum=0)
@@ -112,8 +120,7 @@ class Autoencoder(Settings):
                                        minimum=0)
     perceptual_range: str = setting("0_1", "range of the images LPIPS sees: 0_1 as the published "
                                     "models were trained, or, typed --perceptual_range=-1_1, that "
-                                    "on which LPIPS was fitted",
-                                    choices=["0_1", "-1_1"])
+                                    "on which LPIPS was fitted", choices=["0_1", "-1_1"])
     vgg_weights: str | None = setting(None, "local file of torchvision's VGG16 weights for LPIPS "
                                       "(none: torchvision downloads them once)")
     diff_aug: bool = setting(False, "augment what the discriminator sees (DiffAug: color, "
@@ -123,47 +130,51 @@ class Autoencoder(Settings):
                                    minimum=0)
 
 
-@dataclass
-class Sampler(Settings):
-    """Sampler."""
+class SamplerArchitecture(Settings):
+    """Architecture of the sampler."""
 
     sampler: str = setting("", "the prior over ids", choices=["absorbing", "autoregressive"],
-                           required=True, architecture="sampler")
-    ae_load_dir: str = setting("", "run of the autoencoder", required=True)
-    ae_load_step: int = setting(0, "step of the autoencoder's checkpoint", minimum=1,
-                                required=True)
+                           required=True)
     attention: str | None = setting(None, "hydra: groups of heads with different neighborhoods; "
                                     "full: all tokens, as in published checkpoints (none: hydra "
                                     "for absorbing, full for autoregressive)",
-                                    choices=["hydra", "full"], architecture="sampler")
-    kernel_sizes: list[int] = setting([3, 7], "hydra: kernel of each group of heads, odd",
-                                      minimum=1, architecture="sampler",
+                                    choices=["hydra", "full"])
+    kernel_sizes: list[int] = setting([3, 7], "hydra: kernel of each group of heads, odd, or one "
+                                      "for all", minimum=1, one_for_all=True,
                                       only_with=("attention", "hydra"))
-    dilations: list[int] = setting([1], "hydra: dilation of each group, or one for all",
-                                   minimum=1, architecture="sampler", one_for_all=True,
-                                   only_with=("attention", "hydra"))
+    dilations: list[int] = setting([1], "hydra: dilation of each group, or one for all", minimum=1,
+                                   one_for_all=True, only_with=("attention", "hydra"))
     position: list[str] | None = setting(None, "one or more of rpb (hydra: relative bias), "
                                          "rope (hydra: rotary), absolute (a table; ties the model "
                                          "to its grid) (none: rpb absolute for hydra, rpb for "
                                          "hydra on textures, absolute for full)",
-                                         choices=["rpb", "rope", "absolute"],
-                                         architecture="sampler")
-    bert_n_emb: int = setting(512, "width of the transformer", minimum=1, architecture="sampler")
-    bert_n_head: int = setting(8, "attention heads", minimum=1, architecture="sampler")
-    bert_n_layers: int = setting(24, "blocks", minimum=1, architecture="sampler")
+                                         choices=["rpb", "rope", "absolute"])
+    bert_n_emb: int = setting(512, "width of the transformer", minimum=1)
+    bert_n_head: int = setting(8, "attention heads", minimum=1)
+    bert_n_layers: int = setting(24, "blocks", minimum=1)
     block_size: int | None = setting(None, "number of ids (none: H x W of latent_shape)",
-                                     minimum=1, architecture="sampler")
-    attn_pdrop: float = setting(0.0, "dropout of attention (full only)", minimum=0, below=1)
-    embd_pdrop: float = setting(0.0, "dropout of embeddings", minimum=0, below=1)
-    resid_pdrop: float = setting(0.0, "dropout of residual branches", minimum=0, below=1)
-    total_steps: int = setting(256, "T, the steps of the diffusion", minimum=1,
-                               architecture="sampler")
-    loss_type: str = setting("reweighted_elbo", "training objective of the diffusion",
-                             choices=["reweighted_elbo", "elbo", "mlm"])
-    mask_schedule: str = setting("random", "mask each token with probability t/T, or a fixed "
-                                 "number of them", choices=["random", "fixed"])
-    t_sampling: str = setting("uniform", "times of a batch: independent, or spread evenly over "
-                              "1..T", choices=["uniform", "low_discrepancy"])
+                                     minimum=1)
+    total_steps: int = setting(256, "T, the steps of the diffusion", minimum=1)
+
+    def validate(self):
+        super().validate()
+        self.attention = self.attention or (
+            "full" if self.sampler == "autoregressive" else "hydra"
+        )
+        if self.position is None:
+            relative = ["rpb"] if self.attention == "hydra" else []
+            aligned = self.attention == "full" or self.dataset not in UNALIGNED
+            self.position = relative + (["absolute"] if aligned else [])
+        self.block_size = self.block_size or math.prod(self.latent_shape)
+        groups = max(len(self.kernel_sizes), len(self.dilations))
+        for name in ("kernel_sizes", "dilations"):
+            if len(values := getattr(self, name)) == 1:
+                setattr(self, name, values * groups)
+
+
+class SamplingMethod(Settings):
+    """Sampling method."""
+
     sample_type: str = setting(
         "diffusion", "diffusion: ancestral sampling; first_hitting: its limit of ever shorter "
         "steps, one token at a time; mlm: mask-predict with random re-masking; confidence: "
@@ -182,6 +193,23 @@ class Sampler(Settings):
     top_p: float = setting(1.0, "autoregressive: draw from the likeliest ids that together have "
                            "this probability", above=0, maximum=1,
                            only_with=("sampler", "autoregressive"))
+
+
+class Sampler(SamplerArchitecture, SamplingMethod):
+    """Sampler."""
+
+    ae_load_dir: str = setting("", "run of the autoencoder", required=True)
+    ae_load_step: int = setting(0, "step of the autoencoder's checkpoint", minimum=1,
+                                required=True)
+    attn_pdrop: float = setting(0.0, "dropout of attention (full only)", minimum=0, below=1)
+    embd_pdrop: float = setting(0.0, "dropout of embeddings", minimum=0, below=1)
+    resid_pdrop: float = setting(0.0, "dropout of residual branches", minimum=0, below=1)
+    loss_type: str = setting("reweighted_elbo", "training objective of the diffusion",
+                             choices=["reweighted_elbo", "elbo", "mlm"])
+    mask_schedule: str = setting("random", "mask each token with probability t/T, or a fixed "
+                                 "number of them", choices=["random", "fixed"])
+    t_sampling: str = setting("uniform", "times of a batch: independent, or spread evenly over "
+                              "1..T", choices=["uniform", "low_discrepancy"])
     optimizer: str = setting("adam", "adam as published, or muon for the blocks' matrices with "
                              "AdamW for the rest", choices=["adam", "muon"])
     weight_decay: float = setting(0.0, "decoupled weight decay of muon and its AdamW", minimum=0,
@@ -192,14 +220,12 @@ class Sampler(Settings):
                                "train_steps", choices=["constant", "cosine", "linear"])
 
 
-@dataclass
 class Samples(Settings):
     """Samples."""
 
     n_samples: int = setting(64, "how many samples", minimum=1)
 
 
-@dataclass
 class Inpainting(Settings):
     """Inpainting."""
 
@@ -210,7 +236,6 @@ class Inpainting(Settings):
                                     "not included", minimum=0)
 
 
-@dataclass
 class Canvas(Settings):
     """Canvas."""
 
@@ -221,7 +246,6 @@ class Canvas(Settings):
                           "--position without absolute", choices=["windows", "native"])
 
 
-@dataclass
 class SamplesToMeasure(Settings):
     """Samples to measure."""
 
@@ -231,7 +255,6 @@ class SamplesToMeasure(Settings):
                                        "torch.save, to decode and measure instead of sampling")
 
 
-@dataclass
 class Features(Settings):
     """Features."""
 
@@ -243,7 +266,6 @@ class Features(Settings):
     feature_extractor_weights: str | None = setting(None, "local file of the extractor's weights")
 
 
-@dataclass
 class FID(Settings):
     """Measures beside FID."""
 
@@ -253,7 +275,6 @@ class FID(Settings):
     prc: bool = setting(False, "also precision and recall, with 3 neighbours")
 
 
-@dataclass
 class PRDC(Settings):
     """Precision, recall, density, coverage."""
 
@@ -264,7 +285,6 @@ class PRDC(Settings):
     fake_images_path: str | None = setting(None, "folder of images to measure instead of samples")
 
 
-@dataclass
 class ELBO(Settings):
     """Bound on the likelihood."""
 
@@ -276,7 +296,6 @@ class ELBO(Settings):
     logsigma_lr: float = setting(1e-3, "learning rate of the generator's sigma", above=0)
 
 
-@dataclass
 class NearestNeighbours(Settings):
     """Nearest neighbours."""
 

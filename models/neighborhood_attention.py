@@ -11,15 +11,16 @@ Three backends compute it:
 - `tiled`: plain PyTorch on any device, its time and memory linear in the number of tokens;
 - `dense`: one attention of the whole grid under a mask, the fastest on small grids.
 
-This is the only file that imports natten, and everything runs without it.
+`neighborhood_attention_2d` picks one: natten on a GPU (`prefers_natten`) unless there is a
+`natten_problem`, else dense where `dense_is_faster`, else tiled. Only this file imports natten.
 
 Shapes: B batch, H W grid, h heads, e head_dim, side = 2k-1. Along one axis, a block is T queries
 of one dilation group and its window the S keys that any of them attends to; there are A blocks.
 Primes mark the columns: A' T' S'.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,66 +38,51 @@ BACKENDS = ("natten", "tiled", "dense")
 WORTHWHILE_WINDOWS = 3
 
 
-@dataclass(frozen=True, eq=False)
-class Axis:
-    """How one axis is cut into A = tiles * groups blocks; block a is tile a // groups.
-
-    `keys` int64 [tiles * S * groups] are the positions in the windows, None when one window holds
-    the whole axis. `offset` int64 [K, T, S] is the row (or column) of the bias table for each query
-    and key, -1 where the query does not attend to the key, for K kinds of blocks: most blocks are
-    alike, and `kind` int64 [A] gives the kind of each.
-    """
+class Axis(NamedTuple):
+    """How one axis is cut into A = tiles * groups blocks, of K kinds: most blocks are alike."""
 
     tiles: int
     groups: int
     tile: int  # T
     window: int  # S
-    keys: torch.Tensor | None
-    offset: torch.Tensor
-    kind: torch.Tensor
+    keys: torch.Tensor | None  # int64 [tiles * S * groups]: positions; None for the axis as it is
+    offset: torch.Tensor  # int64 [K, T, S]: see `table_offset`
+    kind: torch.Tensor  # int64 [A]: of each block; block a is tile a // groups
 
 
-def table_offset(query, key, members, kernel_size):
-    """The bias table's entries for `query` [..., T] and `key` [..., S]: int64 [..., T, S].
-
-    Both are positions within a dilation group of `members` [..., 1 or T]; -1 where the query does
-    not attend to the key.
-    """
-    first = (query - kernel_size // 2).clamp(min=0)
-    first = torch.minimum(first, members - kernel_size)[..., None]
-    distance = key[..., None, :] - query[..., None]
-    near = (key[..., None, :] >= first) & (key[..., None, :] < first + kernel_size)
-    return torch.where(near, distance + kernel_size - 1, -1)
+def table_offset(query, key, length, kernel_size, dilation):
+    """The bias table's rows (or columns) for positions `query` [..., T] and `key` [..., S] of an
+    axis: int64 [..., T, S], -1 where the query does not attend to the key."""
+    query, key = query[..., None], key[..., None, :]
+    members = (length - query % dilation + dilation - 1) // dilation  # of the query's group
+    first = (query // dilation - kernel_size // 2).clamp(min=0)
+    nth = key // dilation - torch.minimum(first, members - kernel_size)
+    attends = (key % dilation == query % dilation) & (nth >= 0) & (nth < kernel_size)
+    return torch.where(attends, (key - query) // dilation + kernel_size - 1, -1)
 
 
 def dense_axis(length, kernel_size, dilation, device):
     """The axis as one block: every position against every position."""
     position = torch.arange(length, device=device)
-    group, order = position % dilation, position // dilation
-    members = (length - group + dilation - 1) // dilation
-    offset = table_offset(order, order, members, kernel_size)
-    offset = offset.masked_fill(group[:, None] != group, -1)
+    offset = table_offset(position, position, length, kernel_size, dilation)
     return Axis(1, 1, length, length, None, offset[None], position.new_zeros(1))
 
 
 def tiled_axis(length, kernel_size, dilation, tile, device):
-    """The axis with each dilation group cut into tiles of at most `tile` queries.
-
-    Groups that are one position shorter than the longest, and the last tile, are padded: no query
-    attends to the padding, and its outputs are cut off.
-    """
+    """The axis with each dilation group cut into tiles of at most `tile` queries; groups shorter
+    than the longest, and the last tile, are padded: no query attends to the padding."""
     longest = -(-length // dilation)
     tile = min(tile, longest)
     tiles = -(-longest // tile)
     window = min(tile + kernel_size - 1, longest)
+    group = torch.arange(dilation, device=device)[:, None]
     start = torch.arange(tiles, device=device) * tile - kernel_size // 2
-    start = start.clamp(0, longest - window)
-    key = start[:, None] + torch.arange(window, device=device)  # [tiles, S]
-    group = torch.arange(dilation, device=device)
-    members = ((length - group + dilation - 1) // dilation)[:, None]  # [groups, 1]
-    query = torch.arange(tiles * tile, device=device).view(tiles, 1, tile)
-    query = torch.minimum(query, members - 1)  # [tiles, groups, T], padding as the last one
-    offset = table_offset(query, key[:, None], members, kernel_size).flatten(0, 1)
+    start = start.clamp(0, longest - window)[:, None, None]
+    keys = (start + torch.arange(window, device=device)) * dilation + group
+    keys = keys.clamp(max=length - 1)  # [tiles, groups, S]
+    query = torch.arange(tiles * tile, device=device).view(tiles, 1, tile) * dilation + group
+    query = torch.minimum(query, length - 1 - (length - 1 - group) % dilation)  # the group's last
+    offset = table_offset(query, keys, length, kernel_size, dilation).flatten(0, 1)
 
     full_groups = length - (longest - 1) * dilation  # the groups that have the longest's length
     shortest = longest - (full_groups < dilation)
@@ -110,15 +96,14 @@ def tiled_axis(length, kernel_size, dilation, tile, device):
     kinds = sorted(set(alike))
     kind = torch.tensor([kinds.index(block) for block in alike], device=device)
 
-    keys = (key[:, :, None] * dilation + group).clamp(max=length - 1).flatten()
-    whole = tiles == dilation == 1
-    return Axis(tiles, dilation, tile, window, None if whole else keys, offset[kinds], kind)
+    keys = None if tiles == dilation == 1 else keys.mT.flatten()
+    return Axis(tiles, dilation, tile, window, keys, offset[kinds], kind)
 
 
 @lru_cache(maxsize=16)
 def cut_grid(height, width, kernel_size, dilation, tile, device):
     """(rows, columns, kind, mask): both axes, the kind int64 [A*A'] of each block of the grid, and
-    which keys of its window each query attends to, for each kind: bool [K*K', T*T', S*S'].
+    for each kind which keys each query attends to: bool [K*K', T*T', S*S'].
 
     `tile` is the (rows, columns) of a tile of `tiled`, or None for `dense`.
     """
@@ -154,9 +139,8 @@ def neighborhood_bias(rows, columns, kind, mask, rpb):
 def masked_attention(query, key, value, rpb, scale, grid):
     """Attention of each block of `query` to its window, on a `grid` cut by `cut_grid`.
 
-    One scaled_dot_product_attention: without a bias over a batch of blocks, with the heads of all
-    images as its heads; with a bias over a batch of images, with the heads of all blocks as its
-    heads. So the mask need not be repeated for each image.
+    One scaled_dot_product_attention, whose mask is not repeated for each image: without a bias its
+    batch are the blocks, its heads those of all images; with one, the images and all blocks' heads.
     """
     rows, columns, kind, mask = grid
     batch, height, width, heads, dim = query.shape
@@ -228,22 +212,15 @@ def natten_problem(query, key, value, rpb, kernel_size):
 
 
 def prefers_natten(device):
-    """Whether natten is tried first: on GPUs; on CPUs it is slow."""
+    """Whether natten is tried first; on CPUs it is slow."""
     return device.type == "cuda"
-
-
-def tile_shape(kernel_size, with_bias):
-    """The (rows, columns) of a tile: the fastest from 4x4 to 16x16 on two CPU cores."""
-    return (4, 8) if with_bias or kernel_size < 7 else (8, 8)
 
 
 def dense_is_faster(height, width, kernel_size, dilation, tile):
     """Whether the grid is too small for tiles."""
-    window = [
-        min(side + kernel_size - 1, -(-length // dilation))
-        for length, side in zip((height, width), tile)
-    ]
-    return height * width < WORTHWHILE_WINDOWS * window[0] * window[1]
+    window_height = min(tile[0] + kernel_size - 1, -(-height // dilation))
+    window_width = min(tile[1] + kernel_size - 1, -(-width // dilation))
+    return height * width < WORTHWHILE_WINDOWS * window_height * window_width
 
 
 def neighborhood_attention_2d(
@@ -252,13 +229,10 @@ def neighborhood_attention_2d(
     """Neighborhood attention of `query` over `key` and `value`, each [B, H, W, heads, head_dim].
 
     `kernel_size` is odd, `rpb` is [heads, 2*kernel_size-1, 2*kernel_size-1] or None, `scale`
-    defaults to head_dim ** -0.5. `backend` is one of BACKENDS; None takes the fastest one that can
-    do the call: natten's fused kernels on CUDA, else `dense` on small grids (see `dense_is_faster`)
-    and `tiled` on others. Returns [B, H, W, heads, head_dim].
-
-    Raises ValueError for tensors that do not match, a kernel that does not fit the grid, or a
-    backend that cannot do the call. Compiles without graph breaks; grids of several sizes want
-    `dynamic=False`.
+    defaults to head_dim ** -0.5. `backend` is one of BACKENDS; None takes the fastest that can do
+    the call. Returns [B, H, W, heads, head_dim]. Raises ValueError for tensors that do not match, a
+    kernel that does not fit the grid, or a backend that cannot do the call. Compiles without graph
+    breaks; grids of several sizes want `dynamic=False`.
     """
     if query.dim() != 5 or not query.shape == key.shape == value.shape:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
@@ -283,7 +257,8 @@ def neighborhood_attention_2d(
                 problem = str(error)
         if backend == "natten":
             raise ValueError(f"`backend` 'natten' cannot do this call: {problem}")
-    tile = tile_shape(kernel_size, rpb is not None)
+    # the fastest from 4x4 to 16x16 on two CPU cores
+    tile = (4, 8) if rpb is not None or kernel_size < 7 else (8, 8)
     cut = (height, width, kernel_size, dilation)
     dense = backend == "dense" or (backend is None and dense_is_faster(*cut, tile))
     cut += (None if dense else tile, query.device)

@@ -1,6 +1,6 @@
 """Feed broken and hostile files to all that reads files, and see that only sentences come out.
 
-    python tests/fuzz.py --files 2000
+    PYTHONPATH=. python tests/fuzz.py --files 2000
 
 Every file is one of the programs' own (models, an optimiser, stats, cached ids, features, results,
 settings, a manifest) or an image, with bits flipped, parts cut out, overwritten, repeated or taken
@@ -32,17 +32,17 @@ import torch
 from PIL import Image
 
 from hparams import UserError, get_sampler_hparams, get_vqgan_hparams
-from utils.runs.folder import RunFolder
 from models import VQGAN, AbsorbingDiffusion, Transformer
 from utils.data.cache import read_cached
-from utils.training.checkpoints import (
-    Checkpoints, damage, load_file, load_optimizer, load_stats, load_weights, save_file,
-)
-from utils.data.datasets import ImageFiles
+from utils.data.images import ImageFiles
+from utils.data.latents import check_ids
 from utils.data.pixels import UnreadableImage
 from utils.evaluation.experiment import read_results
-from utils.evaluation.features import read_array
-from utils.data.latents import check_ids
+from utils.evaluation.reference import read_array
+from utils.files import load_file, save_file
+from utils.runs.folder import RunFolder
+from utils.runs.manifest import damage, load_stats
+from utils.training.checkpoints import Checkpoints, load_optimizer, load_weights
 
 SECONDS = 20
 MEMORY = 1 << 30  # bytes
@@ -71,7 +71,7 @@ def specimens():
     torch.manual_seed(0)
     H = get_vqgan_hparams(AUTOENCODER)
     run = RunFolder("ae").create()
-    H.save(run.hparams)
+    run.hparams.write_text(H.as_yaml())
     H = get_sampler_hparams(SAMPLER)
     vqgan = VQGAN(H)
     prior = AbsorbingDiffusion(H, Transformer(H), H.codebook_size, torch.zeros(16, 8))
@@ -96,7 +96,8 @@ def specimens():
 
     def manifest(path):
         run.manifest(1).write_bytes(path.read_bytes())
-        damage(run, 1)
+        if problem := damage(run, 1):
+            raise UserError(problem)
 
     def settings(path):
         run.hparams.write_bytes(path.read_bytes())

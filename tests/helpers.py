@@ -1,19 +1,22 @@
 """What several test files share."""
 
 import json
+import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
 import visdom
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from utils.training.processes import World
+from utils.training.loop import TrainingLoop
+from utils.training.processes import Processes
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -57,6 +60,47 @@ def with_small_files(size, function):
         signal.signal(signal.SIGXFSZ, handler)
 
 
+def at_the_end_of_steps(monkeypatch, function):
+    """Call `function(loop)` after every step of a training run, when its weights are updated."""
+    end_step = TrainingLoop.end_step
+
+    def patched(loop):
+        function(loop)
+        end_step(loop)
+
+    monkeypatch.setattr(TrainingLoop, "end_step", patched)
+
+
+def as_torchrun(rank, count, port="0"):
+    """The variables by which torchrun tells a process who it is."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def on_processes(count, main, flags=""):
+    """Run `main` in forked processes, as torchrun would; returns their exit statuses.
+
+    Processes that wait for each other in vain are killed after five minutes.
+    """
+    port, processes = str(free_port()), []
+    for rank in range(count):
+        process = os.fork()
+        if process == 0:
+            status = 1
+            try:
+                signal.alarm(300)
+                os.environ |= as_torchrun(rank, count, port)
+                torch.set_num_threads(1)
+                main(flags.split())
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        processes.append(process)
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
 class VisdomServer:
     """A visdom server in a process of its own, without memory of an earlier one."""
 
@@ -91,14 +135,17 @@ class VisdomServer:
         return json.loads(client.get_window_data(env=env))
 
 
-class OneOfMany(World):
+class OneOfMany(Processes):
     """One process of several that run one after the other and so never talk."""
 
     def wait(self):
         pass
 
-    def told(self, value):
+    def broadcast(self, value):
         return value
+
+    def gather(self, value):
+        return [value] if self.is_first else None
 
 
 class TinyExtractor(FeatureExtractorBase):

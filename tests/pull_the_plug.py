@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 
+import numpy as np
 import torch
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
@@ -27,12 +28,14 @@ import train_sampler
 import train_vqgan
 from experiments import calc_FID
 from helpers import TinyExtractor
-from utils.runs.folder import RunFolder
 from models import AbsorbingDiffusion
 from test_training import COMMON, SAMPLER, VQGAN, assert_identical, files_of
-from utils.data import cache as caches, latents
-from utils.training import checkpoints, loop as training
+from utils.data import latents
 from utils.evaluation import experiment, features
+from utils.evaluation import measure as measuring
+from utils.evaluation import reference
+from utils.runs.folder import RunFolder
+from utils.training import checkpoints
 
 PHASES = ("startup", "caching", "training", "checkpointing", "drawing", "extracting", "reporting",
           "ending")
@@ -110,7 +113,7 @@ def main():
         _, whole = attempt(run_main, f"{flags} --log_dir undisturbed")
         undisturbed, kills, finished = outcome("undisturbed"), Counter(), 0
         while kills.total() < arguments.kills:
-            for cache in (latents.LATENTS, features.STATISTICS):
+            for cache in (latents.LATENTS, reference.STATISTICS):
                 shutil.rmtree(cache, ignore_errors=True)
             run, killed = f"run_{finished}", True
             while killed and kills.total() < arguments.kills:
@@ -133,11 +136,11 @@ def announce_phases():
     """Let what takes long in training and in experiments say what it is."""
     announce(latents, "load_latents", "caching", "startup")
     train_sampler.load_latents = latents.load_latents
-    announce(training, "training_loop", "training", "ending")
-    train_vqgan.training_loop = train_sampler.training_loop = training.training_loop
+    for stage in (train_vqgan.VQGANTraining, train_sampler.SamplerTraining):
+        announce(stage, "train", "training", "ending")
     announce(checkpoints.Checkpoints, "save", "checkpointing", "training")
     # what an experiment does; training draws nothing here
-    announce(caches.Whole, "get", "caching", "extracting")
+    announce(measuring, "real_of", "caching", "extracting")
     announce(AbsorbingDiffusion, "sample", "drawing", "extracting")
     announce(experiment.Experiment, "report", "reporting", "ending")
     FEATURE_EXTRACTORS_REGISTRY["tiny"] = TinyExtractor
@@ -150,11 +153,13 @@ def trained(run):
 
 
 def measured(run):
-    """The figures of an experiment, its samples' ids, and the statistics of real images."""
+    """The figures of an experiment, its samples' ids, and the statistics and the features of real
+    images."""
     results = experiment.read_results(RunFolder(run).results)
     figures = [result["figures"] for result in results.values()]
-    assert not list(RunFolder(run).features.glob("*/*"))
-    return figures, tensors(RunFolder(run).samples), tensors(features.STATISTICS)
+    arrays = {path.name: torch.from_numpy(np.load(path)) for path in
+              sorted(reference.STATISTICS.glob("*.npy"))}
+    return figures, tensors(RunFolder(run).samples), tensors(reference.STATISTICS), arrays
 
 
 def tensors(folder):

@@ -18,12 +18,12 @@ import train_vqgan
 from experiments import digits_report, generate_big_samples, get_samples, inpaint
 from helpers import ROOT, wait_until
 from hparams import get_vqgan_hparams
-from utils.runs.folder import RunFolder
 from models import AbsorbingDiffusion
-from utils.training import loop as training
 from utils.data.datasets import load_dataset
-from utils.logging.images import to_uint8
+from utils.data.pixels import to_uint8
+from utils.runs.folder import RunFolder
 from utils.runs.script import run_script
+from utils.training import precision
 
 COMMON = "--no_visdom --steps_per_log 2 --steps_per_display_output 0 --steps_per_save_output 0"
 VQGAN = (
@@ -46,7 +46,7 @@ def workplace(tmp_path, monkeypatch):
 @pytest.fixture
 def bfloat16(monkeypatch):
     """--amp computes in bfloat16 even where the CPU has no units for it."""
-    monkeypatch.setattr(training, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: True)
 
 
 def vqgan(flags):
@@ -127,14 +127,14 @@ def test_sampler_resumes_to_the_bit(bfloat16, kind):
     assert [line["step"] for line in lines if line["group"] == "train"] == [2, 4, 6, 8]
 
 
-def test_a_resumed_run_obeys_its_own_learning_rate():
+def test_a_loaded_optimizer_takes_the_learning_rate_of_the_command():
     vqgan("--log_dir a --train_steps 2")
     vqgan("--log_dir b --load_dir a --load_step 2 --train_steps 3 --lr 0.25")
     (group,) = files_of("b", 3)["ae_optim_3.th"]["param_groups"]
     assert group["lr"] == 0.25
 
 
-def test_a_new_run_in_an_old_folder_keeps_the_old_record(workplace):
+def test_a_new_run_in_an_old_folder_keeps_the_old_metrics_and_settings(workplace):
     vqgan("--log_dir a --train_steps 2")
     vqgan("--log_dir a --train_steps 4 --seed 1")
     assert [line["step"] for line in lines_of("a") if line["group"] == "train"] == [2, 4]
@@ -142,7 +142,7 @@ def test_a_new_run_in_an_old_folder_keeps_the_old_record(workplace):
     assert len(kept) == 2 and "another" in RunFolder("a").log.read_text()
 
 
-def test_a_sampler_is_never_decoded_by_another_autoencoder(capsys, monkeypatch, two_runs):
+def test_a_sampler_refuses_another_autoencoder(capsys, monkeypatch, two_runs):
     vqgan("--log_dir other --train_steps 2 --seed 5")
     flags = "--load_dir prior --load_step 2 --no_visdom --ae_load_dir other"
     line = sentence(get_samples.main, flags, capsys, monkeypatch)
@@ -168,7 +168,7 @@ def test_unreadable_images_are_named_and_counted(workplace):
     assert log.count("1 of 9 images to encode could not be read") == 2
 
 
-def test_what_is_displayed_does_not_change_training():
+def test_saving_images_does_not_change_training():
     vqgan("--log_dir ae --train_steps 2")
     sampler("--log_dir plain --train_steps 4 --ema")
     sampler("--log_dir shown --train_steps 4 --ema --steps_per_save_output 1 --save_individually")
@@ -180,7 +180,7 @@ def test_what_is_displayed_does_not_change_training():
     assert (RunFolder("shown_ae").images / "reconstructions_2.png").exists()
 
 
-def test_two_seeds_differ_and_one_repeats():
+def test_equal_seeds_give_equal_weights():
     vqgan("--log_dir a --train_steps 2")
     vqgan("--log_dir b --train_steps 2")
     vqgan("--log_dir c --train_steps 2 --seed 1")
@@ -189,7 +189,7 @@ def test_two_seeds_differ_and_one_repeats():
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_files_without_training_state_still_load():
+def test_a_checkpoint_of_models_alone_loads():
     """Published checkpoints hold models only; the log says what was not there."""
     vqgan("--log_dir published --train_steps 2")
     folder = RunFolder("published")
@@ -205,7 +205,10 @@ def test_files_without_training_state_still_load():
 def test_latents_are_cached_until_something_changes(workplace, monkeypatch):
     vqgan("--log_dir ae --train_steps 2")
     vqgan("--log_dir other --train_steps 2 --seed 5")
-    cached = lambda: set(path.name for path in (workplace / "latents").glob("*.pt"))
+
+    def cached():
+        return {path.name for path in (workplace / "latents").glob("*.pt")}
+
     sampler("--log_dir prior --train_steps 1")
     first = cached()
     assert len(first) == 2  # training and validation
@@ -228,7 +231,7 @@ def test_latents_are_cached_until_something_changes(workplace, monkeypatch):
     assert len(encodings) == 4 and "is made again" in RunFolder("prior").log.read_text()
 
 
-def test_get_samples(workplace):
+def test_get_samples_is_repeatable(workplace):
     vqgan("--log_dir ae --train_steps 2 --ema")
     sampler("--log_dir prior --train_steps 2 --ema")
     flags = "--load_dir prior --load_step 2 --n_samples 5 --batch_size 3 --no_visdom"
@@ -409,7 +412,7 @@ def two_runs(trained, workplace):
     ("list", "holds no state dict"),
     ("shape", "does not fit: ae.encoder.blocks.0.weight has shape"),
 ])
-def test_hostile_model_files(content, says, capsys, monkeypatch, workplace):
+def test_hostile_model_files_are_refused(content, says, capsys, monkeypatch, workplace):
     vqgan("--log_dir ae --train_steps 2")
     path = RunFolder("ae").model("vqgan", 2)
     RunFolder("ae").manifest(2).unlink()  # a published file has none
@@ -442,7 +445,7 @@ class Malicious:
         return os.mkdir, ("owned",)
 
 
-def test_attention_of_another_kind_names_the_flag(capsys, monkeypatch):
+def test_a_checkpoint_of_another_attention_names_the_flag(capsys, monkeypatch):
     vqgan("--log_dir ae --train_steps 2")
     sampler("--log_dir prior --train_steps 2 --attention full")
     RunFolder("prior").hparams.unlink()
@@ -451,7 +454,7 @@ def test_attention_of_another_kind_names_the_flag(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_training_saves_and_goes_on_to_the_bit(workplace, number):
+def test_interrupted_training_saves_and_resumes_to_the_bit(workplace, number):
     command = [sys.executable, str(ROOT / "train_vqgan.py"), *VQGAN.split(), "--log_dir", "parts",
                "--steps_per_log", "1", "--num_workers", "2"]
     process = subprocess.Popen(
@@ -488,7 +491,7 @@ def start(script, flags, port):
     ("train_sampler.py", SAMPLER, ["metric: loss", "metric: bits_per_token", "image: samples",
                                    "bars: loss_per_timestep", "table: hyperparameters"]),
 ])
-def test_visdom_comes_and_goes_while_training_goes_on(server, script, flags, windows, two_runs):
+def test_training_continues_while_visdom_restarts(server, script, flags, windows, two_runs):
     """A real server has the windows, is stopped, started again, and has them all again."""
     server.start()
     process = start(script, flags, server.port)

@@ -7,7 +7,7 @@ Module names give the keys of the published files: `encoder.blocks.N`, `generato
 from torch import nn
 from torch.nn import functional as F
 
-from models.autoencoder.quantizers import GumbelQuantizer, NearestQuantizer
+from models.autoencoder.quantizers import GumbelQuantizer, NearestQuantizer, embed_grid
 from models.messages import listed
 
 NORM_GROUPS = 32
@@ -26,7 +26,6 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_width, out_width):
         super().__init__()
-        self.widens = in_width != out_width
         self.norm1 = group_norm(in_width)
         self.conv1 = conv3x3(in_width, out_width)
         self.norm2 = group_norm(out_width)
@@ -37,11 +36,11 @@ class ResBlock(nn.Module):
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return (self.conv_out(x) if self.widens else x) + h
+        return h + (x if x.shape == h.shape else self.conv_out(x))
 
 
 class AttentionBlock(nn.Module):
-    """One head of self-attention over all positions, with a skip: [B, width, H, W] kept."""
+    """One head of self-attention over all positions, with a skip: [B, width, H, W], kept."""
 
     def __init__(self, width):
         super().__init__()
@@ -84,23 +83,15 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-def level_sides(H):
-    """Side of the grid at each level of `ch_mult`: S, S/2, S/4, ...
-
-    Raises ValueError where `img_size` cannot be halved that often.
-    """
+def check_architecture(H):
+    """Raise ValueError where the autoencoder's widths and sides do not fit together."""
     halvings = len(H.ch_mult) - 1
     if H.img_size % 2**halvings:
         raise ValueError(
             f"`img_size` {H.img_size} cannot be halved {halvings} times, as the "
             f"{len(H.ch_mult)} levels of `ch_mult` ask"
         )
-    return [H.img_size // 2**level for level in range(halvings + 1)]
-
-
-def check_architecture(H):
-    """Raise ValueError where the autoencoder's widths and sides do not fit together."""
-    sides = level_sides(H)
+    sides = [H.img_size >> level for level in range(len(H.ch_mult))]
     if list(H.latent_shape) != [1, sides[-1], sides[-1]]:
         raise ValueError(
             f"`latent_shape` {listed(H.latent_shape)} does not follow from `img_size` "
@@ -119,12 +110,13 @@ def check_architecture(H):
             )
 
 
-def level_blocks(H, in_width, out_width, side):
-    """The blocks of the level whose grid has this side."""
+def level_blocks(H, in_width, level):
+    """The blocks of a level of `ch_mult`, whose grid has side S / 2^level."""
+    out_width = H.nf * H.ch_mult[level]
     blocks = []
     for width in [in_width] + [out_width] * (H.res_blocks - 1):
         blocks.append(ResBlock(width, out_width))
-        if side in H.attn_resolutions:
+        if H.img_size >> level in H.attn_resolutions:
             blocks.append(AttentionBlock(out_width))
     return blocks
 
@@ -139,10 +131,10 @@ class Encoder(nn.Module):
     def __init__(self, H):
         super().__init__()
         blocks, width = [conv3x3(H.n_channels, H.nf)], H.nf
-        for level, (mult, side) in enumerate(zip(H.ch_mult, level_sides(H))):
+        for level, mult in enumerate(H.ch_mult):
             if level > 0:
                 blocks.append(Downsample(width))
-            blocks += level_blocks(H, width, H.nf * mult, side)
+            blocks += level_blocks(H, width, level)
             width = H.nf * mult
         blocks += middle_blocks(width)
         blocks += [group_norm(width), conv3x3(width, H.emb_dim)]  # no activation in between
@@ -153,17 +145,14 @@ class Encoder(nn.Module):
 
 
 class Generator(nn.Module):
-    """Vectors [B, D, h, w] -> images [B, C, S, S], the mirror of `Encoder`.
-
-    A larger grid than it was trained on gives a larger image.
-    """
+    """Vectors [B, D, h, w] -> images [B, C, S, S], the mirror of `Encoder` on grids of any size."""
 
     def __init__(self, H):
         super().__init__()
         width = H.nf * H.ch_mult[-1]
         blocks = [conv3x3(H.emb_dim, width), *middle_blocks(width)]
-        for level, (mult, side) in reversed(list(enumerate(zip(H.ch_mult, level_sides(H))))):
-            blocks += level_blocks(H, width, H.nf * mult, side)
+        for level, mult in reversed(list(enumerate(H.ch_mult))):
+            blocks += level_blocks(H, width, level)
             width = H.nf * mult
             if level > 0:
                 blocks.append(Upsample(width))
@@ -173,19 +162,11 @@ class Generator(nn.Module):
             conv3x3(width, width), nn.ReLU(), nn.Conv2d(width, H.n_channels, 1)
         )
 
-    @property
-    def last_weight(self):
-        """Weight of the last convolution, where the adaptive weight compares gradients."""
-        return self.blocks[-1].weight
-
     def forward(self, z):
         return self.blocks(z)
 
     def probabilistic(self, z):
-        """Vectors [B, D, h, w] -> (mu, logsigma), each [B, C, S, S]: a Gaussian for each value.
-
-        mu is what `forward` gives; `models.autoencoder.losses.gaussian_nll` takes both.
-        """
+        """Vectors [B, D, h, w] -> (mu, logsigma), each [B, C, S, S], for losses.gaussian_nll."""
         features = self.blocks[:-1](z)
         return self.blocks[-1](features), self.logsigma(features)
 
@@ -211,15 +192,15 @@ class VQAutoEncoder(nn.Module):
     @property
     def codebook(self):
         """The codebook [K, D] without a gradient; it shares memory with the quantizer's."""
-        return self.quantize.codebook
+        return self.quantize.codebook.detach()
 
     def encode(self, x):
-        """Images [B, C, S, S] -> what the quantizer gives: (z_q, codebook loss, stats, ids)."""
+        """Images [B, C, S, S] -> what the quantizer returns: (z_q, codebook loss, stats, ids)."""
         return self.quantize(self.encoder(x))
 
     def decode_indices(self, indices, shape=None):
         """Ids [B, h*w] on a grid of shape (h, w), the trained one by default -> images."""
-        return self.generator(self.quantize.embed_indices(indices, shape or self.grid_shape))
+        return self.generator(embed_grid(self.quantize.codebook, indices, shape or self.grid_shape))
 
     def forward(self, x):
         """Images [B, C, S, S] -> (x_hat [B, C, S, S], codebook loss (0-d), stats, ids [B, h*w])."""

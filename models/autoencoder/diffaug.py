@@ -33,8 +33,8 @@ def contrast(x, rng=None):
     return mean + (x - mean) * _uniform(x, 0.5, 1.5, rng)
 
 
-def translation(x, rng=None, ratio=1 / 8):
-    """Shift by whole pixels, up to `ratio` of each side either way; zeros come in."""
+def translation(x, rng=None):
+    """Shift by whole pixels, up to an eighth of each side either way; zeros come in."""
     batch, _, height, width = x.shape
 
     def source_positions(size, reach):
@@ -42,7 +42,7 @@ def translation(x, rng=None, ratio=1 / 8):
         start = torch.randint(2 * reach + 1, (batch, 1), device=x.device, generator=rng)
         return start + torch.arange(size, device=x.device)  # [B, size]
 
-    reach_y, reach_x = round(height * ratio), round(width * ratio)
+    reach_y, reach_x = round(height / 8), round(width / 8)
     rows = source_positions(height, reach_y)[:, :, None]   # [B, H, 1]
     columns = source_positions(width, reach_x)[:, None, :]  # [B, 1, W]
     padded = F.pad(x, (reach_x, reach_x, reach_y, reach_y)).permute(0, 2, 3, 1)
@@ -50,20 +50,8 @@ def translation(x, rng=None, ratio=1 / 8):
     return padded[image, rows, columns].permute(0, 3, 1, 2)      # [B, H, W, C] -> [B, C, H, W]
 
 
-POLICIES = {
-    "color": (brightness, saturation, contrast),
-    "translation": (translation,),
-}
-
-
-def diff_augment(x, policy="color,translation", rng=None):
-    """Apply the named policies in order to images [B, C, H, W].
-
-    Raises ValueError for a name that is not one of POLICIES.
-    """
-    for name in policy.split(","):
-        if name not in POLICIES:
-            raise ValueError(f"Unknown DiffAug policy {name!r}; known are {', '.join(POLICIES)}")
-        for augment in POLICIES[name]:
-            x = augment(x, rng)
+def diff_augment(x, rng=None):
+    """All of the above in order: images [B, C, H, W] -> [B, C, H, W]."""
+    for augment in (brightness, saturation, contrast, translation):
+        x = augment(x, rng)
     return x

@@ -1,5 +1,7 @@
 """PatchGAN discriminator: one real/fake logit per overlapping patch (Isola et al., 1611.07004)."""
 
+from itertools import pairwise
+
 from torch import nn
 
 
@@ -19,9 +21,8 @@ class Discriminator(nn.Module):
                 f"`disc_layers` {disc_layers} leaves nothing of images of {img_size} pixels"
             )
         layers = [nn.Conv2d(n_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        width = ndf
-        for depth in range(1, disc_layers + 1):
-            wider = ndf * min(2**depth, 8)
+        widths = [ndf * min(2**depth, 8) for depth in range(disc_layers + 1)]
+        for depth, (width, wider) in enumerate(pairwise(widths), start=1):
             stride = 2 if depth < disc_layers else 1
             layers += [
                 # BatchNorm subtracts the mean, which a bias would only shift.
@@ -29,19 +30,13 @@ class Discriminator(nn.Module):
                 nn.BatchNorm2d(wider),
                 nn.LeakyReLU(0.2),
             ]
-            width = wider
-        layers.append(nn.Conv2d(width, 1, 4, padding=1))
+        layers.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
+        for layer in layers:  # as in DCGAN (1511.06434, section 3)
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, 0.02)
+            elif isinstance(layer, nn.BatchNorm2d):
+                nn.init.normal_(layer.weight, 1.0, 0.02)
         self.main = nn.Sequential(*layers)
-        self.apply(self._init_weights)
-
-    @staticmethod
-    def _init_weights(module):
-        # DCGAN's initialisation (1511.06434, section 3).
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, 0.0, 0.02)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight, 1.0, 0.02)
-            nn.init.zeros_(module.bias)
 
     def forward(self, x):
         return self.main(x)

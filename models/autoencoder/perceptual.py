@@ -21,24 +21,22 @@ class PerceptualDistance(lpips.LPIPS):
     def __init__(self):
         # lpips makes all of torchvision's VGG16 to keep its first tenth, which is free on `meta`.
         with warnings.catch_warnings(), torch.device("meta"):
-            # How lpips calls torchvision is deprecated.
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision the old way
             super().__init__(net="vgg", pnet_rand=True, pretrained=False, verbose=False)
         device = torch.get_default_device()
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.to_empty(device=device).reset_parameters()
         self.requires_grad_(False)
-        own = self.state_dict()
-        for name, weight in torch.load(HEADS, map_location=device, weights_only=True).items():
-            own[name].copy_(weight)
+        heads = torch.load(HEADS, map_location=device, weights_only=True)
+        self.load_state_dict(heads, strict=False)
 
     def vectors(self, x):
         """Images [B, 3, H, W] -> vectors [B, M] whose squared distances are LPIPS.
 
-        LPIPS is the sum over layers of the mean over pixels of the sum over channels of
-        w (a - b)^2 with unit vectors a, b (eq. 1): |u - v|^2 for u = a sqrt(w / pixels). M is about
-        122 H W. Raises ValueError where a head has weights below 0, which have no root.
+        LPIPS is the sum over layers of the mean over pixels of the sum over channels of w (a - b)^2
+        with unit vectors a, b (eq. 1): |u - v|^2 for u = a sqrt(w / pixels). M is about 122 H W.
+        Raises ValueError where a head has weights below 0.
         """
         vectors = []
         for features, head in zip(self.net(self.scaling_layer(x)), self.lins):

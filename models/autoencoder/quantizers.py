@@ -11,11 +11,8 @@ from torch.nn import functional as F
 
 
 def codebook_usage(indices, codebook_size):
-    """How often each id occurs among `indices` of any shape, a dict.
-
-    `usage` [K] are the counts, `perplexity` (0-d) is the exponential of their entropy in nats: 1
-    where there is one id only, K where all are used alike.
-    """
+    """How often each id occurs among `indices` of any shape: {"usage": counts [K], "perplexity":
+    0-d, the exponential of their entropy in nats, from 1 (one id only) to K (all alike)}."""
     ids = indices.flatten()
     # index_add instead of bincount: no wait for the device, and it works on `meta`.
     usage = ids.new_zeros(codebook_size).index_add_(0, ids, torch.ones_like(ids))
@@ -52,20 +49,19 @@ class NearestQuantizer(nn.Module):
 
     def __init__(self, codebook_size, emb_dim, beta):
         super().__init__()
-        self.codebook_size, self.beta = codebook_size, beta
+        self.beta = beta
         self.embedding = nn.Embedding(codebook_size, emb_dim)
         nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
 
     def forward(self, z):
-        """z [B, D, h, w] -> (z_q [B, D, h, w], codebook loss (0-d), stats, ids [B, h*w]).
+        """z [B, D, h, w] -> (z_q like z, codebook loss (0-d), `codebook_usage`, ids [B, h*w]).
 
         The gradient of z_q passes straight through to z; the codebook learns from the loss only.
-        stats is what `codebook_usage` returns.
         """
         # Half precision would pick wrong neighbours: vectors lie closer than its rounding.
         with torch.autocast(device_type=z.device.type, enabled=False):
             vectors = z.float().flatten(2).transpose(1, 2)  # [B, h*w, D]
-            codebook = self.embedding.weight.float()        # [K, D]
+            codebook = self.codebook.float()                # [K, D]
             # |z|^2 is the same for every entry, so argmin does without it.
             scores = codebook.square().sum(1) - 2 * vectors @ codebook.t()  # [B, h*w, K]
             indices = scores.argmin(2)                                      # [B, h*w]
@@ -76,16 +72,12 @@ class NearestQuantizer(nn.Module):
             # it will when the sampler draws them, and the gradient is that of the identity.
             quantized = chosen.detach() + (vectors - vectors.detach())
         z_q = quantized.transpose(1, 2).unflatten(2, z.shape[2:]).to(z.dtype)  # [B, D, h, w]
-        return z_q, loss, codebook_usage(indices, self.codebook_size), indices
+        return z_q, loss, codebook_usage(indices, len(codebook)), indices
 
     @property
     def codebook(self):
-        """The codebook [K, D] without a gradient; it shares memory with the parameter."""
-        return self.embedding.weight.detach()
-
-    def embed_indices(self, indices, shape):
-        """Ids [B, h*w] on a grid of shape (h, w) -> vectors [B, D, h, w], see `embed_grid`."""
-        return embed_grid(self.embedding.weight, indices, shape)
+        """The parameter [K, D]."""
+        return self.embedding.weight
 
 
 class GumbelQuantizer(nn.Module):
@@ -98,40 +90,30 @@ class GumbelQuantizer(nn.Module):
 
     def __init__(self, codebook_size, emb_dim, kl_weight, straight_through=False):
         super().__init__()
-        self.codebook_size, self.kl_weight = codebook_size, kl_weight
-        self.straight_through = straight_through
+        self.kl_weight, self.straight_through = kl_weight, straight_through
         self.temperature = 1.0
         self.proj = nn.Conv2d(emb_dim, codebook_size, 1)
         self.embed = nn.Embedding(codebook_size, emb_dim)
 
     def forward(self, z):
-        """z [B, D, h, w] -> (z_q [B, D, h, w], codebook loss (0-d), stats, ids [B, h*w]).
-
-        The loss is kl_weight · KL(q || uniform over K ids) in nats, summed over ids and
-        averaged over batch and grid. stats is what `codebook_usage` returns.
-        """
+        """Returns what `NearestQuantizer` does. The loss is kl_weight · KL(q || uniform over K ids)
+        in nats, summed over ids and averaged over batch and grid."""
         logits = self.proj(z)  # [B, K, h, w]
         with torch.autocast(device_type=z.device.type, enabled=False):
             logits = logits.float()
             log_q = logits.log_softmax(1)
-            kl = (log_q.exp() * (log_q + math.log(self.codebook_size))).sum(1).mean()
+            kl = (log_q.exp() * (log_q + math.log(len(self.codebook)))).sum(1).mean()
             if self.training:
-                choice = F.gumbel_softmax(
-                    logits, tau=self.temperature, hard=self.straight_through, dim=1
-                )  # [B, K, h, w]
+                choice = F.gumbel_softmax(logits, self.temperature, self.straight_through, dim=1)
                 indices = choice.argmax(1).flatten(1)  # [B, h*w]
-                z_q = torch.einsum("bkhw,kd->bdhw", choice, self.embed.weight.float())
+                z_q = torch.einsum("bkhw,kd->bdhw", choice, self.codebook.float())
             else:
                 indices = logits.argmax(1).flatten(1)  # [B, h*w]
-                z_q = self.embed_indices(indices, z.shape[2:])
-        usage = codebook_usage(indices, self.codebook_size)
+                z_q = embed_grid(self.codebook, indices, z.shape[2:])
+        usage = codebook_usage(indices, len(self.codebook))
         return z_q.to(z.dtype), self.kl_weight * kl, usage, indices
 
     @property
     def codebook(self):
-        """The codebook [K, D] without a gradient; it shares memory with the parameter."""
-        return self.embed.weight.detach()
-
-    def embed_indices(self, indices, shape):
-        """Ids [B, h*w] on a grid of shape (h, w) -> vectors [B, D, h, w], see `embed_grid`."""
-        return embed_grid(self.embed.weight, indices, shape)
+        """The parameter [K, D]."""
+        return self.embed.weight

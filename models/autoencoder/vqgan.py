@@ -1,4 +1,4 @@
-"""VQGAN, stage 1: an autoencoder, its discriminator, and their objectives (2012.09841).
+"""VQGAN, stage 1: an autoencoder, its discriminator, and their losses (2012.09841).
 
 Shapes: B images of C channels and side S in [0, 1].
 """
@@ -6,12 +6,39 @@ Shapes: B images of C channels and side S in [0, 1].
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from models.autoencoder.autoencoder import VQAutoEncoder
 from models.autoencoder.diffaug import diff_augment
 from models.autoencoder.discriminator import Discriminator
-from models.autoencoder.losses import adaptive_weight, generator_adversarial_loss, hinge_loss
 from models.autoencoder.perceptual import lpips_input
+
+
+def generator_adversarial_loss(fake_logits):
+    """-mean(D(x_hat)), 0-d: low where the generator fools the discriminator."""
+    return -fake_logits.float().mean()
+
+
+def hinge_loss(real_logits, fake_logits):
+    """The discriminator's loss: the mean of its hinge on real and on generated images."""
+    real = F.relu(1 - real_logits.float()).mean()
+    fake = F.relu(1 + fake_logits.float()).mean()
+    return (real + fake) / 2
+
+
+def adaptive_weight(nll, g_loss, last_weight, max_weight, grad_scale=1.0):
+    """Weight that gives the adversarial gradient the size of the reconstruction's (2012.09841).
+
+    lambda = |grad_L nll| / (|grad_L g_loss| + 1e-4), clamped to [0, max_weight], where L is
+    `last_weight` and both losses are 0-d with a graph to it; 0-d, detached. `grad_scale` multiplies
+    the losses only while they are differentiated, so that float16 gradients do not vanish.
+    """
+    def gradient_norm(loss):
+        (gradient,) = torch.autograd.grad(loss * grad_scale, last_weight, retain_graph=True)
+        return (gradient.float() / grad_scale).norm()
+
+    weight = gradient_norm(nll) / (gradient_norm(g_loss) + 1e-4)
+    return weight.clamp(0, max_weight).detach()
 
 
 class VQGAN(nn.Module):
@@ -68,20 +95,18 @@ class VQGAN(nn.Module):
     def generator_losses(self, x, step, grad_scale=1.0):
         """The autoencoder's objective on images x [B, C, S, S] at a training step.
 
-        Returns (loss, x_hat, stats): loss is 0-d, x_hat [B, C, S, S] keeps its graph, and stats
-        are 0-d tensors without one. The discriminator takes part from `disc_start_step` on, which
-        needs gradients to be on, and gets no gradient itself. `grad_scale`: see `adaptive_weight`.
+        Returns (loss, x_hat, stats): loss is 0-d, x_hat [B, C, S, S] keeps its graph, stats are
+        0-d and detached. The discriminator, which gets no gradient, takes part from
+        `disc_start_step` on; gradients must be on then. `grad_scale`: see `adaptive_weight`.
         """
         x_hat, codebook_loss, usage, _ = self.ae(x)
         nll, l1, perceptual = self.reconstruction_losses(x, x_hat)
         if step < self.disc_start_step:
-            # The weight is zero: the discriminator need not run.
             g_loss = d_weight = torch.zeros_like(nll)
         else:
             g_loss = generator_adversarial_loss(self.discriminate(x_hat, frozen=True))
-            d_weight = adaptive_weight(
-                nll, g_loss, self.ae.generator.last_weight, self.disc_weight_max, grad_scale
-            )
+            last_weight = self.ae.generator.blocks[-1].weight
+            d_weight = adaptive_weight(nll, g_loss, last_weight, self.disc_weight_max, grad_scale)
         loss = nll + d_weight * g_loss + codebook_loss
         stats = dict(
             l1=l1, perceptual=perceptual, g_loss=g_loss, d_weight=d_weight,
@@ -90,8 +115,5 @@ class VQGAN(nn.Module):
         return loss, x_hat, {name: value.detach() for name, value in stats.items()}
 
     def discriminator_loss(self, x, x_hat):
-        """Hinge loss (0-d) of the discriminator on images and their reconstructions.
-
-        No gradient reaches x_hat, whose graph may be used up.
-        """
+        """Hinge loss, 0-d, of images [B, C, S, S] and reconstructions, which get no gradient."""
         return hinge_loss(self.discriminate(x), self.discriminate(x_hat.detach()))

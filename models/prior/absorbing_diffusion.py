@@ -96,10 +96,9 @@ class AbsorbingDiffusion(nn.Module):
     def forward(self, ids, rng=None, part=(0, 1), reduce=None):
         """Training objective for ids [B, N]: a dict with `loss` and `bits_per_token`, means.
 
-        With `part` (r, R) the ids are part r of R of a batch whose whole noise is drawn from
-        `rng`: the mean of the parts' losses is the loss of the whole batch. In training mode the
-        histories are updated with all parts; `reduce` adds a tensor up over them in place, as
-        `torch.distributed.all_reduce` does.
+        With `part` (r, R) the ids are part r of R of a batch, whose noise is drawn for all parts
+        from `rng`. In training mode the histories are updated with all parts: `reduce` adds a
+        tensor up over them in place, as `torch.distributed.all_reduce` does.
         """
         index, parts = part
         t = draw_times(len(ids) * parts, self.total_steps, self.low_discrepancy, rng, ids.device)
@@ -113,10 +112,7 @@ class AbsorbingDiffusion(nn.Module):
 
     @torch.no_grad()
     def update_histories(self, t, loss, elbo, reduce=None):
-        """Average the batch's losses [B] at times t into the histories; a first visit sets them.
-
-        `reduce` as in `forward`.
-        """
+        """Average the losses [B] at times t into the histories; a first visit sets them."""
         values = torch.stack((torch.ones_like(loss), loss, elbo**2))  # [3, B]
         sums = values.new_zeros(3, self.total_steps + 1).index_add_(1, t, values)
         if reduce is not None:
@@ -129,21 +125,20 @@ class AbsorbingDiffusion(nn.Module):
         self.Lt_count += visits
 
     @torch.no_grad()
-    def bits_per_token(self, ids, rng=None):
+    def bits_per_token(self, ids):
         """Estimate of the bound on -log2 p(ids) / N of each sample [B], from one t each, spread
         evenly over 1..T. The bound is that of the `random` schedule (see `nats`)."""
-        t = draw_times(len(ids), self.total_steps, True, rng, ids.device)
-        mask = draw_mask(t, ids.shape[1], self.total_steps, "random", rng)
+        t = draw_times(len(ids), self.total_steps, True, device=ids.device)
+        mask = draw_mask(t, ids.shape[1], self.total_steps)
         return self.losses(ids, t, mask)["elbo"]
 
     @torch.no_grad()
     def nats(self, ids, draws=0, rng=None, batch_size=64):
         """Unbiased estimate of the bound on -log p(ids) of each sample, in nats: float64 [B].
 
-        The bound is the sum over t = 1..T of E[CE_t] / t. Every t is visited once, with one
-        random mask; with `draws` n, only n times, spread evenly over 1..T from a random start and
-        weighted T/n. Masks follow the `random` schedule whichever the model trains with: the
-        weight 1/t holds for independently masked tokens only. `batch_size` does not change draws.
+        The bound is the sum over t = 1..T of E[CE_t] / t. Every t is visited once; with `draws` n,
+        only n times, spread evenly over 1..T from a random start and weighted T/n. Masks follow the
+        `random` schedule, as the weight 1/t holds for independently masked tokens only.
         """
         samples, tokens = ids.shape
         if draws:
@@ -152,7 +147,7 @@ class AbsorbingDiffusion(nn.Module):
         else:
             t = torch.arange(1, self.total_steps + 1, device=ids.device).repeat(samples)
         rows = ids.repeat_interleave(len(t) // samples, dim=0)  # [B * n, N]
-        mask = draw_mask(t, tokens, self.total_steps, "random", rng)
+        mask = draw_mask(t, tokens, self.total_steps, rng=rng)
         batches = zip(*(tensor.split(batch_size) for tensor in (rows, t, mask)))
         bits = torch.cat([self.losses(*batch)["elbo"] for batch in batches])
         return bits.view(samples, -1).double().mean(1) * tokens * math.log(2)
@@ -164,8 +159,8 @@ class AbsorbingDiffusion(nn.Module):
         """Draw ids [n_samples, N]; steps and type default to the model's settings.
 
         `known` ids [n_samples, N] are kept where they are not `mask_id`. `grid` (h, w) is another
-        one than the model's; `denoise`, see `models.sampling.samplers`, replaces the network on
-        that grid, which only a model without absolute positions can do by itself.
+        one than the model's; `denoise` (see `models.sampling.samplers`) replaces the network, as it
+        must there if positions are absolute. Raises ValueError for `known` of another shape.
         """
         method = SAMPLERS[sample_type or self.sample_type]
         grid = grid or self.shape
@@ -174,11 +169,8 @@ class AbsorbingDiffusion(nn.Module):
         if ids.shape != shape:
             raise ValueError(f"`known` must be {shape}, not {tuple(ids.shape)}")
         options = {**self.options, "grid": grid}
-
-        def on_grid(ids, where):
-            return self._denoise_fn(ids, grid=grid, where=where)
-
         return method.sample(
-            denoise or on_grid, ids, self.mask_id, sample_steps or self.sample_steps, temp, rng,
-            progress, **{name: options[name] for name in method.options},
+            denoise or (lambda ids, where: self._denoise_fn(ids, grid=grid, where=where)),
+            ids, self.mask_id, sample_steps or self.sample_steps, temp, rng, progress,
+            **{name: options[name] for name in method.options},
         )

@@ -83,8 +83,7 @@ def concatenate(tensors, dim):
 class FullAttention(nn.Module):
     """Multi-head attention over the whole sequence [B, N, C]; `causal` looks back only.
 
-    Parameters are named as in the published transformers. A causal module carries the buffer
-    `mask` [1, 1, block_size, block_size] that the published files hold.
+    Parameters are named as in the published files, which also hold the causal `mask`.
     """
 
     def __init__(self, dim, num_heads, attn_drop=0.0, proj_drop=0.0, causal=False, block_size=None):
@@ -92,8 +91,7 @@ class FullAttention(nn.Module):
         self.num_heads, self.head_dim = num_heads, head_width(dim, num_heads)
         self.attn_drop, self.causal = attn_drop, causal
         if causal:
-            mask = torch.ones(block_size, block_size).tril().view(1, 1, block_size, block_size)
-            self.register_buffer("mask", mask)
+            self.register_buffer("mask", torch.ones(1, 1, block_size, block_size).tril())
         self.key = nn.Linear(dim, dim)
         self.query = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
@@ -126,10 +124,10 @@ class HydraNeighborhoodAttention(nn.Module):
 
     Group i has kernel `kernel_sizes[i]`, dilation `dilations[i]` (see `match_groups` and
     `split_heads`) and, with `rpb`, a relative positional bias table `rpb.i` [heads, 2k-1, 2k-1].
-    With `rope`, queries and keys carry axial rotary positions, relative as well, which natten's
-    fused kernels can do. Groups of equal kernel and dilation are computed together, by `backend`
-    (None: the fastest, see `neighborhood_attention_2d`). No kernel has attention dropout:
-    `attn_drop` must be 0. Raises ValueError for arguments that do not fit together.
+    With `rope`, queries and keys carry axial rotary positions, which natten's kernels can do.
+    Groups of equal kernel and dilation are computed together, by `backend` (see
+    `neighborhood_attention_2d`). `attn_drop` must be 0. Raises ValueError for arguments that do not
+    fit together.
     """
 
     def __init__(
@@ -152,11 +150,9 @@ class HydraNeighborhoodAttention(nn.Module):
         self.rpb = None
         if rpb:
             self.rpb = nn.ParameterList(
-                nn.Parameter(torch.zeros(heads, 2 * kernel - 1, 2 * kernel - 1))
-                for heads, kernel in zip(self.group_heads, self.kernel_sizes)
+                nn.init.trunc_normal_(torch.empty(heads, 2 * k - 1, 2 * k - 1), std=0.02)
+                for heads, k in zip(self.group_heads, self.kernel_sizes)
             )
-            for table in self.rpb:
-                nn.init.trunc_normal_(table, std=0.02)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -172,16 +168,14 @@ class HydraNeighborhoodAttention(nn.Module):
             angles = rotary_angles(*x.shape[1:3], self.head_dim, x.device)
             query, key = rotate(query, angles), rotate(key, angles)
         parts = [part.split(self.group_heads, dim=3) for part in (query, key, value)]
-        outs = [None] * len(self.group_heads)
+        outs = {}
         for (kernel, dilation), groups in self.neighborhoods.items():
             together = [concatenate([part[group] for group in groups], dim=3) for part in parts]
-            table = None
-            if self.rpb is not None:
-                table = concatenate([self.rpb[group] for group in groups], dim=0)
+            table = self.rpb and concatenate([self.rpb[group] for group in groups], dim=0)
             out = neighborhood_attention_2d(
                 *together, kernel, dilation, table, self.scale, self.backend
             )
-            for group, part in zip(groups, out.split([self.group_heads[g] for g in groups], 3)):
-                outs[group] = part
-        out = concatenate(outs, dim=3)  # [B, H, W, h, e]
+            heads = [self.group_heads[group] for group in groups]
+            outs.update(zip(groups, out.split(heads, dim=3)))
+        out = concatenate([outs[group] for group in sorted(outs)], dim=3)  # [B, H, W, h, e]
         return self.proj_drop(self.proj(out.flatten(3)))  # [B, H, W, C]

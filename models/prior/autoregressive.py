@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.autoencoder.quantizers import embed_grid
 from models.prior.transformer import Transformer
 from models.sampling.samplers import sample_autoregressive
 
@@ -21,10 +20,6 @@ class AutoregressiveTransformer(nn.Module):
         self.register_buffer("embedding_weight", embedding_weight.detach(), persistent=False)
         self.net = Transformer(H)
         self.top_k, self.top_p = H.top_k, H.top_p
-
-    def embed(self, ids):
-        """Codebook vectors of ids [B, N] as the generator's input [B, emb_dim, h, w]."""
-        return embed_grid(self.embedding_weight, ids, self.shape)
 
     def bits(self, ids):
         """-log2 p of every token, [B, N]."""
@@ -41,33 +36,24 @@ class AutoregressiveTransformer(nn.Module):
         return {"loss": loss, "bits_per_token": loss.detach()}
 
     @torch.no_grad()
-    def bits_per_token(self, ids, rng=None):
+    def bits_per_token(self, ids):
         """-log2 p(ids) / N of each sample, exact: [B]."""
         return self.bits(ids).mean(1)
 
     @torch.no_grad()
-    def nats(self, ids, draws=0, rng=None, batch_size=64):
-        """-log p(ids) of each sample, in nats and exact: float64 [B].
-
-        `draws` and `rng` are those of the diffusion and are ignored.
-        """
+    def nats(self, ids, draws=0, batch_size=64):
+        """-log p(ids) of each sample, in nats and exact: float64 [B]. `draws` is ignored."""
         bits = torch.cat([self.bits(part).double().sum(1) for part in ids.split(batch_size)])
         return bits * math.log(2)
 
-    def sample(
-        self, n_samples, temp=1.0, sample_steps=None, sample_type=None, rng=None, progress=None,
-    ):
-        """Draw ids [n_samples, N], caching the keys and values of earlier tokens.
-
-        `sample_steps` and `sample_type` are those of the diffusion and are ignored.
-        """
+    def sample(self, n_samples, temp=1.0, sample_steps=None, rng=None):
+        """Draw ids [n_samples, N], caching keys and values. `sample_steps` is ignored."""
         caches = [{} for _ in self.net.blocks]
 
         def next_logits(ids):
             return self.net(ids, caches=caches)[:, -1]
 
         return sample_autoregressive(
-            next_logits, n_samples, self.tokens, temp, rng,
-            device=self.net.start_tok.device, progress=progress, top_k=self.top_k,
-            top_p=self.top_p,
+            next_logits, n_samples, self.tokens, temp, rng, self.net.start_tok.device,
+            self.top_k, self.top_p,
         )

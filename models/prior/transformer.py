@@ -3,14 +3,16 @@
 Shapes: B batch, N tokens = grid height x width, C = bert_n_emb.
 """
 
+import re
+
 import torch
 from torch import nn
 
-from models.messages import listed, renamed
+from models.messages import listed
 from models.neighborhood_attention import check_neighborhood
 from models.prior.attention import FullAttention, HydraNeighborhoodAttention
 
-# What the settings call the arguments of attention, in messages.
+# In messages: arguments of attention, and what the settings call them.
 SETTINGS = {
     "`dim`": "`bert_n_emb`", "`num_heads`": "`bert_n_head`", "`attn_drop`": "`attn_pdrop`",
     "`rope`": "`position` rope", "`kernel_size`": "`kernel_sizes`", "`dilation`": "`dilations`",
@@ -72,9 +74,8 @@ class Transformer(nn.Module):
 
     As a denoiser (`H.sampler == "absorbing"`) it has one more input id, the mask, and does not
     see the time. As a causal prior its input is shifted right by a learned start token.
-    Positions come from `H.position`: `absolute` adds a table to the embeddings and ties the
-    model to its grid; `rpb` and `rope` live in the attention and do not.
-    Raises ValueError for settings that do not fit together.
+    `H.position` `absolute` adds a table to the embeddings and ties the model to its grid; `rpb`
+    and `rope` live in the attention. Raises ValueError for settings that do not fit together.
     """
 
     def __init__(self, H):
@@ -96,7 +97,8 @@ class Transformer(nn.Module):
                 for kernel_size, dilation in self.blocks[0].attn.neighborhoods:
                     check_neighborhood(*self.grid, kernel_size, dilation)
         except ValueError as error:
-            raise renamed(error, SETTINGS) from None
+            message = re.sub("`.+?`", lambda name: SETTINGS.get(name[0], name[0]), str(error))
+            raise ValueError(message) from None
         self.ln_f = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, H.codebook_size, bias=False)
         self.reset_parameters()
@@ -117,19 +119,18 @@ class Transformer(nn.Module):
         default the one trained on; with `where` bool [B, N] only those M: [M, codebook_size].
 
         A causal model predicts token i from ids[:, :i], so N ids give N+1 predictions; with
-        `caches` (one dict a block, empty at first) it predicts only the token that follows ids,
-        of which the caches hold all but the last. Raises ValueError for another grid than the one
-        trained on where positions are absolute.
+        `caches` (one dict a block, empty at first) it predicts only the token that follows ids, of
+        which the caches hold all but the last. Absolute positions on another grid: ValueError.
         """
         if self.causal:
             return self.causal_forward(ids, caches)
-        height, width = grid or self.grid
-        if self.pos_emb is not None and (height, width) != self.grid:
-            raise ValueError(f"a model with absolute positions runs on {self.grid} only")
+        grid = tuple(grid or self.grid)
         x = self.tok_emb(ids)
         if self.pos_emb is not None:
+            if grid != self.grid:
+                raise ValueError(f"a model with absolute positions runs on {self.grid} only")
             x = x + self.pos_emb
-        x = self.drop(x).view(len(ids), height, width, -1)
+        x = self.drop(x).unflatten(1, grid)  # [B, h, w, C]
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, where=where)

@@ -1,8 +1,6 @@
 """Canvases larger than the grid that a denoiser was trained on (Unleashing Transformers,
-arXiv 2111.12701, section 4.4).
-
-The denoiser runs on windows of its own size, and the probabilities of windows that overlap are
-averaged. A denoiser without absolute positions can run on the whole canvas instead.
+arXiv 2111.12701, section 4.4): it runs on windows of its own size, whose probabilities are averaged
+where they overlap. A denoiser without absolute positions can run on the whole canvas instead.
 
 Shapes: B batch, [h, w] the trained grid, [H, W] the canvas in ids, K codebook size.
 """
@@ -34,14 +32,13 @@ class WindowedDenoiser:
         where = where.view(-1, height, width)
         number = where.flatten().cumsum(0).view(where.shape) - 1  # of each position asked for
         covers = F.max_pool2d(where[:, None].float(), self.window, stride=1)[:, 0] > 0
-        batch, top, left = covers.nonzero(as_tuple=True)
+        places = [axis.split(self.batch_size) for axis in covers.nonzero(as_tuple=True)]
 
         def cut(tensor):
             return tensor.view(-1, height, width).unfold(1, h, 1).unfold(2, w, 1)
 
         sums = None
-        for part in torch.arange(len(batch), device=ids.device).split(self.batch_size):
-            at = batch[part], top[part], left[part]
+        for at in zip(*places):  # (samples, tops, lefts) of the windows
             asked = cut(where)[at].flatten(1)  # [n, h*w]
             probabilities = self.denoise(cut(ids)[at].flatten(1), asked).float().softmax(-1)
             target = cut(number)[at].flatten(1)[asked]
@@ -74,9 +71,8 @@ def tile_weights(starts, tile):
 def decode_canvas(decode, grid, tile):
     """Decode codebook vectors `grid` [B, C, H, W] tile by tile: [B, c, H*f, W*f], on the CPU.
 
-    `decode` maps [B, C, h, w] to images [B, c, h*f, w*f]. Tiles of `tile` (h, w), the size that
-    the generator was trained on, overlap by half and are blended linearly, so that memory beyond
-    the canvas itself is that of one tile.
+    `decode` maps [B, C, h, w] to images [B, c, h*f, w*f]. Tiles of `tile` (h, w), the size trained
+    on, overlap by half and are blended linearly; memory beyond the canvas is that of one tile.
     """
     (height, width), (h, w) = grid.shape[2:], tile
     tops, lefts = tile_starts(height, h, max(h // 2, 1)), tile_starts(width, w, max(w // 2, 1))

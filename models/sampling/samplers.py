@@ -5,8 +5,9 @@ A denoiser is any `denoise(ids [B, N], where bool [B, N]) -> logits [M, K]`: of 
 `mask_id` where a token is to be drawn and known tokens elsewhere, which it keeps, and calls
 `progress(done, total)` after each network call. Only `remdm` and `mlm` change drawn tokens.
 
-To add a method, write a function with the arguments of the others and decorate it with
-`@sampling_method`, its name and the names of its options.
+To add a method, write a function with the arguments of the others, decorate it with
+`@sampling_method`, its name and the names of its options, and add its name to the choices of
+`sample_type` and its options to the settings in `SamplingMethod` of hparams/groups.py.
 
 Shapes: B batch, N tokens, K codebook size, S steps.
 """
@@ -14,6 +15,7 @@ Shapes: B batch, N tokens, K codebook size, S steps.
 import math
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -35,10 +37,8 @@ def sampling_method(name, *options):
 
 
 def draw(logits, temp=1.0, rng=None):
-    """One categorical draw from each row of logits [M, K] at temperature `temp`: int64 [M].
-
-    In float64: lower precisions cut the tails off, which lowers the temperature (2409.02908).
-    """
+    """One categorical draw from each row of logits [M, K] at temperature `temp`: int64 [M]."""
+    # Lower precisions cut the tails off, which lowers the temperature (2409.02908).
     probabilities = (logits.double() / temp).softmax(-1)
     return torch.multinomial(probabilities, 1, generator=rng).squeeze(-1)
 
@@ -58,19 +58,20 @@ def truncate(logits, top_k=0, top_p=1.0):
     return logits
 
 
-def reveal(denoise, ids, mask_id, call, temp, rng, progress):
-    """Draw each masked token of ids [B, N] at the network call numbered `call` [B, N].
+def fill(denoise, ids, where, temp, rng):
+    """Draw the tokens `where` bool [B, N] of ids [B, N] in place, in one network call at most: the
+    network sees only samples with a token to draw."""
+    running = where.any(1).nonzero().squeeze(1)
+    if len(running):
+        ids[where] = draw(denoise(ids[running], where[running]), temp, rng)
 
-    The calls of each sample are numbered 0, 1, 2, ...; the network sees only samples that have
-    tokens left to draw, and is asked only for those drawn at the call.
-    """
+
+def reveal(denoise, ids, mask_id, call, temp, rng, progress):
+    """Draw each masked token of ids [B, N] at the network call numbered `call` [B, N], from 0."""
     call, ids = call.masked_fill(ids != mask_id, -1), ids.clone()
-    last = call.amax(1)
-    calls = int(last.max()) + 1
+    calls = int(call.max()) + 1
     for number in range(calls):
-        running = (last >= number).nonzero().squeeze(1)
-        now = call == number
-        ids[now] = draw(denoise(ids[running], now[running]), temp, rng)
+        fill(denoise, ids, call == number, temp, rng)
         if progress:
             progress(number + 1, calls)
     return ids
@@ -101,9 +102,8 @@ def sample_ancestral(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=
     time = time.masked_fill(ids != mask_id, -1)
     # call[b, i]: how many times later than its own occur in sample b
     ordered, order = time.sort(dim=1, descending=True)
-    new = torch.zeros_like(time)
-    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    call = torch.empty_like(time).scatter_(1, order, new.cumsum(1))
+    later = ordered.diff(dim=1, prepend=ordered[:, :1]).ne(0).cumsum(1)
+    call = torch.empty_like(time).scatter_(1, order, later)
     return reveal(denoise, ids, mask_id, call, temp, rng, progress)
 
 
@@ -128,36 +128,32 @@ def sample_raster(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=Non
 def cosine_schedule(tokens, steps):
     """How many of `tokens` [B] are still masked after each call: int64 [B, S], as in MaskGIT, but
     every call unmasks at least one token."""
-    done = torch.arange(1, steps + 1, device=tokens.device, dtype=torch.float64) / steps
-    left = (tokens[:, None] * torch.cos(math.pi / 2 * done) + 1e-9).floor().long()
-    at_most = tokens[:, None] - torch.arange(1, steps + 1, device=tokens.device)
-    return torch.minimum(left, at_most).clamp(min=0)
+    calls, tokens = torch.arange(1, steps + 1, device=tokens.device), tokens[:, None]
+    left = (tokens * torch.cos(math.pi / 2 * (calls.double() / steps)) + 1e-9).floor().long()
+    return torch.minimum(left, tokens - calls).clamp(min=0)
 
 
 def radical_inverse(index, base):
     """The van der Corput sequence at `index` (int64): float64 in [0, 1)."""
     value, scale = torch.zeros_like(index, dtype=torch.float64), 1.0
-    index = index.clone()
-    while int(index.max()) > 0:
+    while index.any():
         scale /= base
         value += scale * (index % base)
-        index = index.div(base, rounding_mode="floor")
+        index = index // base
     return value
 
 
 def halton_order(height, width):
     """Positions of a grid in the order in which a Halton sequence (bases 2, 3) first meets them:
     int64 [H*W]. Early ones lie far apart (Besnier et al., arXiv 2503.17076)."""
-    tokens, found = height * width, torch.empty(0, dtype=torch.long)
-    points = 4 * tokens
-    while len(found) < tokens:
+    points, first = 4 * height * width, []
+    while len(first) < height * width:
         index = torch.arange(1, points + 1)
         cell = (radical_inverse(index, 2) * height).long() * width
         cell += (radical_inverse(index, 3) * width).long()
-        distinct, inverse = cell.unique(return_inverse=True)
-        first = torch.full_like(distinct, points).scatter_reduce(0, inverse, index, "amin")
-        found, points = distinct[first.argsort()], 4 * points
-    return found
+        first = np.unique(cell.numpy(), return_index=True)[1]
+        points *= 4
+    return cell[np.sort(first)]
 
 
 @sampling_method("halton", "grid")
@@ -166,9 +162,7 @@ def sample_halton(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=Non
     et al., arXiv 2503.17076), shifted at random for each sample; cosine schedule."""
     height, width = grid
     masked = ids == mask_id
-    order = halton_order(height, width).to(ids.device)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=ids.device)  # of each position in the order
+    place = halton_order(height, width).argsort().to(ids.device)  # of each position in the order
     shift = torch.rand((2, len(ids), 1, 1), generator=rng, device=ids.device)
     rows = torch.arange(height, device=ids.device)[:, None] + (shift[0] * height).long()
     columns = torch.arange(width, device=ids.device) + (shift[1] * width).long()
@@ -193,11 +187,11 @@ def sample_confidence(
     ids = ids.clone()
     left = cosine_schedule((ids == mask_id).sum(1), steps)
     for number in range(steps):
-        running = (ids == mask_id).any(1).nonzero().squeeze(1)
+        masked = ids == mask_id
+        running = masked.any(1).nonzero().squeeze(1)
         if len(running) == 0:
             break
-        masked = ids[running] == mask_id
-        logits = denoise(ids[running], masked).double()
+        logits = denoise(ids[running], masked[running]).double()
         tokens = draw(logits, temp, rng)
         confidence = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)  # [M]
         uniform = torch.rand(len(tokens), generator=rng, device=ids.device, dtype=torch.float64)
@@ -205,9 +199,8 @@ def sample_confidence(
         confidence = confidence + choice_temp * (1 - (number + 1) / steps) * gumbel
         keys = torch.zeros(masked.shape, dtype=torch.float64, device=ids.device)
         keys[masked] = -confidence
-        kept = masked & (rank(keys, masked) < (masked.sum(1) - left[running, number])[:, None])
-        rows, columns = kept.nonzero(as_tuple=True)
-        ids[running[rows], columns] = tokens[kept[masked]]
+        kept = masked & (rank(keys, masked) < (masked.sum(1) - left[:, number])[:, None])
+        ids[kept] = tokens[kept[masked]]
         if progress:
             progress(number + 1, steps)
     return ids
@@ -230,10 +223,7 @@ def sample_remdm(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None
         drawn = (after - (1 - again) * before) / (1 - before)
         masked = ids == mask_id
         coin = torch.rand(ids.shape, generator=rng, device=ids.device, dtype=torch.float64)
-        now = masked & (coin < drawn)
-        running = now.any(1).nonzero().squeeze(1)
-        if len(running):
-            ids[now] = draw(denoise(ids[running], now[running]), temp, rng)
+        fill(denoise, ids, masked & (coin < drawn), temp, rng)
         ids[unknown & ~masked & (coin < again)] = mask_id
         if progress:
             progress(number + 1, steps)
@@ -256,9 +246,7 @@ def sample_mask_predict(
         coin = torch.rand(ids.shape, generator=rng, device=ids.device)
         masked = unknown & ((coin < t / total_steps) | (ids == mask_id))
         ids[masked] = mask_id
-        running = masked.any(1).nonzero().squeeze(1)
-        if len(running):
-            ids[masked] = draw(denoise(ids[running], masked[running]), temp, rng)
+        fill(denoise, ids, masked, temp, rng)
         if progress:
             progress(number + 1, len(times))
     return ids
@@ -266,18 +254,15 @@ def sample_mask_predict(
 
 @torch.no_grad()
 def sample_autoregressive(
-    next_logits, n_samples, tokens, temp=1.0, rng=None, device=None, progress=None, top_k=0,
-    top_p=1.0,
+    next_logits, n_samples, tokens, temp=1.0, rng=None, device=None, top_k=0, top_p=1.0
 ):
     """Draw ids one by one, in raster order: int64 [B, N].
 
     `next_logits(ids [B, i])` gives the logits [B, K] of token i, which `truncate` may narrow.
     """
     ids = torch.empty((n_samples, 0), dtype=torch.long, device=device)
-    for index in range(tokens):
+    for _ in range(tokens):
         logits = next_logits(ids).double() / temp  # the nucleus is that of what is drawn from
         token = draw(truncate(logits, top_k, top_p), 1.0, rng)
         ids = torch.cat((ids, token[:, None]), dim=1)
-        if progress:
-            progress(index + 1, tokens)
     return ids

@@ -5,13 +5,13 @@ import sys
 from argparse import Namespace
 
 import denoiser_ablation
-import measure
 import numpy as np
 import pytest
-import sampling
 import torch
-from helpers import ROOT
 
+import measure
+import sampling
+from helpers import ROOT
 from hparams import get_sampler_hparams
 
 
@@ -24,13 +24,13 @@ def test_every_variant_of_the_ablation_parses(title):
     assert H.attention == ("full" if title.startswith("full") else "hydra")
 
 
-def test_step_that_reaches():
+def test_step_of_finds_the_first_step_that_is_low_enough():
     points = [(50, 3.0), (100, 2.0), (150, 2.5)]
     assert denoiser_ablation.step_of(points, 2.4) == 100
     assert denoiser_ablation.step_of(points, 1.0) is None
 
 
-def test_numbers_and_tables():
+def test_numbers_have_three_digits_and_tables_are_markdown():
     values = [None, 0.0, 0.01234, 0.95, 1.234, 12.34, 1234.5]
     assert [measure.number(value) for value in values] == [
         "-", "0.00", "0.0123", "0.950", "1.23", "12.3", "1234"
@@ -60,14 +60,14 @@ def test_sampling_speed_benchmark_runs():
     assert "100% of the ids equal" in output.stdout
 
 
-def test_distance_of_the_sampling_benchmark():
+def test_sampling_distance_matches_the_formula_for_two_gaussians():
     """Of two Gaussians along one axis: (m1 - m2)^2 + (s1 - s2)^2."""
     values = np.random.RandomState(0).randn(1000, 1)
     values = (values - values.mean()) / values.std(ddof=1) * [1, 0]
     assert sampling.distance(values, [3, 0] + 2 * values) == pytest.approx(9 + 1)
 
 
-def test_plain_loop_of_the_sampling_benchmarks_draws_everything():
+def test_plain_loop_draws_every_id():
     ids = sampling.plain_loop(
         lambda ids: torch.zeros(*ids.shape, 5), torch.full((4, 24), 5), 5, 10, 1.0
     )

@@ -24,15 +24,16 @@ from experiments import (
 )
 from helpers import ROOT, wait_until, with_small_files
 from hparams import UserError, get_samples_hparams
-from utils.errors import DiskError
-from utils.runs.folder import RunFolder
 from models import AutoregressiveTransformer
 from models.autoencoder.perceptual import PerceptualDistance, build_perceptual, load_vgg16
-from models.autoencoder.autoencoder import VQAutoEncoder
+from models.autoencoder.vqgan import VQAutoEncoder
+from utils.data.images import Digits
+from utils.data.split import train_validation_split
+from utils.errors import DiskError
 from utils.evaluation import samples as sampling
-from utils.training.checkpoints import file_hash, save_file
-from utils.data.datasets import Digits, train_validation_split
 from utils.evaluation.experiment import experiment, read_results
+from utils.files import file_hash, save_file
+from utils.runs.folder import RunFolder
 
 VQGAN = (
     "--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --emb_dim 8 "
@@ -168,7 +169,9 @@ def test_a_full_disk_ends_a_measurement_that_goes_on_once_there_is_room(monkeypa
     assert tensors(out.samples).keys() == {"000000_64.pt", "000064_64.pt"}
     assert not out.results.exists() and not list(out.path.rglob("*.tmp"))
     assert run(calc_FID, flags) == undisturbed
-    assert not list(out.features.iterdir())
+    assert tensors(out.samples).keys() == {
+        "000000_64.pt", "000064_64.pt", "000128_64.pt", "000192_8.pt"
+    }
 
 
 @pytest.mark.slow
@@ -180,7 +183,11 @@ def test_kill_9_at_any_moment(workplace):
             [*command, "--log_dir", "killed"], cwd=workplace, stderr=subprocess.DEVNULL
         )
         folder = RunFolder("killed").samples
-        wait_until(lambda: len(list(folder.glob("*/*.pt"))) >= chunks, seconds=60)
+        wait_until(
+            lambda: len(list(folder.glob("*/*.pt"))) >= chunks or process.poll() is not None,
+            seconds=180,
+        )
+        assert process.poll() is None, "it ended before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not RunFolder("killed").results.exists()
@@ -241,8 +248,13 @@ def test_only_this_runs_images_are_in_its_folder():
     assert len(list((RunFolder("out").images / "samples_2").iterdir())) == 5
     run(calc_FID, f"{LOAD} --n_samples 5")  # writes none, and leaves those
     assert len(list((RunFolder("out").images / "samples_2").iterdir())) == 5
+    run(calc_FID, f"{LOAD} --n_samples 3 --save_individually")
+    assert len(list((RunFolder("out").images / "samples_2").iterdir())) == 3
+    reconstructions = RunFolder("out").images / "reconstructions_2"
+    reconstructions.mkdir()
+    (reconstructions / "001797.png").touch()  # of a larger dataset
     run(calc_VQGAN_FID, "--load_dir ae --load_step 2 --no_visdom --save_individually")
-    assert len(list((RunFolder("out").images / "reconstructions_2").iterdir())) == 1797
+    assert len(list(reconstructions.iterdir())) == 1797
 
 
 def test_images_stay_where_kept_features_need_them_no_more():
@@ -261,7 +273,7 @@ def test_images_stay_where_kept_features_need_them_no_more():
 ])
 def test_kept_ids_are_those_of_all_settings(change, monkeypatch):
     """Also of what a published file, without settings beside it, does not tell."""
-    monkeypatch.setattr("utils.training.loop.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("utils.training.precision.cpu_has_bfloat16", lambda: True)
     for name in ("ae", "plain"):
         RunFolder(name).hparams.unlink()
     architecture = (

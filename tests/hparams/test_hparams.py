@@ -10,12 +10,11 @@ from hparams import (
     get_elbo_hparams, get_fid_hparams, get_nearest_neighbours_hparams, get_prdc_hparams,
     get_sampler_hparams, get_samples_hparams, get_vqgan_fid_hparams, get_vqgan_hparams,
 )
-from utils.errors import SettingsError
-from utils.runs.folder import RunFolder
 from hparams.scripts import (
     ELBOSettings, FIDSettings, NearestNeighboursSettings, SamplerSettings, SamplesSettings,
     VQGANFIDSettings, VQGANSettings,
 )
+from utils.runs.folder import RunFolder
 
 VQGAN = ["--dataset", "digits"]
 SAMPLER = [*VQGAN, "--sampler", "absorbing", "--ae_load_dir", "ae", "--ae_load_step", "5"]
@@ -37,7 +36,7 @@ def refusal(capsys, parse, argv):
 
 
 def save_run(H, name):
-    H.save(RunFolder(name).create().hparams)
+    RunFolder(name).create().hparams.write_text(H.as_yaml())
 
 
 @pytest.mark.parametrize("dataset", ["ffhq", "churches", "bedrooms"])
@@ -103,75 +102,58 @@ def test_flags_reach_the_object():
     assert get_vqgan_hparams([*argv, "--no_ema"]).ema is False
 
 
-def test_yaml_round_trip(tmp_path):
+def test_yaml_round_trip():
     H = get_sampler_hparams(SAMPLER)
-    H.save(tmp_path / "hparams.yaml")
-    assert yaml.safe_load((tmp_path / "hparams.yaml").read_text()) == dataclasses.asdict(H)
+    assert yaml.safe_load(H.as_yaml()) == dataclasses.asdict(H)
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--latent_shape 1 4 4", "latent_shape 1 4 4 does not follow from img_size 32"),
-    ("--img_size 31", "img_size 31 cannot be halved"),
-    ("--nf 24", "nf 24 x ch_mult 1 = 24 is no multiple of 32"),
-    ("--attn_resolutions 7", "attn_resolutions 7 never occurs"),
-    ("--n_channels 2", "n_channels must be 1"),
-    ("--disc_layers 5", "disc_layers 5 leaves nothing"),
+    ("--n_channels 2", "n_channels: invalid choice: 2"),
     ("--ema_beta 1", "ema_beta must be less than 1"),
     ("--batch_size 0", "batch_size must be at least 1"),
     ("--batch_size x", "invalid int value"),
     ("--lr nan", "lr must be a number"),
     ("--lr inf", "lr must be a number"),
-    ("--log_dir .", "lies outside"),
     ("--quantizer vq", "invalid choice"),
     ("--load_step 5 --train_steps 5", "leaves nothing to train"),
     ("--colour", "unrecognized arguments: --colour"),
     ("--train_step 10", "unrecognized arguments: --train_step 10: did you mean '--train_steps'?"),
-    ("--log_dir ../../elsewhere", "lies outside"),
 ])
-def test_refusals_of_the_autoencoder(flags, says, capsys):
+def test_wrong_flags_of_train_vqgan_are_refused(flags, says, capsys):
     assert says in refusal(capsys, get_vqgan_hparams, [*VQGAN, *flags.split()])
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--bert_n_head 7", "bert_n_head 7 does not divide bert_n_emb 128"),
-    ("--kernel_sizes 3 9", "kernel_sizes 9 x dilations 1 = 9 is larger than the 8x8 grid"),
-    ("--kernel_sizes 3 5 --dilations 1 2", "kernel_sizes 5 x dilations 2 = 10 is larger"),
-    ("--kernel_sizes 3 4", "kernel_sizes must be odd, not 4"),
     ("--attention full --kernel_sizes 3", "would do nothing: it is for --attention hydra"),
     ("--top_k 5", "--top_k would do nothing: it is for --sampler autoregressive, not absorbing"),
     ("--remask 0.1", "--remask would do nothing: it is for --sample_type remdm, not diffusion"),
     ("--optimizer adam --weight_decay 1", "it is for --optimizer muon, not adam"),
-    ("--kernel_sizes 3 5 7 --dilations 1 1", "must be equally many"),
-    ("--kernel_sizes 3 3 3 3 3 3 3 3 3", "9 kernel_sizes need at least 9 heads"),
-    ("--block_size 63", "block_size 63 is not the number of ids"),
-    ("--attention full --position rpb", "absolute positions only"),
-    ("--position rope --bert_n_emb 24 --bert_n_head 4", "a multiple of 4, not 24 / 4"),
-    ("--sampler autoregressive --attention hydra", "autoregressive needs --attention full"),
-    ("--attn_pdrop 0.1", "attn_pdrop must be 0 with --attention hydra"),
     ("--temp 0", "temp must be more than 0"),
     ("--ae_load_step 0", "ae_load_step must be at least 1"),
     ("--dataset custom", "needs --custom_dataset_path"),
 ])
-def test_refusals_of_the_sampler(flags, says, capsys):
+def test_wrong_flags_of_train_sampler_are_refused(flags, says, capsys):
     assert says in refusal(capsys, get_sampler_hparams, [*SAMPLER, *flags.split()])
 
 
-def test_required_flags(capsys):
+def test_missing_required_flags_are_named(capsys):
     assert "--dataset is required" in refusal(capsys, get_vqgan_hparams, [])
     assert "--ae_load_dir is required" in refusal(
         capsys, get_sampler_hparams, [*VQGAN, "--sampler", "absorbing"]
     )
 
 
-def test_derived_settings():
+def test_attention_position_and_groups_are_derived():
     H = get_sampler_hparams([*SAMPLER, "--sampler", "autoregressive"])
     assert (H.attention, H.position) == ("full", ["absolute"])
     H = get_sampler_hparams(SAMPLER)
     assert (H.attention, H.position) == ("hydra", ["rpb", "absolute"])
     assert H.block_size == 64 and len(H.dilations) == len(H.kernel_sizes)
+    H = get_sampler_hparams([*SAMPLER, "--kernel_sizes", "3", "--dilations", "1", "2"])
+    assert (H.kernel_sizes, H.dilations) == ([3, 3], [1, 2])
 
 
-def test_the_sampler_takes_the_autoencoder_from_its_run(capsys):
+def test_a_sampler_takes_the_autoencoders_architecture_from_its_run(capsys):
     changes = ["--codebook_size", "48", "--img_size", "64", "--attn_resolutions", "16"]
     save_run(get_vqgan_hparams([*VQGAN, *changes]), "ae")
     H = get_sampler_hparams(SAMPLER)
@@ -181,7 +163,7 @@ def test_the_sampler_takes_the_autoencoder_from_its_run(capsys):
     assert "49" in sentence and "48" in sentence and "hparams.yaml" in sentence
 
 
-def test_a_resumed_run_keeps_its_architecture(capsys):
+def test_a_loaded_run_sets_the_architecture_only(capsys):
     save_run(get_sampler_hparams([*SAMPLER, "--bert_n_layers", "2", "--lr", "0.5"]), "prior")
     resume = [*SAMPLER, "--load_dir", "prior", "--load_step", "7"]
     H = get_sampler_hparams(resume)
@@ -192,7 +174,7 @@ def test_a_resumed_run_keeps_its_architecture(capsys):
     )
 
 
-def test_the_command_of_a_run_resumes_it(capsys):
+def test_equivalent_flags_do_not_contradict_a_loaded_run(capsys):
     """Flags that say the same in other words do not contradict."""
     flags = [*SAMPLER, "--dilations", "1", "--position", "absolute", "rpb"]
     save_run(get_sampler_hparams(flags), "prior")
@@ -203,12 +185,22 @@ def test_the_command_of_a_run_resumes_it(capsys):
     )
 
 
-def test_experiments_need_no_more_than_the_run():
+def test_experiments_take_missing_settings_from_the_loaded_run():
     save_run(get_vqgan_hparams([*VQGAN, "--codebook_size", "48"]), "ae")
     save_run(get_sampler_hparams([*SAMPLER, "--bert_n_layers", "2"]), "prior")
     H = get_samples_hparams(["--load_dir", "prior", "--load_step", "7"])
     assert (H.dataset, H.ae_load_dir, H.ae_load_step) == ("digits", "ae", 5)
     assert (H.bert_n_layers, H.codebook_size, H.n_samples) == (2, 48, 64)
+
+
+def test_an_experiment_may_override_settings_that_shape_no_model():
+    save_run(get_vqgan_hparams([*VQGAN, "--vgg_weights", "old.pth"]), "ae")
+    save_run(get_sampler_hparams([*SAMPLER, "--ema"]), "prior")
+    flags = ["--load_dir", "prior", "--load_step", "7"]
+    H = get_nearest_neighbours_hparams(flags)
+    assert H.vgg_weights == "old.pth" and H.ema
+    H = get_nearest_neighbours_hparams([*flags, "--vgg_weights", "new.pth", "--no_ema"])
+    assert H.vgg_weights == "new.pth" and not H.ema
 
 
 PUBLISHED = (
@@ -217,7 +209,7 @@ PUBLISHED = (
 ).split()
 
 
-def test_the_published_commands_of_the_experiments():
+def test_published_experiment_commands_are_accepted():
     RunFolder("absorbing_churches").create()  # its checkpoints come without a hparams.yaml
     H = get_fid_hparams([*PUBLISHED, "--n_samples", "50000", "--temp", "0.9"])
     assert (H.n_samples, H.temp, H.ema, H.feature_extractor) == (50000, 0.9, True, "inception")
@@ -233,14 +225,13 @@ def test_the_published_commands_of_the_experiments():
     ("", "--n_samples is required"),
     ("--n_samples 1", "n_samples must be at least 2"),
     ("--n_samples 9 --lr 1", "unrecognized arguments: --lr"),
-    ("--n_samples 9 --feature_extractor dinov2 --feature_extractor_weights x", "torch.hub"),
 ])
-def test_refusals_of_the_experiments(flags, says, capsys):
+def test_wrong_flags_of_an_experiment_are_refused(flags, says, capsys):
     RunFolder("absorbing_churches").create()
     assert says in refusal(capsys, get_fid_hparams, [*PUBLISHED, *flags.split()])
 
 
-def test_unknown_keys_of_a_settings_file(capsys):
+def test_wrong_settings_files_are_refused(capsys):
     folder = RunFolder("ae").create()
     folder.hparams.write_text("codebok_size: 3\n")
     sentence = refusal(capsys, get_sampler_hparams, SAMPLER)
@@ -265,35 +256,30 @@ def test_unknown_keys_of_a_settings_file(capsys):
     ("nf: " + " " * (1 << 20), "more than 1048576 bytes"),
     ("\x00", "cannot read"),
 ])
-def test_a_hostile_settings_file_is_one_sentence_that_names_it(text, says, capsys):
+def test_a_hostile_settings_file_is_named_in_one_sentence(text, says, capsys):
     folder = RunFolder("ae").create()
     folder.hparams.write_text(text)
     sentence = refusal(capsys, get_sampler_hparams, SAMPLER)
     assert says in sentence and "hparams.yaml" in sentence and len(sentence) < 1000
 
 
-@pytest.mark.parametrize("name", ["/etc", "..", "a/../..", ".", "", "a\0b"])
-def test_no_name_leaves_the_folder_of_runs(name):
-    with pytest.raises(SettingsError, match="lies outside"):
-        RunFolder(name)
-
-
-def test_resume_takes_the_newest_complete_checkpoint(tmp_path):
-    run = RunFolder("a").create()
-    assert get_vqgan_hparams([*VQGAN, "--log_dir", "a", "--resume"]).load_step == 0
-    for step in (2, 10, 9):
-        run.manifest(step).touch()
-    run.model("vqgan", 11).touch()  # was not written to its end
-    flags = [*VQGAN, "--log_dir", "a", "--load_dir", "b", "--load_step", "3", "--resume"]
-    H = get_vqgan_hparams(flags)
-    assert (H.load_dir, H.load_step) == ("a", 10)
+def test_resume_takes_the_architecture_from_the_runs_own_hparams_yaml(capsys):
+    flags = [*SAMPLER, "--log_dir", "prior", "--resume"]
+    assert get_sampler_hparams(flags).bert_n_layers == 4  # there is no record yet
+    save_run(get_sampler_hparams([*SAMPLER, "--bert_n_layers", "2"]), "prior")
+    assert get_sampler_hparams(flags).bert_n_layers == 2
+    assert "contradicts bert_n_layers 2" in refusal(
+        capsys, get_sampler_hparams, [*flags, "--bert_n_layers", "3"]
+    )
+    RunFolder("prior").begun.touch()  # another run has begun to replace it
+    assert get_sampler_hparams([*flags, "--bert_n_layers", "3"]).bert_n_layers == 3
 
 
 def test_parsers_take_no_abbreviations(capsys):
     assert "unrecognized" in refusal(capsys, get_vqgan_hparams, [*VQGAN, "--batch", "3"])
 
 
-def test_textures_have_no_absolute_positions_where_the_attention_has_others():
+def test_textures_default_to_relative_positions_where_the_attention_has_them():
     flags = "--dataset textures --ae_load_dir none --ae_load_step 1 --sampler"
     for rest, position in (
         ("absorbing", ["rpb"]), ("absorbing --attention full", ["absolute"]),

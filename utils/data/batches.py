@@ -1,10 +1,9 @@
-"""Batches of images: in which order, by how many processes, and what if one cannot be read.
+"""Batches of images: their order, the workers that read them, images that cannot be read.
 
-The order is a pure function of (seed, batch number), so a run that resumes at batch b sees what it
-would have seen without the interruption. It serves any kind of data: training on cached latents
-takes its indices from `stream` as well.
+The order is a function of (seed, batch number), so a run that resumes at batch b sees what it
+would have seen without the interruption. Workers hand over uint8; the device makes floats of them.
 
-Shapes: n = size of the dataset, B = batch size, [B, C, S, S] = images in [0, 1].
+Shapes: n = size of the dataset, B = batch size, [B, C, S, S] = images.
 """
 
 import functools
@@ -19,8 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from utils.data.pixels import UnreadableImage, to_float
 from utils.errors import UserError
-from utils.data.pixels import UnreadableImage
 
 # --- the order ---------------------------------------------------------------------------------
 
@@ -28,34 +27,32 @@ from utils.data.pixels import UnreadableImage
 def stream_positions(n, batch_size, seed, batch):
     """(indices int64 [B], flips bool [B]) of batch number `batch` of an endless stream of epochs.
 
-    Epoch e is a permutation of range(n) and n fair coins, both functions of (n, seed, e) alone.
-    The stream is cut every B positions, across the ends of epochs, and n may be less than B.
-    Raises ValueError when `n` or `batch_size` is not positive or `batch` is negative.
+    Epoch e is a permutation of range(n) and n fair coins, functions of (n, seed, e) alone. Batches
+    go on across the ends of epochs. Raises ValueError for numbers out of range.
     """
     if n < 1 or batch_size < 1 or batch < 0:
         raise ValueError(f"no such batch: n={n}, batch_size={batch_size}, batch={batch}")
     position, end = batch * batch_size, (batch + 1) * batch_size
-    indices, flips = [], []
+    parts = []
     while position < end:
         epoch, offset = divmod(position, n)
-        order, coins = _epoch(n, seed, epoch)
-        stop = min(n, offset + end - position)
-        indices.append(order[offset:stop])
-        flips.append(coins[offset:stop])
-        position += stop - offset
-    return np.concatenate(indices), np.concatenate(flips)
+        part = [values[offset : offset + end - position] for values in _epoch(n, seed, epoch)]
+        parts.append(part)
+        position += len(part[0])
+    indices, flips = map(np.concatenate, zip(*parts))
+    return indices, flips
 
 
-def stream(n, batch_size, seed, start_batch=0, share=(0, 1)):
+def stream(n, batch_size, seed, start_batch=0, part=(0, 1)):
     """Endless iterator of `stream_positions` from `start_batch` on.
 
-    With a `share` (r, R) it is process r of R: B positions each, that together are R·B a batch.
+    With a `part` (r, R) it gives rank r of R its B positions of a batch of R·B.
     """
-    rank, shares = share
-    ours = slice(rank * batch_size, (rank + 1) * batch_size)
+    rank, ranks = part
+    mine = slice(rank * batch_size, (rank + 1) * batch_size)
     for batch in itertools.count(start_batch):
-        indices, flips = stream_positions(n, batch_size * shares, seed, batch)
-        yield indices[ours], flips[ours]
+        indices, flips = stream_positions(n, batch_size * ranks, seed, batch)
+        yield indices[mine], flips[mine]
 
 
 @functools.lru_cache(maxsize=4)  # a batch at the end of an epoch needs two; 27 MB at n = 3 million
@@ -70,89 +67,81 @@ def _epoch(n, seed, epoch):
 # --- unreadable images -------------------------------------------------------------------------
 
 
-class UnreadableFiles:
-    """Counts the files that could not be read and calls `on_new(path, reason)` once for each.
-
-    It is itself such a callback: one object given to several loaders names a file once in all.
-    `reasons` maps each path to its reason.
-    """
+class UnreadableFiles(dict):
+    """{path: reason} of the files that could not be read; called with a path and a reason it adds
+    one, and calls `on_new(path, reason)` where it is new."""
 
     def __init__(self, on_new=None):
+        super().__init__()
         self.on_new = on_new
-        self.reasons = {}
-
-    def __len__(self):
-        return len(self.reasons)
-
-    def __bool__(self):
-        return True  # an object that has seen nothing yet is still a callback
 
     def __call__(self, path, reason):
-        if path not in self.reasons:
-            self.reasons[path] = reason
+        if path not in self:
+            self[path] = reason
             if self.on_new is not None:
                 self.on_new(path, reason)
+
+
+def nothing_readable(count, what, unreadable):
+    """The UserError that none of `count` images can be read; `unreadable` is {path: reason}."""
+    path, reason = next(iter(unreadable.items()), ("the dataset", "it is empty"))
+    return UserError(f"none of the {count} {what} can be read: check the path of the dataset "
+                     f"(the first is {path}: {reason})")
+
+
+def warn_of_unreadable(unreadable, count, what, path, log):
+    """Name the images, {path: reason}, that what is cached in the file `path` was made without."""
+    for name, reason in unreadable.items():
+        log.warning(f"passed over {name}: {reason}")
+    if unreadable:
+        log.warning(f"{len(unreadable)} of {count} {what} could not be read; they are tried again "
+                    f"once {path} is removed")
 
 
 # --- the batches -------------------------------------------------------------------------------
 
 
-def training_batches(
-    dataset, batch_size, seed, start_batch, flip, num_workers, device, on_unreadable, share=(0, 1)
-):
-    """Endless iterator of float32 [B, C, S, S] on `device`, starting at batch `start_batch`.
+def training_batches(dataset, H, start, processes, on_unreadable):
+    """Endless iterator of this rank's batches [B, C, S, S] in [0, 1] from batch `start` on.
 
-    Each image is flipped left to right by its position's coin when `flip` is true. An unreadable
-    image is replaced by the next readable index, and `on_unreadable(path, reason)` is called once
-    for it. `num_workers` (None: 0 for embedded data, else up to 4) does not change the batches.
-    `share`: see `stream`. Raises UserError when no image at all can be read.
+    With `H.horizontal_flip` each image is mirrored by its position's coin. An unreadable image is
+    replaced by the next readable one; UserError when there is none.
     """
-    plans = stream(len(dataset), batch_size, seed, start_batch, share)
-    if not flip:
+    part = processes.rank, processes.size
+    plans = stream(len(dataset), H.batch_size, H.seed, start, part)
+    if not H.horizontal_flip:
         plans = ((indices, None) for indices, _ in plans)
-    report = UnreadableFiles(on_unreadable)
-    for batch in _read(dataset, plans, True, num_workers, device, report):
-        if batch.images is None:
-            raise _nothing_readable(dataset, report)
-        yield batch.images
+    for pixels, _ in _read(dataset, plans, True, H.num_workers, processes.device, on_unreadable):
+        yield to_float(pixels)
 
 
-def evaluation_batches(
-    dataset, batch_size, num_workers, device, on_unreadable, may_be_empty=False
-):
-    """Iterator of (images float32 [b, C, S, S] on `device`, indices int64 [b]), each image once.
+def evaluation_batches(dataset, batch_size, num_workers, device, on_unreadable):
+    """Iterator of (images [b, C, S, S] in [0, 1] on `device`, indices int64 [b]), each image once.
 
-    In order of index; b is `batch_size` but for the last batch and for batches with unreadable
-    images, which are left out. `on_unreadable` and `num_workers` as in `training_batches`.
-    Raises UserError when no image at all can be read, unless that `may_be_empty`.
+    Unreadable images are missing from their batch. Raises UserError when no image can be read.
     """
+    unreadable = UnreadableFiles(on_unreadable)
+    for pixels, indices in pixel_batches(dataset, batch_size, num_workers, device, unreadable):
+        yield to_float(pixels), indices
+    if len(unreadable) == len(dataset):
+        raise nothing_readable(len(dataset), f"images of {dataset.name}", unreadable)
+
+
+def pixel_batches(dataset, batch_size, num_workers, device, on_unreadable):
+    """`evaluation_batches` of uint8 images, which may be none."""
     starts = range(0, len(dataset), batch_size)
     plans = ((np.arange(s, min(s + batch_size, len(dataset))), None) for s in starts)
-    report, any_readable = UnreadableFiles(on_unreadable), False
-    for batch in _read(dataset, plans, False, num_workers, device, report):
-        if batch.images is not None:
-            any_readable = True
-            yield batch.images, batch.indices
-    if not any_readable and not may_be_empty:
-        raise _nothing_readable(dataset, report)
-
-
-def _nothing_readable(dataset, report):
-    path, reason = next(iter(report.reasons.items()), ("the dataset", "it is empty"))
-    return UserError(
-        f"none of the {len(dataset)} images of {dataset.name} can be read: "
-        f"check its path (the first is {path}: {reason})"
-    )
+    return _read(dataset, plans, False, num_workers, device, on_unreadable)
 
 
 class _Batch(NamedTuple):
-    images: torch.Tensor | None  # [b, C, S, S]; None where no image could be read
+    images: torch.Tensor | None  # uint8 [b, C, S, S]; None where no image could be read
     indices: torch.Tensor  # int64 [b]
     unreadable: list  # of (path, reason)
 
 
 class _Batches(Dataset):
-    """Items are whole batches, and the index of an item is its plan, (indices, flips or None)."""
+    """Items are batches, and the index of an item is its plan, (indices, flips or None)."""
 
     def __init__(self, dataset, replace):
         self.dataset = dataset
@@ -174,18 +163,22 @@ class _Batches(Dataset):
         return _Batch(stacked, torch.tensor(kept, dtype=torch.int64), unreadable)
 
     def _load(self, index, unreadable):
-        """The image at `index`, or the next readable one, or None; appends to `unreadable`."""
+        """The pixels at `index`, or of the next readable one, or None; adds to `unreadable`."""
         n = len(self.dataset)
         for step in range(n if self.replace else 1):
             try:
-                return self.dataset.load((index + step) % n)
+                return self.dataset.pixels((index + step) % n)
             except UnreadableImage as error:
                 unreadable.append((error.path, error.reason))
         return None
 
 
-def _read(dataset, plans, replace, num_workers, device, report):
-    """Yields the _Batch of each plan with its images on `device`, reporting what is unreadable."""
+def _read(dataset, plans, replace, num_workers, device, on_unreadable):
+    """Yields (images uint8 [b, C, S, S] on `device`, indices int64 [b]) of each plan that has any.
+
+    With `replace` every plan must have some: UserError where no image can be read.
+    """
+    unreadable = UnreadableFiles(on_unreadable)
     if num_workers is None:
         num_workers = 0 if dataset.embedded else min(4, usable_cpus())
     on_gpu = device.type == "cuda"
@@ -193,21 +186,20 @@ def _read(dataset, plans, replace, num_workers, device, report):
         _Batches(dataset, replace),
         sampler=plans,
         batch_size=None,  # an item is a batch already
-        collate_fn=_as_it_is,
         num_workers=num_workers,
         worker_init_fn=_start_worker,
         pin_memory=on_gpu,
         # Starting an iterator draws a number: from here, lest it move the training's own stream.
         generator=torch.Generator(),
     )
-    # The workers live as long as the loader's iterator, which only this generator holds: they end
-    # when it is exhausted, closed or collected.
+    # The workers live as long as the loader's iterator, which only this generator holds.
     for batch in loader:
         for path, reason in batch.unreadable:
-            report(path, reason)
+            unreadable(path, reason)
         if batch.images is not None:
-            batch = batch._replace(images=batch.images.to(device, non_blocking=on_gpu))
-        yield batch
+            yield batch.images.to(device, non_blocking=on_gpu), batch.indices
+        elif replace:
+            raise nothing_readable(len(dataset), f"images of {dataset.name}", unreadable)
 
 
 def usable_cpus():
@@ -215,10 +207,6 @@ def usable_cpus():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _as_it_is(batch):
-    return batch
 
 
 def _start_worker(worker):

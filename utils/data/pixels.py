@@ -1,4 +1,4 @@
-"""One image: from the bytes of a file to a float32 [C, S, S] tensor in [0, 1].
+"""Pixels: from the bytes of an image file to uint8 [C, S, S], and between uint8 and [0, 1].
 
 Shapes: C = n_channels (3 for RGB, 1 for grey), S = img_size.
 """
@@ -50,11 +50,10 @@ def decode(content, path):
 
 
 def to_square(image, img_size, n_channels):
-    """The centre square of a PIL image as float32 [C, S, S] in [0, 1].
+    """The centre square of a PIL image as uint8 [C, S, S].
 
     Transparency is laid over white; the shorter side becomes `img_size` by antialiased bicubic
-    interpolation. The square is cut by the resize itself: the same pixels as cutting afterwards,
-    without ever enlarging a long, thin image as a whole.
+    interpolation, which never enlarges a long, thin image as a whole.
     """
     if image.mode.startswith("I"):
         image = _to_8_bits(image)
@@ -62,12 +61,9 @@ def to_square(image, img_size, n_channels):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     image = image.convert("L" if n_channels == 1 else "RGB")
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    image = image.resize((img_size, img_size), Image.Resampling.BICUBIC, box=box)
+    image = ImageOps.fit(image, (img_size, img_size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).reshape(img_size, img_size, n_channels)
-    return pixels.permute(2, 0, 1).float().div(255).contiguous()  # [C, S, S]
+    return pixels.permute(2, 0, 1).contiguous()  # [C, S, S]
 
 
 def _to_8_bits(image):
@@ -78,3 +74,19 @@ def _to_8_bits(image):
     if transparent is not None:  # PNG names one 16-bit value as transparent
         scaled[values == transparent] = 255
     return Image.fromarray(scaled.astype(np.uint8))
+
+
+def to_float(pixels):
+    """uint8 values of any shape as float32 in [0, 1], where they are."""
+    return pixels.float().div(255)
+
+
+def to_uint8(images):
+    """Floats in [0, 1] of any shape as uint8 in 0..255, where they are; uint8 stays as it is.
+
+    Other values are clamped and NaN becomes 0, so that a diverged model still shows.
+    """
+    images = images.detach()
+    if images.dtype == torch.uint8:
+        return images
+    return images.float().nan_to_num(nan=0.0).clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -1,5 +1,5 @@
-"""What all experiments share: a trained run, its samples in a stream, and results that say how
-they came about.
+"""What all experiments share: a trained run, its samples, and results that say how they came
+about.
 
     with experiment(get_fid_hparams(argv), "FID") as run:
         run.load_sampler()
@@ -7,9 +7,8 @@ they came about.
             ...
         run.report({"FID": ...})
 
-Ids of samples are kept as they are drawn, and features of images as they are computed, so that an
-interrupted experiment goes on where it stopped. The processes that torchrun starts divide both
-among them; then the first one goes on alone.
+An interrupted experiment goes on where it stopped. Several ranks divide samples and images among
+them; then rank 0 goes on alone.
 """
 
 import contextlib
@@ -21,58 +20,59 @@ import json
 import platform
 import time
 
+from utils.data.batches import UnreadableFiles
+from utils.data.pixels import to_uint8
 from utils.errors import UserError
-from utils.runs.files import remove_leftovers, whole_file
-from utils.training.assemble import autoencoder_path, load_autoencoder, load_sampler, sampler_path
-from utils.training.checkpoints import file_hash
-from utils.training.processes import World, alone, join
-from utils.evaluation.features import features_in_parts, features_key
-from utils.logging.images import remove_images, save_images_individually, to_uint8
+from utils.evaluation.features import ImageStream
 from utils.evaluation.samples import CHUNK, decode, drawn_ids, given_ids, sampling_settings
-from utils.runs.script import address_of, command_of, start_run
-from utils.training.loop import Precision
+from utils.files import file_hash, remove_leftovers, whole_file
+from utils.logging.images import remove_images, save_images_individually
+from utils.runs.script import command_of, start_run, without_credentials
+from utils.training.build import (
+    autoencoder_path, build_both, check_models, load_autoencoder, load_sampler, sampler_path,
+)
+from utils.training.precision import Precision
+from utils.training.processes import init_processes, single_process
 
 LIBRARIES = ("torch", "torchvision", "torch-fidelity", "lpips", "numpy", "scipy", "pillow")
 # where a measurement runs and is shown, which is no part of what is measured
-ELSEWHERE = {"log_dir", "visdom_server", "visdom_port", "no_visdom", "num_workers",
-             "save_individually", "resume"}
+NOT_MEASURED = {"log_dir", "visdom_server", "visdom_port", "no_visdom", "num_workers",
+                "save_individually", "resume"}
 
 
-class ShareIsDone(Exception):
-    """This process has done its share; the first one goes on alone."""
+class WorkerDone(Exception):
+    """This rank has done its part; rank 0 goes on alone."""
 
 
 @contextlib.contextmanager
-def experiment(H, name, shared=True):
-    """The run of an experiment: opens its log, gives an `Experiment` called `name`.
+def experiment(H, name, several=True, build=build_both):
+    """Open the log of an experiment called `name`; gives its `Experiment`.
 
-    An experiment that is not `shared` refuses to be run by torchrun.
+    One that cannot use `several` processes refuses torchrun. `build`: see `check_models`.
     """
-    world = join(H.device) if shared else World(device=alone(H.device))
-    with start_run(H, world.device, world) as log, contextlib.suppress(ShareIsDone):
+    check_models(H, build)
+    processes = init_processes(H.device) if several else single_process(H.device)
+    with start_run(H, processes) as log, contextlib.suppress(WorkerDone):
         for folder in (log.folder.path, log.folder.images):
             remove_leftovers(folder)
         if H.resume:
             log.info(f"--resume: going on with what is kept in {log.folder.path}")
-        yield Experiment(H, name, world, log)
+        yield Experiment(H, name, processes, log)
 
 
 class Experiment:
-    """A trained run to be measured: `autoencoder`, `sampler` once loaded, and what is known of
-    them.
+    """A trained run to be measured: `autoencoder` and `sampler` once loaded.
 
-    `facts` is what belongs into the results' manifest beside the settings: checkpoints, data,
-    samples. Whatever a result depends on is put there before `report`.
+    `facts` is all that results depend on beside the settings, for their manifest.
     """
 
-    def __init__(self, H, name, world, log):
-        self.H, self.name, self.world, self.log = H, name, world, log
-        self.device = world.device
+    def __init__(self, H, name, processes, log):
+        self.H, self.name, self.processes, self.log = H, name, processes, log
+        self.device = processes.device
         self.precision = Precision(H.amp, self.device)
         self.facts = {"checkpoints": {}}
         self.began = time.perf_counter()
         self.autoencoder = self.sampler = None
-        self.temporary = []  # Parts that go once the results are there
 
     def load_autoencoder(self, path=None, step=None):
         """Load the autoencoder that `--ae_load_dir` names, or the one in `path`."""
@@ -81,16 +81,13 @@ class Experiment:
         self.note_checkpoint("autoencoder", path, step)
 
     def load_sampler(self):
-        """Load the sampler that `--load_dir` names, and its autoencoder.
-
-        From then on the manifest says what `samples` are made of: settings of sampling, or the
-        file of `--latents_path` where the script has that flag.
-        """
-        H, path, latents = self.H, sampler_path(self.H), getattr(self.H, "latents_path", None)
+        """Load the sampler that `--load_dir` names, and its autoencoder; `facts` then say what
+        samples are made of: settings of sampling, or the file of `--latents_path`."""
+        H = self.H
         self.load_autoencoder()
         self.sampler = load_sampler(H, self.autoencoder, self.device, self.log)
-        self.note_checkpoint("sampler", path, H.load_step)
-        if latents:
+        self.note_checkpoint("sampler", sampler_path(H), H.load_step)
+        if latents := getattr(H, "latents_path", None):
             self.facts["samples"] = {"latents": latents, "sha256": file_hash(latents)}
         else:
             checkpoint = self.facts["checkpoints"]["sampler"]["sha256"]
@@ -98,9 +95,8 @@ class Experiment:
 
     def note_checkpoint(self, name, path, step):
         """Put a model's file into the manifest."""
-        self.facts["checkpoints"][name] = {
-            "path": str(path), "step": step, "sha256": file_hash(path)
-        }
+        facts = {"path": str(path), "step": step, "sha256": file_hash(path)}
+        self.facts["checkpoints"][name] = facts
 
     def note_data(self, dataset):
         """Put a dataset into the manifest."""
@@ -108,101 +104,73 @@ class Experiment:
             "dataset": dataset.name, "images": len(dataset), "fingerprint": dataset.fingerprint()
         }
 
+    def unreadable_files(self):
+        """UnreadableFiles that the log names."""
+        return UnreadableFiles(self.log.passed_over)
+
     @functools.cached_property
     def ids(self):
-        """Parts of the ids of `n_samples` samples: drawn and kept, or read from
-        `--latents_path`."""
-        H, sampler, log, facts = self.H, self.sampler, self.log, self.facts["samples"]
+        """Parts of the ids of `n_samples` samples: drawn, or read from `--latents_path`."""
+        sampler, log, facts = self.sampler, self.log, self.facts["samples"]
         if "latents" in facts:
-            return given_ids(H, sampler.tokens, log)
-        return drawn_ids(H, sampler, self.precision, facts, log.folder.samples, log)
+            return given_ids(self.H, sampler.tokens, log)
+        return drawn_ids(self.H, sampler, self.precision, facts, log.folder.samples, log)
 
-    def divide(self, *things):
-        """Let each of torchrun's processes make its share of Parts or Wholes.
-
-        The first one then goes on, the others leave the block of `experiment`.
-        """
-        for thing in things:
-            thing.share(self.world)
-        if not self.world.is_first:
-            raise ShareIsDone
+    def continue_on_rank_0(self):
+        """End the block of `experiment` on all ranks but 0."""
+        if not self.processes.is_first:
+            raise WorkerDone
 
     def image_folder(self, name):
-        """With `--save_individually` the folder images/<name>_<step>/; None without."""
-        if not self.H.save_individually:
-            return None
+        """Where `--save_individually` puts single images."""
         return self.log.folder.images / f"{name}_{self.H.load_step}"
 
-    def decode(self, part):
-        """Images uint8 [b, C, S, S] of a part of `ids`."""
-        ids = part["ids"].long().to(self.device)
-        return to_uint8(decode(self.sampler, self.autoencoder, ids))
+    def remove_images(self, name):
+        """With `--save_individually`, remove those of an earlier command; all ranks call this."""
+        if self.H.save_individually:
+            if self.processes.is_first:
+                remove_images(self.image_folder(name))
+            self.processes.wait()
+
+    def save_images(self, name, images, first):
+        """With `--save_individually`, save images [b, C, S, S], the first one as number `first`."""
+        if self.H.save_individually:
+            save_images_individually(images, self.image_folder(name), first)
+
+    def decode(self, part, first):
+        """Images uint8 [b, C, S, S] of the part of `ids` from number `first` on."""
+        images = to_uint8(decode(self.autoencoder, part["ids"].long().to(self.device)))
+        self.save_images("samples", images, first)
+        return images
 
     def samples(self):
-        """Iterator of images uint8 [b, C, S, S], `n_samples` in all.
-
-        With `--save_individually` they are written on their way. Of several processes the first
-        one alone gets them.
-        """
-        self.divide(self.ids)
-        if folder := self.image_folder("samples"):
-            remove_images(folder)  # those of an earlier command
+        """Iterator of images uint8 [b, C, S, S], `n_samples` in all, on rank 0 alone."""
+        self.ids.divide(self.processes)
+        self.remove_images("samples")
+        self.continue_on_rank_0()
         for (first, _), part in zip(self.ids.spans, self.ids):
-            images = self.decode(part)
-            if folder:
-                save_images_individually(images, folder, first)
-            yield images
+            yield self.decode(part, first)
 
-    def sample_features(self, extractor):
-        """Parts of what `extractor` gives for the samples, which `--save_individually` writes."""
-        folder = self.image_folder("samples")
+    def sample_stream(self):
+        """The ImageStream of the samples."""
+        self.ids.prepare()
 
         def batches(first, n, on_unreadable):
-            images = self.decode(self.ids.part(first, n))
-            if folder:
-                save_images_individually(images, folder, first)
-            return images.split(self.H.batch_size)
+            return self.decode(self.ids.part(first, n), first).split(self.H.batch_size)
 
         data = {**self.facts["samples"], **self.facts["checkpoints"]}
-        key = features_key(data, extractor, *extractor.layers)
-        return self.temporary_features(
-            batches, extractor, self.ids.count, CHUNK, key, "samples", folder
+        return ImageStream(
+            self.ids.count, CHUNK, batches, data, "samples", lambda: self.remove_images("samples")
         )
-
-    def temporary_features(
-        self, batches, extract, count, size, key, description, images=None
-    ):
-        """`features_in_parts` that are kept in the run's folder until the results are there.
-
-        `images` is the folder that `batches` writes images to, if it does. All are then written
-        anew, in place of those of an earlier command, and so are the features.
-        """
-        folder = self.log.folder.features / key[:16]
-        parts = features_in_parts(
-            batches, extract, count, size, lambda first, n: folder / f"{first:06d}_{n}.pt", key,
-            self.log, description,
-        )
-
-        def begin_anew():
-            if self.world.is_first:
-                remove_images(images)
-                parts.remove()
-            self.world.wait()
-
-        if images:
-            parts.begin = begin_anew
-        self.temporary.append(parts)
-        return parts
 
     def report(self, figures, **details):
         """Print the figures, a dict, as a table, show them, and keep them in results.json.
 
-        results.json maps "<name> <key>" to the figures, the `details` (anything that JSON takes)
-        and the manifest. The key changes with whatever was measured: settings, checkpoints, data;
-        measuring the same again replaces the entry.
+        It maps "<name> <key>" to the figures, the `details` (anything that JSON takes) and the
+        manifest. Measuring the same again, with the same settings and `facts`, replaces the entry.
         """
-        settings = dataclasses.asdict(self.H) | {"visdom_server": address_of(self.H)}
-        measured = {k: v for k, v in settings.items() if k not in ELSEWHERE}
+        settings = dataclasses.asdict(without_credentials(self.H))
+        measured = {k: v for k, v in settings.items() if k not in NOT_MEASURED}
         identity = json.dumps([self.name, measured, self.facts], sort_keys=True)
         key = f"{self.name} {hashlib.sha256(identity.encode()).hexdigest()[:12]}"
         manifest = {
@@ -222,13 +190,11 @@ class Experiment:
         results[key] = {"figures": figures, **details, "manifest": manifest}
         with whole_file(path) as file:
             file.write(json.dumps(results, indent=1).encode())
-        for parts in self.temporary:
-            parts.remove()
         self.log.info(self.name, markdown_table(figures))
         self.log.info(f"kept as {key!r} in {path}")
         self.log.table(self.name, figures)
-        numbers = {name: value for name, value in figures.items() if value is not None}
-        self.log.metrics(self.H.load_step, numbers, group=self.name)
+        known = {name: value for name, value in figures.items() if value is not None}
+        self.log.metrics(self.H.load_step, known, group=self.name)
 
 
 def markdown_table(figures):

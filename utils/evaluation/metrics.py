@@ -1,8 +1,18 @@
-"""Measures of images and of their features, pure functions on tensors."""
+"""Measures of images and of their features: functions on tensors, and the table METRICS.
+
+To add a metric, write a class like those at the end, enter it in METRICS, and declare its flag in
+hparams/groups.py.
+"""
+
+import itertools
 
 import numpy as np
 import scipy.linalg
 import torch
+from torch_fidelity import metric_isc, metric_kid, metric_prc
+from tqdm import tqdm
+
+from utils.errors import UserError
 
 BLOCK = 1024  # rows of features that are compared with as many others at a time
 
@@ -17,41 +27,34 @@ def psnr(images, others):
 
 
 class FeatureStatistics:
-    """Mean and covariance of features that come in a stream, exact in float64.
+    """Mean and covariance of features that come in a stream, in float64.
 
-    Features are merged in blocks of a fixed size (Chan et al., 1979), so that the batches they
-    come in do not matter.
+    They are merged in blocks of a fixed size (Chan et al., 1979), whatever the batches.
     """
 
     block = 256
 
     def __init__(self):
         self.count, self.waiting = 0, []
-        self.mean = self.scatter = None  # float64 [D]; [D, D], the sum of squared deviations
+        self.mean = self.scatter = 0.0  # float64 [D]; [D, D], the sum of squared deviations
 
     def update(self, features):
         """Add features [b, D]."""
-        for row_block in features.double().cpu().split(self.block):
-            self.waiting.append(row_block)
-            if sum(map(len, self.waiting)) >= self.block:
-                waiting = torch.cat(self.waiting)
-                self._merge(waiting[: self.block])
-                self.waiting = [waiting[self.block :]]
+        *blocks, rest = torch.cat((*self.waiting, features.double().cpu())).split(self.block)
+        for rows in blocks:
+            self._merge(rows)
+        self.waiting = [rest]
 
     def _merge(self, features):
         count = len(features)
         if count == 0:
             return
-        mean = features.mean(0)
-        deviations = features - mean
-        scatter = deviations.T @ deviations
-        if self.count:
-            total = self.count + count
-            difference = mean - self.mean
-            scatter += self.scatter
-            scatter += torch.outer(difference, difference) * (self.count * count / total)
-            mean = self.mean + difference * (count / total)
-        self.mean, self.scatter, self.count = mean, scatter, self.count + count
+        mean, total = features.mean(0), self.count + count
+        deviations, difference = features - mean, mean - self.mean
+        scatter = deviations.T @ deviations + self.scatter
+        scatter += torch.outer(difference, difference) * (self.count * count / total)
+        self.mean = self.mean + difference * (count / total)
+        self.scatter, self.count = scatter, total
 
     def finish(self):
         """(mean [D], covariance [D, D]) of all so far, numpy float64; needs two vectors."""
@@ -87,12 +90,12 @@ def covariance_factor(covariance):
 def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), FID's formula (Heusel et al., 1706.08500).
 
-    Means [D] and covariances [D, D] are float64 arrays. With C = A^T A the trace of the root is
-    the sum of the singular values of A1 A2^T, which unlike the root itself is well conditioned
-    where covariances are singular.
+    Means [D] and covariances [D, D] are float64 arrays.
     """
     difference = mean_1 - mean_2
     factors = [covariance_factor(covariance) for covariance in (covariance_1, covariance_2)]
+    # With C = A^T A these sum up to the trace of the root, but unlike the root itself they are well
+    # conditioned where covariances are singular.
     root = scipy.linalg.svdvals(factors[0] @ factors[1].T).sum()
     return float(
         difference @ difference + np.trace(covariance_1) + np.trace(covariance_2) - 2 * root
@@ -103,10 +106,9 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
 
 
 def block_distances(x, y, same=False):
-    """Euclidean distances [m, n] of vectors x [m, D] and y [n, D].
+    """Euclidean distances [m, n] of vectors x [m, D] and y [n, D], which may be the `same`.
 
-    Computed in float64 and rounded to the type of x, squared, before the root, as scikit-learn
-    does. `same`: x and y are the same vectors, each at distance 0 from itself.
+    The squares are computed in float64 and rounded to the type of x, as scikit-learn does.
     """
     a, b = x.double(), y.double()
     squared = torch.addmm(b.square().sum(1)[None, :], a, b.T, alpha=-2)
@@ -116,7 +118,14 @@ def block_distances(x, y, same=False):
     return squared.sqrt_()
 
 
-def kth_distances(x, k, block=BLOCK, progress=None):
+def blocks(n, m, block):
+    """Iterator of the (rows, columns) of the blocks of an n x m matrix, with a progress bar."""
+    pairs = itertools.product(range(0, n, block), range(0, m, block))
+    found = [(slice(top, top + block), slice(left, left + block)) for top, left in pairs]
+    return tqdm(found, desc="distances", unit="block", dynamic_ncols=True)
+
+
+def kth_distances(x, k, block=BLOCK):
     """Distance [n] of each vector of x [n, D] to its k-th nearest other one."""
     nearest = x.new_full((len(x), k + 1), float("inf"))  # itself among them
 
@@ -125,45 +134,36 @@ def kth_distances(x, k, block=BLOCK, progress=None):
         together = torch.cat((nearest[rows], best), dim=1)
         nearest[rows] = together.topk(k + 1, largest=False).values
 
-    for top in range(0, len(x), block):
-        rows = slice(top, top + block)
-        for left in range(top, len(x), block):  # the matrix is symmetric
-            columns = slice(left, left + block)
-            distances = block_distances(x[rows], x[columns], same=left == top)
-            merge(rows, distances)
-            if left > top:
-                merge(columns, distances.T)
-            if progress:
-                progress(1)
+    for rows, columns in blocks(len(x), len(x), block):
+        if columns.start < rows.start:
+            continue  # the matrix is symmetric
+        same = columns == rows
+        distances = block_distances(x[rows], x[columns], same)
+        merge(rows, distances)
+        if not same:
+            merge(columns, distances.T)
     return nearest.amax(1)
 
 
-def prdc(real, fake, nearest_k, block=BLOCK, progress=None):
+def prdc(real, fake, nearest_k, block=BLOCK):
     """Precision, recall (Kynkäänniemi et al., 1904.06991), density and coverage (Naeem et al.,
     2002.09797) of features real [n, D] and fake [m, D], a dict of floats.
 
     A vector lies in the ball of another one where it is nearer than that one's k-th nearest
-    neighbour of its own kind. The distance matrices are never held, only blocks of them;
-    `progress(blocks)` is called as they are done, `prdc_blocks` of them in all. Raises ValueError
-    where there are not more than k vectors of either kind.
+    neighbour of its own kind. Raises ValueError unless there are more than k vectors of each kind.
     """
     if min(len(real), len(fake)) <= nearest_k:
         raise ValueError(f"{nearest_k} neighbours need more vectors than {len(real)}, {len(fake)}")
-    real_radii = kth_distances(real, nearest_k, block, progress)
-    fake_radii = kth_distances(fake, nearest_k, block, progress)
+    real_radii = kth_distances(real, nearest_k, block)
+    fake_radii = kth_distances(fake, nearest_k, block)
     balls = torch.zeros(len(fake), dtype=torch.int64, device=fake.device)  # of real ones, around
     recalled, covered = torch.zeros((2, len(real)), dtype=torch.bool, device=real.device)
-    for top in range(0, len(real), block):
-        rows = slice(top, top + block)
-        for left in range(0, len(fake), block):
-            columns = slice(left, left + block)
-            distances = block_distances(real[rows], fake[columns])
-            in_real = distances < real_radii[rows, None]
-            balls[columns] += in_real.sum(0)
-            covered[rows] |= in_real.any(1)
-            recalled[rows] |= (distances < fake_radii[columns]).any(1)
-            if progress:
-                progress(1)
+    for rows, columns in blocks(len(real), len(fake), block):
+        distances = block_distances(real[rows], fake[columns])
+        in_real = distances < real_radii[rows, None]
+        balls[columns] += in_real.sum(0)
+        covered[rows] |= in_real.any(1)
+        recalled[rows] |= (distances < fake_radii[columns]).any(1)
     return {
         "precision": (balls > 0).double().mean().item(),
         "recall": recalled.double().mean().item(),
@@ -172,7 +172,130 @@ def prdc(real, fake, nearest_k, block=BLOCK, progress=None):
     }
 
 
-def prdc_blocks(n, m, block=BLOCK):
-    """How many blocks `prdc` compares for n real and m fake features."""
-    rows, columns = -(-n // block), -(-m // block)
-    return rows * (rows + 1) // 2 + columns * (columns + 1) // 2 + rows * columns
+# --- the table -----------------------------------------------------------------------------------
+
+
+class Metric:
+    """A measure of generated images; H gives its settings, `device` computes it.
+
+    `layer` is the metric of torch-fidelity whose layer of the extractor is compared; `real` what is
+    needed of real images: "statistics" of all, "features" of as many as are generated, or None.
+    """
+
+    layer, real = "fid", None
+
+    def __init__(self, H, device):
+        self.H, self.device, self.chunks = H, device, []
+
+    def check(self, generated, real):
+        """Raise UserError where so few generated and real images cannot be measured."""
+
+    def update(self, features):
+        """Take features [b, D] of generated images into account."""
+        self.chunks.append(features)
+
+    def finish(self, real, log):
+        """The figures, a dict of numbers; `real` is what `self.real` asks for."""
+        raise NotImplementedError
+
+
+class FID(Metric):
+    """Fréchet inception distance (Heusel et al., 1706.08500) to all real images."""
+
+    real = "statistics"
+
+    def __init__(self, H, device):
+        super().__init__(H, device)
+        self.statistics = FeatureStatistics()
+
+    def check(self, generated, real):
+        if min(generated, real) < 2:
+            raise UserError(f"FID needs two images or more, not {min(generated, real)}")
+
+    def update(self, features):
+        self.statistics.update(features)
+
+    def finish(self, real, log):
+        moments, count = self.statistics.finish(), self.statistics.count
+        if count <= len(moments[0]):
+            log.warning(f"{count} images are few for {len(moments[0])} features: compare this FID "
+                        f"with those of as many images only")
+        distance = frechet_distance(*real.finish(), *moments)
+        return {"FID": distance, "images": count, "real images": real.count}
+
+
+class KID(Metric):
+    """Kernel inception distance (Binkowski et al., 1801.01401)."""
+
+    real = "features"
+
+    def check(self, generated, real):
+        if self.H.kid_subset_size > min(generated, real):
+            raise UserError(f"--kid_subset_size {self.H.kid_subset_size} is more than the "
+                            f"{min(generated, real)} images there are")
+
+    def finish(self, real, log):
+        kid = metric_kid.kid_features_to_metric(
+            torch.cat(self.chunks), real, kid_subset_size=self.H.kid_subset_size, verbose=False
+        )
+        return {"KID": kid[metric_kid.KEY_METRIC_KID_MEAN],
+                "KID, deviation": kid[metric_kid.KEY_METRIC_KID_STD]}
+
+
+class InceptionScore(Metric):
+    """Inception score (Salimans et al., 1606.03498)."""
+
+    layer = "isc"
+
+    def finish(self, real, log):
+        isc = metric_isc.isc_features_to_metric(torch.cat(self.chunks))
+        return {"IS": isc[metric_isc.KEY_METRIC_ISC_MEAN],
+                "IS, deviation": isc[metric_isc.KEY_METRIC_ISC_STD]}
+
+
+class PrecisionRecall(Metric):
+    """Precision and recall (Kynkäänniemi et al., 1904.06991), on FID's layer."""
+
+    real = "features"
+
+    def finish(self, real, log):
+        prc = metric_prc.prc_features_to_metric(
+            torch.cat(self.chunks), real, save_cpu_ram=True, prc_batch_size=1000, verbose=False
+        )
+        return {"precision": prc[metric_prc.KEY_METRIC_PRECISION],
+                "recall": prc[metric_prc.KEY_METRIC_RECALL]}
+
+
+class PRDC(Metric):
+    """Precision, recall, density and coverage (Naeem et al., 2002.09797)."""
+
+    layer, real = "prc", "features"
+
+    def check(self, generated, real):
+        if min(generated, real) <= self.H.nearest_k:
+            raise UserError(f"--nearest_k {self.H.nearest_k} needs more images than "
+                            f"{min(generated, real)}")
+
+    def finish(self, real, log):
+        generated = torch.cat(self.chunks)
+        if real.shape[1] != generated.shape[1]:
+            raise UserError(f"--real_feats hold {real.shape[1]} numbers an image, --fake_feats "
+                            f"{generated.shape[1]}: they are of different extractors")
+        self.check(len(generated), len(real))  # some may have been unreadable
+        figures = prdc(real.to(self.device), generated.to(self.device), self.H.nearest_k)
+        return {**figures, "real images": len(real), "samples": len(generated)}
+
+
+class PSNR(Metric):
+    """Mean PSNR of reconstructions, given in place of features."""
+
+    layer = "psnr"
+
+    def finish(self, real, log):
+        return {"PSNR (dB)": torch.cat(self.chunks).mean().item()}
+
+
+METRICS = {
+    "fid": FID, "kid": KID, "isc": InceptionScore, "prc": PrecisionRecall, "prdc": PRDC,
+    "psnr": PSNR,
+}

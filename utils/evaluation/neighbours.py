@@ -1,14 +1,12 @@
-"""Nearest neighbours of a few images among very many, which go by in blocks."""
+"""Nearest neighbours of a few images among very many, which are read in blocks."""
 
 import torch
 
 
 def squared_distances(vectors, others, columns=2**16):
-    """Squared Euclidean distances of vectors [n, M] to others [m, M]: float64 [n, m].
-
-    |a|^2 + |b|^2 - 2 a.b loses the digits that distances of near images consist of, so it is
-    summed in float64, a number of columns at a time: no copy of all vectors is made.
-    """
+    """Squared Euclidean distances of vectors [n, M] to others [m, M]: float64 [n, m]."""
+    # In float32 |a|^2 + |b|^2 - 2 a.b loses the digits that distances of near images consist of.
+    # Some columns at a time, lest all vectors are copied.
     total = 0
     for a, b in zip(vectors.split(columns, dim=1), others.split(columns, dim=1)):
         a, b = a.double(), b.double()
@@ -19,8 +17,7 @@ def squared_distances(vectors, others, columns=2**16):
 class NearestNeighbours:
     """The `k` nearest to each of vectors [n, M] of all that `add` has shown.
 
-    `distances` float64 [n, <= k], squared and ascending, and `indices` int64 [n, <= k]. Only the
-    vectors asked about are kept, so memory does not grow with what goes by.
+    `distances` float64 [n, <= k] are squared and ascending, `indices` int64 [n, <= k].
     """
 
     def __init__(self, vectors, k):

@@ -1,4 +1,4 @@
-"""Images on their way out: the one place that turns [0, 1] floats into uint8, and into files.
+"""Images as grids and as PNG files.
 
 Shapes: N images, C channels (1 or 3), H rows, W columns.
 """
@@ -7,63 +7,41 @@ import math
 from pathlib import Path
 
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from torchvision.transforms.functional import to_pil_image
 
-from utils.errors import DiskError
-from utils.runs.files import remove_leftovers, whole_file
+from utils.data.pixels import to_uint8
+from utils.files import make_folder, remove_leftovers, whole_file
 
-GRID_CELL = 64  # smaller images are enlarged in grids until a side has about this many pixels
-
-
-def to_uint8(images):
-    """Floats in [0, 1], of any shape, as uint8 in 0..255 on the CPU; uint8 is kept as it is.
-
-    Values outside [0, 1] are clamped and NaN becomes 0, so that a diverged model still shows.
-    """
-    images = images.detach().cpu()
-    if images.dtype == torch.uint8:
-        return images
-    return images.float().nan_to_num(nan=0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
+CELL = 64  # pixels; grids enlarge smaller images until the shorter side has about this many
+PAD = 2  # white pixels around each image of a grid
 
 
-def image_grid(images, columns=None, pad=2, enlarge=None):
-    """Images [N, C, H, W] side by side, row by row, as one image [C, H', W'].
+def image_grid(images, columns=None):
+    """Images [N, C, H, W] side by side, row by row, as one image [C, H', W'] of the same type.
 
-    `columns` is ceil(sqrt(N)) by default. `pad` white pixels separate neighbours and frame the
-    grid. `enlarge` repeats each pixel that many times in both axes; None picks the factor that
-    brings images smaller than 64 pixels near that size, 1 leaves them as they are. The type and
-    the range of the values are kept. Raises ValueError for another shape or for no images.
+    `columns` is ceil(sqrt(N)) by default. Raises ValueError for another shape or for no images.
     """
     if images.ndim != 4 or images.shape[0] == 0 or images.shape[1] not in (1, 3):
         raise ValueError(f"a grid needs [N, 1 or 3, H, W] images, not {list(images.shape)}")
-    if enlarge is None:
-        enlarge = max(1, GRID_CELL // min(images.shape[2:]))
-    images = images.detach().cpu()
-    images = images.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
-
-    count, channels, height, width = images.shape
+    times = max(1, CELL // min(images.shape[2:]))
+    images = images.detach().cpu().repeat_interleave(times, dim=2).repeat_interleave(times, dim=3)
+    count = len(images)
     columns = min(columns or math.ceil(math.sqrt(count)), count)
-    rows = math.ceil(count / columns)
     white = 255 if images.dtype == torch.uint8 else 1
-    shape = (channels, rows * (height + pad) + pad, columns * (width + pad) + pad)
-    grid = images.new_full(shape, white)
-    for index, image in enumerate(images):
-        top = pad + index // columns * (height + pad)
-        left = pad + index % columns * (width + pad)
-        grid[:, top : top + height, left : left + width] = image
-    return grid
+    # white above and left of every image, and white images up to whole rows
+    images = F.pad(images, (PAD, 0, PAD, 0, 0, 0, 0, -count % columns), value=white)
+    grid = images.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # [C, rows, H, columns, W]
+    return F.pad(grid.flatten(3, 4).flatten(1, 2), (0, PAD, 0, PAD), value=white)
 
 
 def to_pil(image):
     """One image [C, H, W], floats in [0, 1] or uint8, as a PIL image (grey where C is 1)."""
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"an image is [1 or 3, H, W], not {list(image.shape)}")
-    pixels = to_uint8(image).permute(1, 2, 0).contiguous().numpy()  # [H, W, C]
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    return to_pil_image(to_uint8(image).cpu())
 
 
 def save_image(image, path):
-    """Write one image [C, H, W], floats in [0, 1] or uint8, as PNG; never a half-written file.
+    """Write one image [C, H, W], floats in [0, 1] or uint8, as a PNG, whole or not at all.
 
     Raises DiskError where the file cannot be written.
     """
@@ -73,7 +51,7 @@ def save_image(image, path):
 
 
 def remove_images(folder):
-    """Remove what `save_images_individually` wrote into a folder earlier, if anything."""
+    """Remove the images that `save_images_individually` wrote into a folder earlier."""
     remove_leftovers(folder)
     for path in Path(folder).glob("[0-9]*.png"):
         path.unlink()
@@ -82,14 +60,8 @@ def remove_images(folder):
 def save_images_individually(images, folder, start_index=0):
     """Write images [N, C, H, W] as folder/000000.png and on, numbered from `start_index`.
 
-    Returns the paths. Raises DiskError where the folder or a file cannot be written.
+    Raises DiskError where the folder or a file cannot be written.
     """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(f"cannot create the folder {folder}: {error.strerror}") from None
-    paths = [folder / f"{start_index + index:06d}.png" for index in range(len(images))]
-    for image, path in zip(images, paths):
-        save_image(image, path)
-    return paths
+    make_folder(folder)
+    for index, image in enumerate(images, start_index):
+        save_image(image, Path(folder) / f"{index:06d}.png")

@@ -1,43 +1,37 @@
-"""What a run tells people: the console, log.txt, metrics.jsonl, image files and live plots."""
+"""What a run reports: the console, log.txt, metrics.jsonl, image files and plots."""
 
 import contextlib
 import json
-import logging
 import math
 import threading
 import time
+from datetime import datetime
 
 import torch
 from tqdm import tqdm
 
+from utils.data.pixels import to_uint8
 from utils.errors import UserError
-from utils.runs.files import whole_file
-from utils.logging.images import (
-    image_grid, remove_images, save_image, save_images_individually, to_uint8,
-)
+from utils.files import whole_file
+from utils.logging.images import image_grid, remove_images, save_image, save_images_individually
 
-LINE_KEYS = ("step", "group", "time")  # what a line of metrics.jsonl holds beside the metrics
+LINE_KEYS = ("step", "group", "time")  # keys of a line of metrics.jsonl that are no metrics
 
 
 class RunLogger:
     """The one object a script logs through; a context manager.
 
     `folder` is the RunFolder of the run, which is created; `board` a VisdomBoard or None, which
-    is started here and closed with the logger. The board's warnings become the logger's, and its
-    curves are drawn again from a metrics.jsonl that is there already. Raises UserError where the
-    folder cannot be written or its metrics.jsonl not be read.
+    is started here and closed with the logger. Curves of an earlier metrics.jsonl are drawn again.
+    Raises UserError where a file cannot be written.
     """
 
     def __init__(self, folder, board=None):
         self.folder = folder.create()
         self._board = board
-        self._log = _lines(folder.log)
-        self._lock = threading.Lock()  # the board reports from its own thread
-        self._closed = False
-        self._metrics = None
-        self._unwritten = b""  # lines of metrics.jsonl that a full disk has not taken yet
-        self._disk_is_full = False
-        self._load_metrics(math.inf)
+        self._log = _Log(folder.log)
+        self._metrics = _AppendedFile(folder.metrics)
+        self.rewind(math.inf)
         if board is not None:
             board.start(on_info=self.info, on_warning=self.warning)
 
@@ -48,65 +42,54 @@ class RunLogger:
         self.close()
 
     def info(self, message, table=""):
-        """One line on the console and in log.txt, with the time; the lines of a table below it."""
-        self._write(logging.INFO, message, table and f"\n\n{table}\n")
+        """Log one line on the console and in log.txt, with the lines of `table` below it."""
+        self._log.write("INFO", message, table)
 
     def warning(self, message):
-        """As `info`, marked as a warning."""
-        self._write(logging.WARNING, message)
+        """Log one line, marked as a warning."""
+        self._log.write("WARNING", message)
 
     def passed_over(self, path, reason):
-        """A warning that an image cannot be read."""
+        """Warn that an image cannot be read."""
         self.warning(f"passed over {path}: {reason}")
 
     def error_to_file(self, message):
-        """An error in log.txt only, for scripts that say it on the console as they end."""
-        with self._lock:
-            message = one_line(message)
-            record = self._log.makeRecord("run", logging.ERROR, "", 0, message, (), None)
-            self._log.handlers[-1].handle(record)
-
-    def _write(self, level, message, below=""):
-        with self._lock:
-            if not self._closed:  # the board's thread may still be waiting for a hung server
-                self._log.log(level, "%s%s", one_line(message), below)
+        """Log an error in log.txt only, for scripts that print it as they end."""
+        self._log.write("ERROR", message, on_console=False)
 
     def metrics(self, step, values, group="train"):
-        """One line of metrics.jsonl, and a point on the curve `group` of each metric.
+        """Write one line of metrics.jsonl, and add a point to the curve `group` of each metric.
 
         `values` is a dict of numbers or tensors with one element. JSON has no NaN and no
         infinities: they are written as the strings "nan", "inf" and "-inf", which `float` reads
-        back, and are gaps in the curves. Lines that a full disk does not take are written once it
-        does. Raises ValueError for metrics named "step", "group" or "time".
+        back, and are gaps in the curves. Raises ValueError for metrics named "step", "group" or
+        "time".
         """
-        values = {name: _number(value) for name, value in values.items()}
-        for name in LINE_KEYS:
-            if name in values:
-                raise ValueError(f"a metric cannot be named {name!r}: that is a key of every line")
         line = {"step": int(step), "group": group, "time": round(time.time(), 3)}
-        line |= {name: v if math.isfinite(v) else str(v) for name, v in values.items()}
-        self._unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
-        self._write_metrics()
+        for name, value in values.items():
+            if name in LINE_KEYS:
+                raise ValueError(f"a metric cannot be named {name!r}: that is a key of every line")
+            number = float(value.item() if torch.is_tensor(value) else value)
+            line[name] = number if math.isfinite(number) else str(number)
+        self._write_metrics(json.dumps(line, allow_nan=False) + "\n")
         self._draw(line)
 
-    def _write_metrics(self):
+    def _write_metrics(self, text=""):
+        warned = self._metrics.waiting
         try:
-            while self._unwritten:
-                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
-            self._disk_is_full = False
+            self._metrics.write(text)
         except OSError as error:
-            if not self._disk_is_full:
+            if not warned:
                 self.warning(f"cannot write {self.folder.metrics}: {error.strerror}; its lines "
                              "are kept in memory until the disk takes them")
-            self._disk_is_full = True
 
     def bars(self, step, name, values):
-        """Bars over the index, such as the loss of each time step, on the board only.
+        """Show `values`, a list or a tensor with one axis, as bars over the index on the board.
 
-        `values` is a list or a tensor with one axis; non-finite values leave out their bar.
+        Non-finite values leave out their bar.
         """
         if self._board is not None:
-            self._board.bars(name, int(step), [_number(value) for value in values])
+            self._board.bars(name, int(step), torch.as_tensor(values).tolist())
 
     def images(
         self, step, name, images, save=True, display=True, individually=False, columns=None
@@ -115,16 +98,15 @@ class RunLogger:
 
         `save` writes the file, `display` shows the grid on the board. `individually` writes one
         file for each image in the folder `images/<name>_<step>` instead of the grid, which has
-        `columns` columns or as many as rows. Raises UserError where the disk does not take them.
+        `columns` columns or as many as rows. Raises DiskError where the disk does not take them.
         """
         images = to_uint8(images)
+        grid = image_grid(images, columns)
         if save and individually:
             singles = self.folder.images / f"{name}_{step}"
             remove_images(singles)  # or they would be counted as this run's
             save_images_individually(images, singles)
-        if (save and not individually) or (display and self._board is not None):
-            grid = image_grid(images, columns)
-        if save and not individually:
+        elif save:
             save_image(grid, self.folder.images / f"{name}_{step}.png")
         if display and self._board is not None:
             self._board.image(name, int(step), grid)
@@ -135,54 +117,30 @@ class RunLogger:
             self._board.table(name, values)
 
     def rewind(self, step):
-        """Drop the lines of metrics.jsonl after `step`, for a run that resumes from there.
+        """Drop the lines of metrics.jsonl after `step`, which a resumed run writes again.
 
-        The resumed run writes them again. The curves on the board follow.
+        A crash can leave half a line at the end: it is dropped too, or the next line would be
+        glued to it. The curves on the board follow.
         """
-        self._load_metrics(step)
+        if self._board is not None:
+            self._board.clear_curves()
+        content = self.folder.metrics.read_text(encoding="utf-8", errors="replace")
+        lines, kept = content.splitlines(keepends=True), []
+        for text in lines:
+            line = _parse(text)
+            if line is not None and line["step"] <= step:
+                kept.append(text)
+                self._draw(line)
+        if len(kept) < len(lines):
+            with whole_file(self.folder.metrics) as file:
+                file.write("".join(kept).encode())
 
     def close(self, timeout=5.0):
-        """Send the last plots, for at most `timeout` seconds, and close the files."""
+        """Send the last plots, for at most `timeout` seconds, and log no more."""
         if self._board is not None:
             self._board.close(timeout)
         self._write_metrics()
-        with self._lock:
-            self._closed = True
-        self._metrics.close()
-        for handler in self._log.handlers:
-            with contextlib.suppress(OSError):  # a full disk, which has been warned of
-                handler.close()
-
-    def _load_metrics(self, last_step):
-        """Bring metrics.jsonl and the curves to `last_step`, and open the file to go on.
-
-        A crash can leave half a line at the end: it is dropped, or the next line would be
-        glued to it.
-        """
-        path = self.folder.metrics
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._board is not None:
-            self._board.clear_curves()
-        try:
-            dropped = False
-            kept = []
-            if path.exists():
-                with open(path, encoding="utf-8", errors="replace") as file:
-                    for text in file:
-                        line = _parse(text)
-                        if line is None or line["step"] > last_step:
-                            dropped = True
-                            continue
-                        kept.append(text)
-                        self._draw(line)
-            if dropped:
-                with whole_file(path) as file:
-                    file.write("".join(kept).encode())
-            # Without a buffer, which would write a line twice where the disk is full for a while.
-            self._metrics = open(path, "ab", buffering=0)
-        except OSError as error:
-            raise UserError(f"cannot read and write {path}: {error.strerror}") from None
+        self._log.close()
 
     def _draw(self, line):
         """Put a line of metrics.jsonl on the board's curves."""
@@ -193,34 +151,15 @@ class RunLogger:
                 self._board.curve(name, line["step"], float(value), line["group"])
 
 
-def _lines(path):
-    """A logger of lines with the time, on the console and at the end of the file `path`."""
-    # Made by hand rather than with getLogger: private to its owner, so that two runs in one
-    # process never write into each other's files.
-    log = logging.Logger("run", level=logging.INFO)
-    try:
-        handlers = [_ConsoleHandler(), _LogFile(path, encoding="utf-8")]
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
-    return log
-
-
-class SilentLogger:
-    """A RunLogger's likeness for all processes but the first, which keeps and shows nothing but
-    what no other process knows."""
+class NoLogger:
+    """No-op logger for ranks above 0; it only writes warnings about unreadable images."""
 
     def __init__(self, folder):
         self.folder = folder
 
     def passed_over(self, path, reason):
-        """A warning that an image of this process's share cannot be read, in the run's log."""
-        log = _lines(self.folder.create().log)
-        log.warning("%s", one_line(f"passed over {path}: {reason}"))
-        for handler in log.handlers:
-            handler.close()
+        """Warn in the run's log that an image cannot be read, which rank 0 has not tried."""
+        _Log(self.folder.create().log).write("WARNING", f"passed over {path}: {reason}")
 
     def __getattr__(self, name):
         if name.startswith("_") or not hasattr(RunLogger, name):
@@ -228,19 +167,52 @@ class SilentLogger:
         return lambda *arguments, **options: None
 
 
-class _LogFile(logging.FileHandler):
-    """log.txt, which may miss a line where the disk is full: the console has it."""
+class _AppendedFile:
+    """A file that grows line by line; what a full disk does not take is written later.
 
-    def handleError(self, record):
-        pass
+    Raises UserError where it cannot be opened.
+    """
+
+    def __init__(self, path):
+        self.path, self.waiting = path, b""
+        try:
+            open(path, "ab").close()
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+    def write(self, text=""):
+        """Append `text` to what waits and write that; raises OSError where the disk is full."""
+        self.waiting += text.encode()
+        while self.waiting:  # without a buffer, of which nobody knows what the disk has taken
+            with open(self.path, "ab", buffering=0) as file:
+                self.waiting = self.waiting[file.write(self.waiting) :]
 
 
-class _ConsoleHandler(logging.Handler):
-    """Prints through tqdm, which keeps a progress bar below the lines."""
+class _Log:
+    """Lines with the time, on the console and at the end of the file `path`."""
 
-    def emit(self, record):
-        with contextlib.suppress(OSError):
-            tqdm.write(self.format(record))
+    def __init__(self, path):
+        self._file = _AppendedFile(path)
+        self._lock = threading.Lock()  # the board reports from its own thread
+        self._closed = False
+
+    def write(self, level, message, table="", on_console=True):
+        """Log one line; what a full disk does not take is no error, here or on the console."""
+        now = datetime.now().isoformat(" ", "milliseconds").replace(".", ",")
+        text = f"{now} {level} {one_line(message)}\n" + (table and f"\n{table}\n\n")
+        with self._lock:
+            if self._closed:  # the board's thread may still be waiting for a hung server
+                return
+            with contextlib.suppress(OSError):
+                if on_console:
+                    tqdm.write(text, end="")  # above a progress bar
+            with contextlib.suppress(OSError):
+                self._file.write(text)
+
+    def close(self):
+        with self._lock, contextlib.suppress(OSError):
+            self._closed = True
+            self._file.write()
 
 
 class ProgressBar(tqdm):
@@ -264,21 +236,14 @@ def one_line(message):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
 
 
-def _number(value):
-    """A float from a number or from a tensor with one element."""
-    return float(value.detach().item() if torch.is_tensor(value) else value)
-
-
 def _parse(text):
     """The dict in a line of metrics.jsonl, or None where the line is not whole."""
     try:
-        line = json.loads(text) if text.endswith("\n") else None
-        whole = isinstance(line, dict) and isinstance(line["group"], str)
-        if not whole or not isinstance(line["step"], int):
-            return None
+        line = json.loads(text)
         for name, value in line.items():
             if name not in LINE_KEYS:
                 float(value)
-    except (ValueError, KeyError, TypeError):
+        whole = isinstance(line["step"], int) and isinstance(line["group"], str)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return line
+    return line if whole and text.endswith("\n") else None

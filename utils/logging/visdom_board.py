@@ -1,13 +1,10 @@
 """Live plots on a visdom server, sent from a thread of their own.
 
-Training only ever writes into the board's memory. The thread sends every window that changed,
-whole and at most once an interval, so however many steps pass between two sendings there is one
-request for each window. Whole windows make recovery simple as well: when the server was away,
-everything the board knows is sent again.
+Training only writes into the board's memory. The thread sends each window that changed, whole and
+at most once an interval; after an outage it sends all of them.
 
-The board speaks visdom's HTTP interface itself (visdom 0.2). Visdom's own client has no timeouts
-and prints tracebacks when the server is away; besides, a machine that trains without plots then
-needs no visdom installed.
+The board speaks visdom's HTTP interface itself (visdom 0.2), because visdom's own client has no
+timeouts and prints tracebacks when the server is away.
 """
 
 import base64
@@ -23,47 +20,29 @@ from urllib.parse import quote, unquote, urlsplit
 from utils.errors import SettingsError
 from utils.logging.images import to_pil
 
-DEFAULT_SERVER = "http://localhost"
-DEFAULT_PORT = 8097
-MAX_POINTS = 2000  # kept per curve: a window is a few hundred pixels wide
-WINDOW = {"width": 400, "height": 300}  # pixels of curves, bars and texts
+CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+MAX_POINTS = 2000  # kept per curve, an even number: a window is a few hundred pixels wide
+WINDOW = {"width": 400, "height": 300}  # pixels of curves and bars
 IMAGE_SIDE = 400  # pixels of the longer side of an image
 TITLE_BAR = 35  # pixels that visdom takes from the height of an image's window
 
 
 class _Curve:
-    """Points of one curve; when there are too many, every other one is dropped for good."""
+    """Points of one curve, the last among them; when there are too many, every other one goes."""
 
     def __init__(self):
         self.points = []  # (step, value or None)
-        self.last = None  # always shown, even where thinning skips it
-        self.stride = 1  # every stride-th point is kept
+        self.stride = 1  # every stride-th point is kept, and the last
         self.count = 0
 
     def add(self, step, value):
-        self.last = (step, _finite(value))
-        if self.count % self.stride == 0:
-            self.points.append(self.last)
-            if len(self.points) >= MAX_POINTS:
-                self.points = self.points[::2]
-                self.stride *= 2
+        if (self.count - 1) % self.stride != 0:
+            self.points.pop()  # it was there as the last one only
+        self.points.append((step, _finite(value)))
         self.count += 1
-
-    def trace(self, name):
-        points = self.points if self.points[-1] is self.last else [*self.points, self.last]
-        steps, values = zip(*points)
-        return {"type": "scatter", "mode": "lines", "name": name, "x": steps, "y": values}
-
-
-class _Curves:
-    """The window of one metric, with a curve for each group that has it."""
-
-    def __init__(self, title):
-        self.title = title
-        self.groups = {}
-
-    def traces(self):
-        return [curve.trace(group) for group, curve in self.groups.items()]
+        if len(self.points) > MAX_POINTS:
+            self.points = self.points[::2]  # both ends of an odd number of points stay
+            self.stride *= 2
 
 
 class _Outage(Exception):
@@ -80,77 +59,72 @@ class VisdomBoard:
     lost server, and for one answer. Raises SettingsError for a server that is no address.
     """
 
-    def __init__(
-        self, server=None, port=DEFAULT_PORT, env="main", *, interval=2.0, retry=5.0, timeout=5.0
-    ):
-        server = server or DEFAULT_SERVER
+    def __init__(self, server=None, port=8097, env="main", *, interval=2.0, retry=5.0, timeout=5.0):
+        server = server or "localhost"
         try:
             url = urlsplit(server if "://" in server else f"http://{server}")
-            self._port = url.port or port
-        except ValueError:
-            url = None
-        if url is None or not url.hostname or url.scheme not in ("http", "https"):
+            port = url.port or port
+            if not url.hostname:
+                raise ValueError("there is no host in it")
+            # which connects at the first request
+            self._connection = CONNECTIONS[url.scheme](url.hostname, port, timeout=timeout)
+        except (ValueError, KeyError, http.client.InvalidURL):
             raise SettingsError(
                 "--visdom_server is not an address: give a host or a URL like http://localhost"
-            )
-        self._scheme, self._host = url.scheme, url.hostname
+            ) from None
         self._path = quote(url.path.rstrip("/"), safe="/%")
         self._headers = {"Content-Type": "application/json"}
         if url.username:
             login = f"{unquote(url.username)}:{unquote(url.password or '')}"
             self._headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
         # What messages may show: without the login.
-        self.address = f"{self._scheme}://{self._host}:{self._port}{self._path}"
+        self.address = f"{url.scheme}://{url.hostname}:{port}{self._path}"
         self.env = env.replace("/", "_")
         self._interval, self._retry, self._timeout = interval, retry, timeout
 
         self._lock = threading.Lock()  # guards the windows; never held while sending
-        self._windows = {}  # window -> what it shows; the order is that on the dashboard
+        # Window -> its curves {group: _Curve}, or a function that gives what it shows; the order
+        # is that on the dashboard.
+        self._windows = {}
         self._changed = {}  # windows to send, an ordered set
-        self._connection = None  # of the thread only
         self._stop = threading.Event()
-        self._thread = None
+        self._thread = threading.Thread(target=self._run, name="visdom", daemon=True)
 
-    def start(self, on_info=None, on_warning=None):
+    def start(self, on_info, on_warning):
         """Begin to send; the callbacks get one sentence each, from the sending thread.
 
         `on_warning` is called once each time the server is lost, `on_info` when it is back.
         """
-        if self._thread is None:
-            self._on_info = on_info or (lambda message: None)
-            self._on_warning = on_warning or (lambda message: None)
-            self._thread = threading.Thread(target=self._run, name="visdom", daemon=True)
-            self._thread.start()
-        return self
+        self._on_info, self._on_warning = on_info, on_warning
+        self._thread.start()
 
     def close(self, timeout=5.0):
         """Send what is left, for at most `timeout` seconds, and end the thread."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout)
+        self._thread.join(timeout)
 
     # Called by training: these only write into memory.
 
     def curve(self, name, step, value, group="train"):
         """Add a point to the curve `group` of the window `name`; non-finite values are gaps."""
+        window = f"metric: {name}"
         with self._lock:
-            window = self._windows.setdefault(f"metric: {name}", _Curves(name))
-            window.groups.setdefault(group, _Curve()).add(step, value)
-            self._changed[f"metric: {name}"] = True
+            curves = self._windows.setdefault(window, {})
+            curves.setdefault(group, _Curve()).add(step, value)
+            self._changed[window] = True
 
     def clear_curves(self):
         """Forget all curves; their windows close unless points are added again."""
         with self._lock:
-            for window in [w for w, shown in self._windows.items() if isinstance(shown, _Curves)]:
+            for window in [w for w, shown in self._windows.items() if isinstance(shown, dict)]:
                 del self._windows[window]
                 self._changed[window] = True
 
     def bars(self, name, step, values):
         """Show a list of numbers as bars over their index, in place of the last ones."""
-        title = f"{name}, step {step}"
-        trace = {"type": "bar", "x": list(range(len(values)))}
-        trace["y"] = [_finite(value) for value in values]
-        self._show(f"bars: {name}", partial(_plot, title, [trace], "index"))
+        heights = [_finite(value) for value in values]
+        trace = {"type": "bar", "x": list(range(len(values))), "y": heights}
+        self._show(f"bars: {name}", partial(_plot, f"{name}, step {step}", [trace], "index"))
 
     def image(self, name, step, image):
         """Show one image [C, H, W], floats in [0, 1] or uint8, in place of the last one."""
@@ -173,10 +147,16 @@ class VisdomBoard:
         lost = stopping = False
         while not stopping:
             stopping = self._stop.is_set()  # asked before sending: what came last is sent too
+            connected = self._connection.sock is not None
             try:
-                self._send_changes()
+                self._send_windows(everything=not connected)
             except Exception as error:  # whatever happens here must not reach training
-                self._disconnect()
+                self._connection.close()
+                if connected:
+                    # A server that was restarted has closed the connection, which is found on
+                    # the first request: one new attempt is made at once.
+                    stopping = False
+                    continue
                 if not lost:
                     reason = error if isinstance(error, _Outage) else f"cannot be used ({error!r})"
                     self._on_warning(
@@ -189,55 +169,29 @@ class VisdomBoard:
                     self._on_info(f"the visdom server at {self.address} answers, plots are sent")
                 lost = False
             self._stop.wait(self._retry if lost else self._interval)
-        self._disconnect()
+        self._connection.close()
 
-    def _send_changes(self):
-        """Send the changed windows, or all of them over a new connection.
-
-        A server that was restarted has forgotten everything, and shows it by having closed the
-        connection. That is found on the first request, and one new attempt is made at once.
-        """
-        kept_alive = self._connection is not None
-        try:
-            self._send_windows()
-        except _Outage:
-            if not kept_alive:
-                raise
-            self._disconnect()
-            self._send_windows()
-
-    def _send_windows(self):
-        everything = self._connection is None or self._connection.sock is None
-        if everything:
-            self._connect()
+    def _send_windows(self, everything):
+        """Send the changed windows, or `everything` over a new connection to a server that may
+        have forgotten all."""
+        if everything and self._post("win_exists", win="") not in ("true", "false"):
+            raise _Outage("does not answer as visdom does")
         with self._lock:
-            changed = list(self._windows) if everything else list(self._changed)
+            changed = list(self._windows if everything else self._changed)
             self._changed = {}
         for window in changed:
             with self._lock:
                 shown = self._windows.get(window)
-                if isinstance(shown, _Curves):
-                    shown = partial(_plot, shown.title, shown.traces(), "step")
+                if isinstance(shown, dict):
+                    shown = _curves(window.removeprefix("metric: "), shown)
             if shown is None:
-                self._post("close", {"win": window, "eid": self.env})
-            elif self._post("events", {"win": window, "eid": self.env, **shown()}) != window:
+                self._post("close", win=window)
+            elif self._post("events", win=window, **shown()) != window:
                 raise _Outage("does not answer as visdom does")
 
-    def _connect(self):
-        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-        self._disconnect()
-        self._connection = kinds[self._scheme](self._host, self._port, timeout=self._timeout)
-        if self._post("win_exists", {"win": "", "eid": self.env}) not in ("true", "false"):
-            raise _Outage("does not answer as visdom does")
-
-    def _disconnect(self):
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    def _post(self, endpoint, message):
+    def _post(self, endpoint, **message):
         """Send one message and give back the answer's text; raises _Outage."""
-        body = json.dumps(message, allow_nan=False)
+        body = json.dumps({"eid": self.env, **message}, allow_nan=False)
         try:
             self._connection.request("POST", f"{self._path}/{endpoint}", body, self._headers)
             response = self._connection.getresponse()
@@ -257,6 +211,19 @@ class VisdomBoard:
 def _finite(value):
     """A number short enough to send, or None where there is none to draw."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+# What windows show, as visdom's messages have it.
+
+
+def _curves(title, curves):
+    """A function that gives the plot of `curves` {group: _Curve} as they are now."""
+    traces = []
+    for group, curve in curves.items():
+        steps, values = zip(*curve.points)
+        trace = {"type": "scatter", "mode": "lines", "name": group, "x": steps, "y": values}
+        traces.append(trace)
+    return partial(_plot, title, traces, "step")
 
 
 def _plot(title, traces, x_title):
@@ -283,11 +250,11 @@ def _picture(title, picture):
 
 
 def _table(title, rows):
-    lines = (
+    lines = "".join(
         f"<tr><td style='padding-right: 1em'>{html.escape(key)}</td>"
         f"<td>{html.escape(value)}</td></tr>"
         for key, value in rows.items()
     )
-    content = f"<table style='font-size: 12px; margin: 8px'>{''.join(lines)}</table>"
+    content = f"<table style='font-size: 12px; margin: 8px'>{lines}</table>"
     size = {"width": WINDOW["width"], "height": IMAGE_SIDE + TITLE_BAR}  # in a row with images
     return {"data": [{"type": "text", "content": content}], "opts": {"title": title, **size}}

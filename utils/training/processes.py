@@ -1,8 +1,8 @@
-"""Several processes, one training: what `torchrun --nproc_per_node=N` starts, usually one a GPU.
+"""The processes (ranks) that `torchrun --nproc_per_node=N` starts, one a GPU.
 
-Every process holds the model and its share of each batch, `--batch_size` images: N processes do
-what one process does with N times the batch. The first one alone logs, validates, keeps the EMA
-and saves. Without torchrun there is a world of one process, in which all this is nothing.
+Each holds the model and `--batch_size` images of each batch: N processes do what one does with N
+times the batch. Rank 0 alone logs, validates, keeps the EMA and saves. With one process everything
+here is a no-op.
 """
 
 import datetime
@@ -14,51 +14,53 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from hparams.environment import process_count
 from utils.errors import SettingsError, UserError
-from utils.runs.folder import process_count
-from utils.training.loop import resolve_device
 
-# The first process may encode a dataset for hours while the others wait. One that ends is noticed
-# at once all the same: its connections close, and torchrun ends the others.
-PATIENCE = datetime.timedelta(days=7)
+# Rank 0 may encode a dataset for hours while the others wait. One that ends is noticed at once all
+# the same: its connections close, and torchrun ends the others.
+TIMEOUT = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
-class World:
+class Processes:
     """Which of how many processes this one is, and the device it computes on."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-
-    parent: int = 0  # the process that started this one, where that is torchrun
+    launcher: int = 0  # the process id of torchrun
 
     @property
     def is_first(self):
-        """Whether this process is the one that logs and saves."""
+        """Whether this is rank 0."""
         return self.rank == 0
 
     @property
-    def purpose(self):
-        """What to seed the noise of training with that each process draws for itself."""
+    def noise_purpose(self):
+        """The `purpose` in `seed_step` of noise that each rank draws for itself."""
         return "train" if self.size == 1 else f"train, process {self.rank} of {self.size}"
 
-    def share(self, items):
-        """This process's part of a sequence that all processes divide among them."""
-        return items[self.rank :: self.size]
+    @property
+    def is_orphan(self):
+        """Whether torchrun was killed and has left this process behind."""
+        return self.size > 1 and os.getppid() != self.launcher
 
     def wrap(self, model, find_unused_parameters=False):
-        """The model as its forward pass is called in training: backward averages the gradients.
-
-        The state dict to save is that of `model` itself.
-        """
+        """`model`, with a backward pass that averages the gradients over all processes."""
         if self.size == 1:
             return model
-        options = inspect.signature(DistributedDataParallel).parameters
+        options = inspect.signature(DistributedDataParallel).parameters  # torch renamed one
         sync = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         return DistributedDataParallel(
             model, find_unused_parameters=find_unused_parameters, **{sync: False}
         )
+
+    def sum(self, tensor):
+        """The sum of a tensor over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def all(self, flags):
         """Which of `flags` bool [n] are true in all processes."""
@@ -79,75 +81,67 @@ class World:
         if self.size == 1:
             return values
         sums = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        dist.all_reduce(sums)
-        return dict(zip(values, (sums / self.size).tolist()))
+        return dict(zip(values, (self.sum(sums) / self.size).tolist()))
 
-    def told(self, value):
-        """What the first process gives as `value`: a decision that all must take alike."""
+    def broadcast(self, value):
+        """Rank 0's value on every rank."""
         if self.size == 1:
             return value
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
 
-    def agree(self, value, on):
-        """Raise UserError where the processes have different values, `on` whatever that is."""
-        if self.told(value) != value:
-            raise UserError(f"the processes found different {on}: it changed while they started")
+    def gather(self, value):
+        """The values of all ranks, in their order, on rank 0; None on the others."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.is_first else None
+        dist.gather_object(value, values)
+        return values
 
-    @property
-    def is_orphan(self):
-        """Whether torchrun is gone, killed before it could end the processes that it started."""
-        return self.size > 1 and os.getppid() != self.parent
+    def check_equal(self, value, what):
+        """Raise UserError where ranks have different values of `what`."""
+        if self.broadcast(value) != value:
+            raise UserError(f"the processes found different {what}: it changed while they started")
 
     def wait(self):
-        """Until all processes have come here."""
+        """Wait until all processes have come here."""
         if self.size > 1:
             dist.barrier()
 
-    def first(self, function):
-        """What `function()` gives: called by the first process, and then by the others, which
-        find what it left on the disk."""
-        if self.is_first:
-            result = function()
-        self.wait()
-        return result if self.is_first else function()
+
+def resolve_device(name):
+    """The torch.device called `name`, None for a GPU where there is one; UserError where this
+    machine or this torch lacks it."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} is not usable here: {reason}") from None
+    return device
 
 
-def join(name):
-    """The World of this process; `name` is the --device, as in `resolve_device`.
+def init_processes(name):
+    """The Processes of this script on the device `name`, as in `resolve_device`.
 
-    torchrun's processes find each other, by nccl on GPUs, of which each takes its own, and by gloo
-    on CPUs.
+    torchrun's take one GPU each and communicate through nccl, on CPUs through gloo.
     """
-    size = process_count()
-    if size == 1:
-        return World(device=resolve_device(name))
+    if process_count() == 1:
+        return Processes(device=resolve_device(name))
     if (name or "cuda").startswith("cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = resolve_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    return World(dist.get_rank(), size, device, os.getppid())
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    return Processes(dist.get_rank(), dist.get_world_size(), device, os.getppid())
 
 
-def alone(name):
-    """The device of a script that runs in one process, `name` as in `resolve_device`.
-
-    Raises SettingsError where torchrun has started several.
-    """
+def single_process(name):
+    """The Processes of a script that runs in one; SettingsError where torchrun started several."""
     if process_count() > 1:
         raise SettingsError("this script runs in one process: start it without torchrun")
-    return resolve_device(name)
-
-
-def leave():
-    """Take leave of the other processes at the end of a script, should there be any."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def is_lost_peer(error):
-    """Whether an error says that another process of the world has ended."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return Processes(device=resolve_device(name))

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from hparams import get_sampler_hparams
-from models import AbsorbingDiffusion, AutoregressiveTransformer, HydraNeighborhoodAttention
-from models import Transformer
-from models.prior.absorbing_diffusion import diffusion_losses
 from helpers import assert_close, golden
+from hparams import get_sampler_hparams
+from models import (
+    AbsorbingDiffusion, AutoregressiveTransformer, HydraNeighborhoodAttention, Transformer,
+)
+from models.prior.absorbing_diffusion import diffusion_losses
 
 SMALL = (
     "--dataset ffhq --ae_load_dir none --ae_load_step 1 --attention full --img_size 32 "

@@ -14,9 +14,8 @@ from hparams.groups import Sampler
 from models import SAMPLERS, AbsorbingDiffusion, AutoregressiveTransformer, Transformer
 from models.prior.absorbing_diffusion import diffusion_losses, draw_mask, draw_times
 from models.sampling.samplers import (
-    cosine_schedule, draw, halton_order, sample_ancestral, sample_autoregressive,
-    sample_confidence, sample_first_hitting, sample_halton, sample_mask_predict, sample_remdm,
-    truncate,
+    cosine_schedule, draw, halton_order, sample_ancestral, sample_autoregressive, sample_confidence,
+    sample_first_hitting, sample_halton, sample_mask_predict, sample_remdm, truncate,
 )
 
 FLAGS = (

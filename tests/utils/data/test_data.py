@@ -19,17 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from utils.errors import SettingsError, UserError
 from utils.data import batches as loading
-from utils.data.datasets import DATASETS_YAML, Subset, load_dataset, train_validation_split
-from utils.data.pixels import UnreadableImage
 from utils.data.batches import (
-    UnreadableFiles,
-    evaluation_batches,
-    stream,
-    stream_positions,
-    training_batches,
+    UnreadableFiles, evaluation_batches, pixel_batches, stream, stream_positions, training_batches,
 )
+from utils.data.datasets import DATASETS_YAML, load_dataset
+from utils.data.pixels import UnreadableImage, to_float
+from utils.data.split import Subset, part_of, sample_of, train_validation_split
+from utils.errors import SettingsError, UserError
+from utils.training.processes import Processes
 
 CPU = torch.device("cpu")
 
@@ -341,8 +339,6 @@ def test_the_registry_of_the_repository_names_every_dataset_on_disk():
 def test_errors_are_one_sentence_that_names_the_path_and_where_to_change_it(tmp_path):
     with pytest.raises(SettingsError, match="--custom_dataset_path"):
         load_dataset(settings_for("custom"))
-    with pytest.raises(SettingsError, match="--n_channels 2"):
-        custom(tmp_path, n_channels=2)
     with pytest.raises(UserError, match="no folder .*nowhere.*--custom_dataset_path") as raised:
         custom(tmp_path / "nowhere")
     assert not isinstance(raised.value, SettingsError) and "\n" not in str(raised.value)
@@ -430,10 +426,13 @@ class Fake:
     def __len__(self):
         return self.n
 
-    def load(self, index):
+    def path(self, index):
+        return f"file {index}"
+
+    def pixels(self, index):
         if index in self.broken:
             raise UnreadableImage(f"file {index}", "broken")
-        return torch.full((1, 4, 4), index / 255)
+        return torch.full((1, 4, 4), index, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("n, held_out", [(2, 1), (9, 1), (30, 3), (300_000, 10_000)])
@@ -445,6 +444,22 @@ def test_split_sizes(n, held_out):
 def test_one_image_cannot_be_split():
     with pytest.raises(UserError, match="fake has 1 image"):
         train_validation_split(Fake(1))
+
+
+def test_a_sample_of_a_dataset_is_always_the_same():
+    dataset = Fake(9)
+    assert sample_of(dataset, 9) is dataset
+    sample = sample_of(dataset, 4)
+    assert len(set(sample.indices.tolist())) == 4
+    assert (sample_of(dataset, 4).indices == sample.indices).all()
+    assert sample.indices.tolist() == [1, 2, 4, 7]  # fixed for good
+
+
+def test_a_part_of_a_dataset_is_a_range_of_it():
+    part = part_of(train_validation_split(Fake(30))[1], 1, 2)
+    whole = train_validation_split(Fake(30))[1]
+    assert [part.path(0), part.path(1)] == [whole.path(1), whole.path(2)]
+    assert all(torch.equal(part.pixels(i), whole.pixels(i + 1)) for i in range(2))
 
 
 # --- the order ---------------------------------------------------------------------------------
@@ -495,13 +510,13 @@ def test_coins_are_fair_and_independent_of_the_order():
     assert abs(np.corrcoef(indices, flips)[0, 1]) < 0.03
 
 
-def test_callers_cannot_spoil_the_remembered_epoch():
+def test_changing_a_batch_leaves_the_cached_epoch_alone():
     indices, flips = stream_positions(10, 10, 0, 0)
     indices[:], flips[:] = 0, True
     assert sorted(stream_positions(10, 10, 0, 0)[0]) == list(range(10))
 
 
-def test_impossible_batches_raise():
+def test_batch_numbers_and_sizes_out_of_range_raise():
     for n, batch_size, batch in [(0, 1, 0), (1, 0, 0), (1, 1, -1)]:
         with pytest.raises(ValueError):
             stream_positions(n, batch_size, 0, batch)
@@ -514,10 +529,16 @@ def fail_on_unreadable(path, reason):
     raise AssertionError(f"{path}: {reason}")
 
 
-def train(dataset, count, batch_size=4, seed=0, start=0, flip=False, workers=0, report=None):
-    batches = training_batches(
-        dataset, batch_size, seed, start, flip, workers, CPU, report or fail_on_unreadable
-    )
+def loading_of(workers=0, batch_size=4, flip=False):
+    return SimpleNamespace(batch_size=batch_size, seed=0, horizontal_flip=flip, num_workers=workers)
+
+
+def train(
+    dataset, count, batch_size=4, start=0, flip=False, workers=0, report=fail_on_unreadable,
+    processes=Processes(),
+):
+    H = loading_of(workers, batch_size, flip)
+    batches = training_batches(dataset, H, start, processes, report)
     return list(itertools.islice(batches, count))
 
 
@@ -530,6 +551,47 @@ def test_training_batches_follow_the_stream_in_any_number_of_processes(tmp_path)
         assert levels(images) == (stream_positions(7, 4, 0, batch)[0] * 10).tolist()
     late = train(dataset, 2, workers=2, start=4, flip=True)
     assert all(torch.equal(a, b) for a, b in zip(one[4:], late, strict=True))
+
+
+def test_workers_hand_over_bytes_of_which_the_floats_are_made(tmp_path, monkeypatch):
+    """Batches are, to the bit, what `load` gives for each image; what travels is a quarter."""
+    pixels = np.random.RandomState(0).randint(0, 256, (6, 8, 8, 3)).astype(np.uint8)
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    dataset, travelled, loader = custom(tmp_path), [], loading.DataLoader
+
+    def spy(*arguments, **options):
+        for batch in loader(*arguments, **options):
+            travelled.append(batch.images.dtype)
+            yield batch
+
+    monkeypatch.setattr(loading, "DataLoader", spy)
+    subset = Subset(dataset, [5, 0, 3])
+    for index, place in enumerate(subset.indices):
+        assert subset.pixels(index).dtype == torch.uint8
+        expected = torch.from_numpy(pixels[place]).permute(2, 0, 1)
+        assert torch.equal(subset.pixels(index), expected)
+        assert torch.equal(subset.load(index), to_float(expected))
+    [(images, _)] = evaluation_batches(subset, 4, 2, CPU, fail_on_unreadable)
+    assert torch.equal(images, torch.stack([subset.load(index) for index in range(3)]))
+    [(as_bytes, _)] = pixel_batches(subset, 4, 2, CPU, fail_on_unreadable)
+    assert torch.equal(as_bytes, torch.stack([subset.pixels(index) for index in range(3)]))
+    batches = train(dataset, 3, workers=2)
+    for batch, images in enumerate(batches):
+        indices = stream_positions(6, 4, 0, batch)[0].tolist()
+        assert torch.equal(images, torch.stack([dataset.load(index) for index in indices]))
+    assert set(travelled) == {torch.uint8}
+
+
+def test_the_batches_of_all_ranks_are_the_batches_of_one_process(tmp_path):
+    dataset = custom(grey_files(tmp_path, range(0, 70, 10)))
+    whole = train(dataset, 5, batch_size=6, start=2, flip=True)
+    parts = [
+        train(dataset, 5, batch_size=2, start=2, flip=True, processes=Processes(rank, 3))
+        for rank in range(3)
+    ]
+    for images, *mine in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat(mine), images)
 
 
 def test_flips_follow_the_coins(tmp_path):
@@ -594,7 +656,7 @@ def test_unreadable_files_are_named_once_and_replaced_or_left_out(
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_nothing_readable_is_an_error_for_people(tmp_path, num_workers):
+def test_a_dataset_without_a_readable_image_is_a_user_error(tmp_path, num_workers):
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_text("text")
     dataset, report = custom(tmp_path), UnreadableFiles()
@@ -604,6 +666,8 @@ def test_nothing_readable_is_an_error_for_people(tmp_path, num_workers):
     assert "\n" not in str(raised.value) and len(report) == 3
     with pytest.raises(UserError, match=message):
         list(evaluation_batches(dataset, 2, num_workers, CPU, UnreadableFiles()))
+    report = UnreadableFiles()  # of which pixels leave it to the caller what to say
+    assert not list(pixel_batches(dataset, 2, num_workers, CPU, report)) and len(report) == 3
 
 
 def test_unreadable_images_of_a_subset_are_replaced_within_it():
@@ -613,7 +677,7 @@ def test_unreadable_images_of_a_subset_are_replaced_within_it():
     assert levels(images).count(7) == 16 and levels(images).count(2) == 8
 
 
-def test_what_is_no_file_of_an_image_is_named_and_neither_waited_for_nor_read(
+def test_pipes_devices_and_endless_files_are_unreadable_at_once(
     tmp_path, monkeypatch
 ):
     os.mkfifo(tmp_path / "0.png")  # has no end until somebody writes
@@ -633,7 +697,7 @@ def test_what_is_no_file_of_an_image_is_named_and_neither_waited_for_nor_read(
                        "it has 1099511627776 bytes: no image has"]
 
 
-def test_links_that_go_round_in_circles_are_followed_once(tmp_path):
+def test_circular_links_are_followed_once(tmp_path):
     save(tmp_path / "a" / "x.png", 10)
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "to_b").symlink_to(tmp_path / "b")
@@ -727,7 +791,8 @@ def worker_processes():
 
 def test_workers_ignore_interrupts_and_end_with_their_iterator(capfd):
     others = worker_processes()
-    batches = training_batches(Fake(5), 4, 0, 0, False, 2, CPU, fail_on_unreadable)
+    H = loading_of(workers=2)
+    batches = training_batches(Fake(5), H, 0, Processes(), fail_on_unreadable)
     next(batches)
     workers = worker_processes() - others
     assert len(workers) == 2
@@ -749,7 +814,7 @@ def test_workers_ignore_interrupts_and_end_with_their_iterator(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_workers_say_nothing_when_the_main_process_hangs_up_on_them(capfd):
+def test_workers_print_no_traceback_when_the_main_process_closes_their_pipe(capfd):
     for error in (BrokenPipeError(), ConnectionResetError(), EOFError(), ValueError("told")):
         loading._pass_over_hang_ups(type(error), error, None)
     assert capfd.readouterr().err.strip() == "ValueError: told"

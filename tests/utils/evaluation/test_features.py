@@ -1,6 +1,7 @@
-"""Features and FID of a stream against torch-fidelity on the same images in files."""
+"""Features and measures of a stream against torch-fidelity on the same images in files."""
 
 import json
+import os
 from types import SimpleNamespace
 from urllib.error import URLError
 
@@ -11,16 +12,19 @@ import torch_fidelity
 from skimage import data
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
-from helpers import OneOfMany, TinyExtractor
+from helpers import OneOfMany, TinyExtractor, on_processes
 from hparams import UserError
-from utils.training.checkpoints import save_file
-from utils.data.datasets import ImageFiles, scan
-from utils.training.processes import World
-from utils.evaluation.features import (
-    Extractor, KeptFeatures, features_in_parts, features_key, features_of, real_subset, rebatch,
-)
-from utils.evaluation.fidelity import fid_extractor, fid_figures
+from utils.data.batches import UnreadableFiles
+from utils.data.folders import scan
+from utils.data.images import ImageFiles
+from utils.errors import SettingsError
+from utils.evaluation.experiment import Experiment
+from utils.evaluation.features import Extractor, ImageStream, dataset_stream, stream_features
+from utils.evaluation.measure import measure
+from utils.evaluation.reference import stored_features
+from utils.files import save_file
 from utils.logging.images import save_images_individually
+from utils.training.processes import Processes, init_processes
 
 CPU = torch.device("cpu")
 
@@ -36,11 +40,28 @@ class Log:
 
     warning = info
 
+    def passed_over(self, path, reason):
+        self.lines.append(f"passed over {path}: {reason}")
+
+
+def settings(**flags):
+    H = SimpleNamespace(
+        feature_extractor="inception", feature_extractor_weights=None, batch_size=7,
+        num_workers=0, amp=False, kid=False, isc=False, prc=False, kid_subset_size=20,
+    )
+    H.__dict__.update(flags)
+    return H
+
+
+def extractor_of(name, weights=None, metrics=("fid",)):
+    return Extractor(settings(feature_extractor=name, feature_extractor_weights=weights), CPU,
+                     metrics)
+
 
 def random_images(seed, n, channels=3, side=10):
-    generator = torch.Generator().manual_seed(seed)
-    smooth = torch.rand(n, channels, 1, 1, generator=generator)
-    noise = torch.rand(n, channels, side, side, generator=generator)
+    rng = torch.Generator().manual_seed(seed)
+    smooth = torch.rand(n, channels, 1, 1, generator=rng)
+    noise = torch.rand(n, channels, side, side, generator=rng)
     return ((smooth + noise) / 2 * 255).to(torch.uint8)
 
 
@@ -50,25 +71,26 @@ def folder_of(images, folder):
     return ImageFiles("real", images.shape[-1], images.shape[1], folder, found)
 
 
-def figures(real, fake, batch_size=7, **flags):
-    H = SimpleNamespace(
-        feature_extractor="inception", feature_extractor_weights=None, batch_size=batch_size,
-        num_workers=0, kid=False, isc=False, prc=False, kid_subset_size=20,
-    )
-    H.__dict__.update(flags)
-    run = SimpleNamespace(H=H, device=CPU, log=Log(), facts={}, divide=lambda *things: None)
-    extractor = fid_extractor(run)
-    return fid_figures(run, real, extractor, parts_of(fake, extractor, run.log)), run
-
-
-def parts_of(images, extractor, log, size=11, path_of=None, key=None):
-    """Parts of the features of images [n, C, S, S]; they are kept nowhere by default."""
+def stream_of(images, size=11, name="these images"):
+    """The ImageStream of images [n, C, S, S], in chunks of `size`."""
     def batches(first, n, on_unreadable):
         return images[first : first + n].split(4)
 
-    return features_in_parts(
-        batches, extractor, len(images), size, path_of, key, log, "samples"
-    )
+    return ImageStream(len(images), size, batches, name, "samples")
+
+
+def features_of(images, extract, processes=Processes(), unreadable=None):
+    """What `stream_features` gives, a list of dicts."""
+    unreadable = UnreadableFiles() if unreadable is None else unreadable
+    return list(stream_features(images, extract, processes, unreadable))
+
+
+def figures(real, fake, **flags):
+    """(what `measure` gives for images [n, C, S, S] against a dataset, the Experiment)."""
+    H = settings(**flags)
+    run = Experiment(H, "FID", Processes(device=CPU), Log())
+    names = ["fid", *(name for name in ("kid", "isc", "prc") if getattr(H, name))]
+    return measure(run, real, stream_of(fake), names), run
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -81,13 +103,13 @@ def test_measures_equal_torch_fidelitys_on_png_files(tiny, tmp_path, channels):
         fid=True, isc=True, cuda=False, verbose=False, cache=False, save_cpu_ram=True,
     )
     for batch_size in (1, 7, 64):
-        ours, _ = figures(real, fake, batch_size, isc=True)
+        ours, _ = figures(real, fake, batch_size=batch_size, isc=True)
         assert ours["FID"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
         assert ours["IS"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
         assert (ours["images"], ours["real images"]) == (50, 60)
 
 
-def test_few_images_are_said_to_be_few(tiny, tmp_path):
+def test_fid_warns_of_fewer_images_than_features(tiny, tmp_path):
     real = folder_of(random_images(0, 30), tmp_path / "real")
     for count, few in ((16, True), (17, False)):
         lines = figures(real, random_images(1, count))[1].log.lines
@@ -115,30 +137,30 @@ def test_reference_statistics_are_cached_and_never_stale(tiny, tmp_path, monkeyp
     images, fake = random_images(0, 30), random_images(1, 20)
     folder = tmp_path / "real"
 
-    def measure(img_size=10):
+    def fid(img_size=10):
         real = ImageFiles("real", img_size, 3, folder, scan(folder))
         result, run = figures(real, fake)
         return result["FID"], sorted(path.name for path in (tmp_path / "statistics").iterdir())
 
     folder_of(images, folder)
-    first, names = measure()
-    assert measure() == (first, names) and len(names) == 1
+    first, names = fid()
+    assert fid() == (first, names) and len(names) == 1
     save_images_individually(images[:1] // 2, folder)
-    second, names = measure()
+    second, names = fid()
     assert second != first and len(names) == 2
-    assert measure(img_size=12)[0] != second
-    assert len(measure(img_size=12)[1]) == 3
+    assert fid(img_size=12)[0] != second
+    assert len(fid(img_size=12)[1]) == 3
     monkeypatch.setattr(TinyExtractor, "seed", 1)
-    third, names = measure()
+    third, names = fid()
     assert third != second and len(names) == 4
     for path in (tmp_path / "statistics").iterdir():  # broken files are made again
         path.write_bytes(path.read_bytes()[:50])
-    assert measure()[0] == third
+    assert fid()[0] == third
 
 
 def test_the_key_names_data_extractor_weights_and_layer(tiny, monkeypatch):
     def key(data, metric="fid", name="inception"):
-        return features_key(data, Extractor(name, None, CPU, ["fid", "isc"]), metric)
+        return extractor_of(name, metrics=["fid", "isc"]).key(data, metric)
 
     keys = [key("a"), key("b"), key("a", "isc"), key("a", name="efficientnet_lite0")]
     monkeypatch.setattr(TinyExtractor, "seed", 1)
@@ -146,8 +168,9 @@ def test_the_key_names_data_extractor_weights_and_layer(tiny, monkeypatch):
     assert len(set(keys)) == 5
 
 
-def test_kept_features(tiny, tmp_path):
-    extractor, path, log, calls = Extractor("inception", None, CPU), tmp_path / "f.npy", Log(), []
+def test_stored_features_are_computed_again_where_their_record_differs(tiny, tmp_path):
+    extractor, path, calls = extractor_of("inception"), tmp_path / "f.npy", []
+    run = Experiment(settings(), "PRDC", Processes(device=CPU), Log())
 
     def features_by(key, images):
         def extract(batch):
@@ -155,25 +178,27 @@ def test_kept_features(tiny, tmp_path):
                 calls.append(key)
             return extractor(batch)
 
-        def path_of(first, n):
-            return tmp_path / f"part_{first}"
-
-        return KeptFeatures(path, parts_of(images, extract, log, 4, path_of, key), "fid").get()
+        return stored_features(run, stream_of(images, 4), extract, "fid", key, path)
 
     a, b = random_images(0, 10), random_images(1, 10)
     first = features_by("a", a)
     assert torch.allclose(first, extractor(a)["fid"])
-    assert not list(tmp_path.glob("part_*"))
+    assert {file.name for file in tmp_path.iterdir()} == {"f.npy", "f.npy.json"}
     assert torch.equal(features_by("a", a), first) and calls == ["a"]
     second = features_by("b", b)
     assert not torch.equal(second, first) and calls == ["a", "b"]
     np.save(path, first.numpy())  # the array changed behind its record's back
     calls.append("again")
     assert torch.equal(features_by("b", b), second) and calls == ["a", "b", "again", "b"]
+    calls.append("fewer")
+    assert torch.equal(features_by("b", b[:8]), second[:8]) and calls[-2:] == ["fewer", "b"]
+    calls.append("all")
+    assert torch.equal(features_by("b", b), second) and calls[-2:] == ["all", "b"]
     (tmp_path / "f.npy.json").unlink()
     np.save(path, first.numpy())
-    assert torch.equal(features_by("b", b), first) and calls == ["a", "b", "again", "b"]
-    assert "taken as it is" in log.lines[-1]
+    before = [*calls]
+    assert torch.equal(features_by("b", b), first) and calls == before
+    assert "taken as it is" in run.log.lines[-1]
     np.save(path, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="f.npy"):
         features_by("b", b)
@@ -186,11 +211,11 @@ def test_kept_features(tiny, tmp_path):
         features_by("b", b)
 
 
-def test_parts_of_unreadable_images_are_passed_over(tiny, tmp_path, monkeypatch):
-    """A part of them, at either end, is no reason to stop; a dataset of them is."""
+def test_chunks_of_unreadable_images_are_passed_over(tiny, tmp_path, monkeypatch):
+    """A chunk of them, at either end, is no reason to stop; a dataset of them is."""
     monkeypatch.setattr("utils.evaluation.features.PART", 4)
     images = random_images(0, 21)
-    real, log = folder_of(images, tmp_path / "real"), Log()
+    real = folder_of(images, tmp_path / "real")
     broken = [0, 1, 2, 3, 9, 20]
     for index in broken:
         (tmp_path / "real" / f"{index:06d}.png").write_bytes(b"no image")
@@ -199,9 +224,10 @@ def test_parts_of_unreadable_images_are_passed_over(tiny, tmp_path, monkeypatch)
     for index in broken:
         said = [line for line in run.log.lines if f"{index:06d}.png: it is no image" in line]
         assert len(said) == 1
-    again = figures(real, random_images(1, 20))[1].log.lines  # from the kept statistics
+    again = figures(real, random_images(1, 20))[1].log.lines  # from the cached statistics
     assert any("000009.png: it is no image" in line for line in again)
-    assert any("6 of 21 real images could not be read; they are tried" in line for line in again)
+    for lines in (run.log.lines, again):
+        assert any("6 of 21 real images could not be read; they are tried" in x for x in lines)
     for path in (tmp_path / "real").iterdir():
         path.write_bytes(b"no image")
     real = ImageFiles("real", 10, 3, tmp_path / "real", scan(tmp_path / "real"))
@@ -209,49 +235,104 @@ def test_parts_of_unreadable_images_are_passed_over(tiny, tmp_path, monkeypatch)
         figures(real, random_images(1, 20))
 
 
-def test_each_process_makes_its_share_of_the_parts(tiny, tmp_path):
-    images, extractor, made = random_images(0, 50), Extractor("inception", None, CPU), []
-    folder = tmp_path / "parts"
+# --- several processes ---------------------------------------------------------------------------
 
-    def parts():
+
+def test_rank_0_gets_the_features_of_one_process_in_the_same_order(tiny, tmp_path, monkeypatch):
+    """From three real processes, which divide six chunks; those who read an image name it."""
+    monkeypatch.setattr("utils.evaluation.features.PART", 4)
+    real = folder_of(random_images(0, 22), tmp_path / "real")
+    broken = [0, 1, 2, 3, 6, 21]
+    for index in broken:
+        (tmp_path / "real" / f"{index:06d}.png").write_bytes(b"no image")
+    extractor = extractor_of("inception", metrics=["fid", "isc"])
+
+    def collect(argv):
+        processes, extracted, unreadable = init_processes("cpu"), [], UnreadableFiles()
+
         def extract(batch):
-            made.append(len(batch))
+            extracted.append(len(batch))
             return extractor(batch)
 
-        return parts_of(images, extract, Log(), 8, lambda first, n: folder / f"{first}", "key")
+        images = dataset_stream(real, settings(batch_size=3), CPU)
+        found = features_of(images, extract, processes, unreadable)
+        content = {"found": found, "extracted": extracted, "reasons": dict(unreadable)}
+        torch.save(content, tmp_path / f"{processes.size}_{processes.rank}.pt")
 
-    parts().share(World())
-    assert not made and not list(tmp_path.iterdir())
-    for rank in range(3):
-        parts().share(OneOfMany(rank, 3))
-    assert sum(made) == 50 and len(list(folder.iterdir())) == 7
-    found = torch.cat(list(features_of(parts(), "fid")))
-    assert sum(made) == 50  # they were read
-    whole = torch.cat(list(features_of(parts_of(images, extractor, Log(), 8), "fid")))
-    assert torch.equal(found, whole)
-    parts().remove()
-    assert not list(tmp_path.iterdir())
-
-
-def test_rebatch():
-    stream = [torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1) for n in (3, 5, 1, 6)]
-    for size in (1, 4, 5, 100):
-        batches = list(rebatch(stream, size))
-        assert torch.equal(torch.cat(batches), torch.cat(stream))
-        assert all(len(batch) == size for batch in batches[:-1]) and 0 < len(batches[-1]) <= size
-
-
-def test_a_subset_is_always_the_same(tmp_path):
-    dataset = folder_of(random_images(0, 9), tmp_path / "real")
-    assert real_subset(dataset, 9) is dataset
-    subset = real_subset(dataset, 4)
-    assert len(set(subset.indices.tolist())) == 4
-    assert (real_subset(dataset, 4).indices == subset.indices).all()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of several processes has
+    try:
+        collect([])
+    finally:
+        torch.set_num_threads(threads)
+    assert on_processes(3, collect) == [0, 0, 0]
+    one, first, *others = (
+        torch.load(tmp_path / name) for name in ("1_0.pt", "3_0.pt", "3_1.pt", "3_2.pt")
+    )
+    assert len(one["found"]) == len(first["found"]) == 5  # nothing of the first chunk
+    for expected, found in zip(one["found"], first["found"]):
+        assert expected.keys() == found.keys() == {"fid", "isc"}
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert sum(len(chunk["fid"]) for chunk in first["found"]) == 16
+    assert list(first["reasons"]) == list(one["reasons"]) == [real.path(i) for i in broken]
+    for other in others:
+        assert other["found"] == [] and not other["reasons"]
+    # chunks 0 and 3, 1 and 4, 2 and 5: no image is looked at twice
+    assert [sum(rank["extracted"]) for rank in (first, *others)] == [4, 7, 5]
+    assert sum(one["extracted"]) == 16
 
 
-def test_efficientnet_has_its_real_weights():
-    """It knows a cat and a cup of coffee."""
-    extractor = Extractor("efficientnet_lite0", None, CPU, ["fid", "isc"])
+@pytest.mark.parametrize("size", [2, 3, 5, 9])
+def test_each_rank_computes_its_chunks_and_no_more(size, tiny):
+    images, extractor, done = random_images(0, 50), extractor_of("inception"), []
+    for rank in range(size):
+        mine = []
+
+        def extract(batch):
+            mine.append(batch)
+            return extractor(batch)
+
+        features_of(stream_of(images, 8), extract, OneOfMany(rank, size))
+        assert sum(map(len, mine)) <= 8 * -(-7 // size)
+        done += mine
+    assert sorted(torch.cat(done).flatten(1).tolist()) == sorted(images.flatten(1).tolist())
+
+
+def test_ranks_with_different_images_end_with_an_error(tiny, capfd):
+    extractor = extractor_of("inception")
+
+    def collect(argv):
+        processes = init_processes("cpu")
+        images = stream_of(random_images(0, 20), name=f"images of rank {processes.rank}")
+        features_of(images, extractor, processes)
+
+    statuses = on_processes(2, collect)
+    assert statuses == [1, 1] or statuses == [0, 1]
+    assert "the processes found different samples" in capfd.readouterr().err
+
+
+def test_all_ranks_compute_statistics_that_another_command_stores_meanwhile(
+    tiny, tmp_path, monkeypatch
+):
+    """The first rank may find them where it has just told the others that they are not there."""
+    real, fake = folder_of(random_images(0, 40), tmp_path / "real"), random_images(1, 30)
+    expected, _ = figures(real, fake)
+    monkeypatch.setattr("utils.evaluation.features.PART", 16)
+    monkeypatch.setattr("utils.evaluation.reference.is_cached", lambda *arguments: False)
+
+    def fid(argv):
+        run = Experiment(settings(), "FID", init_processes("cpu"), Log())
+        run.continue_on_rank_0 = lambda: run.processes.is_first or os._exit(0)
+        assert measure(run, real, stream_of(fake), ["fid"]) == expected
+
+    assert on_processes(2, fid) == [0, 0]
+
+
+# --- extractors ----------------------------------------------------------------------------------
+
+
+def test_efficientnet_recognises_a_cat_and_a_cup():
+    extractor = extractor_of("efficientnet_lite0", metrics=["fid", "isc"])
     for picture, classes in ((data.chelsea(), {281, 282, 285}), (data.coffee(), {504, 967, 968})):
         side = min(picture.shape[:2])
         left = (picture.shape[1] - side) // 2
@@ -272,25 +353,27 @@ def inception_weights(monkeypatch, tmp_path):
     return str(tmp_path / "inception.pth")
 
 
-def test_weights_from_a_file(inception_weights, tmp_path):
-    extractor = Extractor("inception", inception_weights, CPU, ["fid", "isc"])
+def test_an_extractor_takes_weights_from_a_file_and_refuses_others(inception_weights, tmp_path):
+    extractor = extractor_of("inception", inception_weights, ["fid", "isc"])
     outputs = extractor(random_images(0, 2, channels=1))
     assert outputs["fid"].shape == (2, 2048) and outputs["isc"].shape == (2, 1008)
     assert extractor.facts["extractor"] == "inception-v3-compat"
     json.dumps(extractor.facts)
     with pytest.raises(UserError, match="--feature_extractor_weights .* is no file of vgg16"):
-        Extractor("vgg16", inception_weights, CPU)
+        extractor_of("vgg16", inception_weights)
     with pytest.raises(UserError, match="no file"):
-        Extractor("clip", "nowhere.pt", CPU)
+        extractor_of("clip", "nowhere.pt")
+    with pytest.raises(SettingsError, match="leave --feature_extractor_weights out"):
+        extractor_of("dinov2", inception_weights)
     torch.save(Log(), tmp_path / "code.pth")
     with pytest.raises(UserError, match="code.pth is refused"):
-        Extractor("inception", str(tmp_path / "code.pth"), CPU)
+        extractor_of("inception", str(tmp_path / "code.pth"))
 
 
-def test_without_a_connection(monkeypatch):
+def test_weights_that_do_not_download_name_the_flag_and_the_alternative(monkeypatch):
     def refuse(*arguments, **options):
         raise URLError("no route to host")
 
     monkeypatch.setattr(inception, "load_state_dict_from_url", refuse)
     with pytest.raises(UserError, match="--feature_extractor_weights.*efficientnet_lite0"):
-        Extractor("inception", None, CPU)
+        extractor_of("inception")

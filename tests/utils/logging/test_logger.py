@@ -16,14 +16,17 @@ import torch
 from PIL import Image
 
 import utils.logging.visdom_server as visdom_server
-from helpers import free_port, wait_until
+from helpers import free_port, wait_until, with_small_files
 from hparams import get_vqgan_hparams
+from utils.data.pixels import to_uint8
 from utils.errors import SettingsError, UserError
-from utils.runs.folder import RunFolder
-from utils.logging.images import image_grid, save_image, save_images_individually, to_uint8
+from utils.logging.images import image_grid, save_image, save_images_individually
 from utils.logging.logger import RunLogger
-from utils.runs.script import record_settings, start_run
 from utils.logging.visdom_board import MAX_POINTS, VisdomBoard
+from utils.runs.folder import RunFolder
+from utils.runs.resume import record_settings
+from utils.runs.script import start_run
+from utils.training.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[3]
 FAST = {"interval": 0.1, "retry": 0.2, "timeout": 0.5}
@@ -88,27 +91,29 @@ def test_uint8_rounds_and_clamps():
     assert to_uint8(torch.ones(1, dtype=torch.float16, requires_grad=True)).tolist() == [255]
 
 
-def test_grid_places_images_row_by_row():
-    images = torch.arange(5).float().reshape(5, 1, 1, 1).expand(5, 3, 2, 3) / 10
-    grid = image_grid(images, columns=3, pad=1, enlarge=1)
-    assert grid.shape == (3, 2 * 3 + 1, 3 * 4 + 1)
+def test_grid_places_images_row_by_row_with_white_between():
+    images = torch.arange(5).float().reshape(5, 1, 1, 1).expand(5, 3, 64, 96) / 10
+    grid = image_grid(images, columns=3)
+    assert grid.shape == (3, 2 * 66 + 2, 3 * 98 + 2)
     for index in range(5):
-        top, left = 1 + index // 3 * 3, 1 + index % 3 * 4
-        assert (grid[:, top : top + 2, left : left + 3] == index / 10).all()
-    assert (grid[:, 4:6, 9:12] == 1).all()  # the sixth place is empty
-    assert (grid[:, ::3] == 1).all() and (grid[:, :, ::4] == 1).all()  # frames
+        top, left = 2 + index // 3 * 66, 2 + index % 3 * 98
+        assert (grid[:, top : top + 64, left : left + 96] == index / 10).all()
+    assert (grid[:, 68:132, 198:294] == 1).all()  # the sixth place is empty
+    for offset in (0, 1):
+        assert (grid[:, offset::66] == 1).all() and (grid[:, :, offset::98] == 1).all()
 
 
 def test_grid_enlarges_small_images_to_be_seen():
     digit = torch.rand(1, 1, 32, 32)
-    assert torch.equal(image_grid(digit, pad=0)[:, ::2, ::2], digit[0])
-    assert torch.equal(image_grid(digit, pad=0)[:, 1::2, 1::2], digit[0])
-    assert image_grid(torch.rand(4, 3, 64, 64), pad=2).shape == (3, 134, 134)
-    assert image_grid(torch.rand(3, 3, 100, 80), columns=9, pad=0).shape == (3, 100, 240)
+    inside = image_grid(digit)[:, 2:-2, 2:-2]
+    assert torch.equal(inside[:, ::2, ::2], digit[0])
+    assert torch.equal(inside[:, 1::2, 1::2], digit[0])
+    assert image_grid(torch.rand(4, 3, 64, 64)).shape == (3, 134, 134)
+    assert image_grid(torch.rand(3, 3, 100, 80), columns=9).shape == (3, 104, 3 * 82 + 2)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (3, 4, 4), (2, 2, 4, 4)])
-def test_grid_refuses_what_are_no_images(shape):
+def test_grid_refuses_other_shapes(shape):
     with pytest.raises(ValueError):
         image_grid(torch.zeros(shape))
 
@@ -121,7 +126,7 @@ def test_individual_images_are_numbered_from_the_start_index(tmp_path):
     assert np.asarray(Image.open(tmp_path / "samples" / "000010.png")).min() == 255
 
 
-def test_an_image_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_unwritable_image_raises_user_error(tmp_path):
     with pytest.raises(UserError, match="cannot write .*image.png: No such file"):
         save_image(torch.zeros(1, 2, 2), tmp_path / "missing" / "image.png")
 
@@ -129,7 +134,7 @@ def test_an_image_that_cannot_be_written_is_one_sentence(tmp_path):
 # Files of the logger
 
 
-def test_a_file_name_cannot_forge_a_line_or_speak_to_the_terminal(folder, capsys):
+def test_control_characters_in_messages_are_escaped(folder, capsys):
     with RunLogger(folder) as log:
         log.warning("passed over \x1b[2Jé\n2026-01-01 00:00:00,000 INFO all is well")
     (line,) = folder.log.read_text().splitlines()
@@ -147,7 +152,7 @@ def test_no_credentials_of_the_visdom_server_are_written(server, shown, tmp_path
     monkeypatch.setattr(sys, "argv", ["x.py", "--no_visdom", f"--visdom_server={server}"])
     flags = f"--dataset digits --log_dir a --visdom_server {server} --visdom_port 1"
     H = get_vqgan_hparams(flags.split())
-    with start_run(H, torch.device("cpu")) as log:
+    with start_run(H, Processes()) as log:
         record_settings(H, log)
     written = "".join(path.read_text() for path in Path("logs").rglob("*") if path.is_file())
     assert f"visdom_server: {shown}" in written and f"--visdom_server={shown}" in written
@@ -155,32 +160,24 @@ def test_no_credentials_of_the_visdom_server_are_written(server, shown, tmp_path
     assert H.visdom_server == server  # which the board needs
 
 
-def test_lines_that_a_full_disk_does_not_take_are_written_later(folder, capsys):
-    class Full:
-        """A file that takes ten bytes, then none."""
-
-        def __init__(self, file):
-            self.file, self.room = file, 10
-
-        def write(self, content):
-            if not self.room:
-                raise OSError(28, "No space left on device")
-            taken, self.room = self.room, 0
-            return self.file.write(content[:taken])
-
-        def close(self):
-            self.file.close()
-
+def test_lines_refused_by_a_full_disk_are_written_later(folder, capsys):
     with RunLogger(folder) as log:
-        file = log._metrics
-        log._metrics = Full(file)
-        for step in range(3):
-            log.metrics(step, {"loss": step})
-        log._metrics = file
-        log.metrics(3, {"loss": 3})
-    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 3]
-    assert capsys.readouterr().out.count("No space left on device") == 1
+        log.metrics(0, {"loss": 0})
+        log.info("before")
+
+        def log_steps():
+            for step in range(1, 4):
+                log.metrics(step, {"loss": step})
+
+        with_small_files(80, log_steps)  # takes a part of the second line of metrics.jsonl
+        size = folder.metrics.stat().st_size
+        assert size == 80 and not folder.metrics.read_bytes().endswith(b"\n")
+        log.metrics(4, {"loss": 4})
+        log.info("after")
+    assert [line["step"] for line in lines_of(folder)] == [0, 1, 2, 3, 4]
+    assert capsys.readouterr().out.count("File too large") == 1
+    lines = folder.log.read_text().splitlines()
+    assert [line.split()[2] for line in lines] == ["INFO", "WARNING", "INFO"]
 
 
 def test_messages_go_to_the_console_and_the_file_of_their_run(tmp_path, capsys):
@@ -262,7 +259,7 @@ def test_rewind_drops_later_lines_and_redraws_the_curves(folder):
 @pytest.mark.parametrize(
     "torn", ['{"step": 2, "gro', '{"step": 2, "group": "train", "loss": 2.0}', "\0\0\0", "7\n"]
 )
-def test_a_torn_last_line_is_not_glued_to_the_next(folder, torn):
+def test_torn_last_line_is_dropped(folder, torn):
     with RunLogger(folder) as log:
         log.metrics(1, {"loss": 1.0})
     with open(folder.metrics, "a") as file:
@@ -295,7 +292,7 @@ def test_images_are_saved_as_a_grid_or_one_by_one(folder):
     assert np.array_equal(single, images[2].permute(1, 2, 0).numpy())
 
 
-def test_a_metrics_file_that_cannot_be_opened_is_one_sentence(folder):
+def test_unopenable_metrics_file_raises_user_error(folder):
     folder.create()
     folder.metrics.mkdir()
     with pytest.raises(UserError, match="metrics.jsonl"):
@@ -421,7 +418,7 @@ def test_training_goes_on_without_a_server_and_keeps_the_login_secret(folder, ca
 
 
 @pytest.mark.parametrize("status, reason", [(200, "as visdom does"), (502, "HTTP status 502")])
-def test_another_server_on_the_port_is_one_warning(folder, status, reason):
+def test_foreign_server_on_the_port_gives_one_warning(folder, status, reason):
     class Other(BaseHTTPRequestHandler):
         def do_POST(self):
             self.send_response(status)
@@ -450,16 +447,15 @@ def test_curves_are_thinned_evenly_and_keep_both_ends():
     board = VisdomBoard()  # never started: looks into its memory
     for step in range(50_001):
         board.curve("loss", step, step / 2)
-    (trace,) = board._windows["metric: loss"].traces()
-    steps = np.array(trace["x"])
+    steps, values = np.array(board._windows["metric: loss"]["train"].points).T
     assert MAX_POINTS / 2 <= len(steps) <= MAX_POINTS
     assert steps[0] == 0 and steps[-1] == 50_000
     assert len(set(np.diff(steps)[:-1])) == 1
-    assert np.array_equal(np.array(trace["y"]), steps / 2)
+    assert np.array_equal(values, steps / 2)
 
 
-@pytest.mark.parametrize("server", ["ftp://host", "http://", "host:port", "http://[::1"])
-def test_a_server_that_is_no_address_is_refused(server):
+@pytest.mark.parametrize("server", ["ftp://host", "http://", "host:port", "http://[::1", "a b"])
+def test_invalid_server_address_is_refused(server):
     with pytest.raises(SettingsError, match="--visdom_server"):
         VisdomBoard(server)
 
@@ -467,7 +463,7 @@ def test_a_server_that_is_no_address_is_refused(server):
 # The server command
 
 
-def test_a_taken_port_is_one_sentence(tmp_path):
+def test_taken_port_raises_user_error(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -476,7 +472,7 @@ def test_a_taken_port_is_one_sentence(tmp_path):
             visdom_server.main(["--no_download", "--port", port, "--env_path", str(tmp_path)])
 
 
-def test_a_download_that_hangs_is_given_up(tmp_path, monkeypatch):
+def test_hung_download_is_given_up(tmp_path, monkeypatch):
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\nexec sleep 60\n")
     program.chmod(0o755)
@@ -488,7 +484,7 @@ def test_a_download_that_hangs_is_given_up(tmp_path, monkeypatch):
     assert time.monotonic() - start < 10
 
 
-def test_scripts_from_npm_without_npm_is_one_sentence(tmp_path, monkeypatch):
+def test_scripts_from_npm_without_npm_raises_user_error(tmp_path, monkeypatch):
     monkeypatch.setattr(visdom_server, "STATIC", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="install npm"):

@@ -6,7 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,16 +14,17 @@ import torch
 import train_sampler
 import train_vqgan
 from helpers import ROOT, with_small_files
-from utils.errors import DiskError
-from utils.runs.files import is_running, remove_leftovers, whole_file
-from utils.runs.folder import RunFolder
 from test_training import (
     SAMPLER, VQGAN, assert_identical, files_of, lines_of, sampler, sentence, trained, two_runs,
     vqgan, workplace,
 )
 from utils.data import latents
-from utils.training.checkpoints import Checkpoints, damage, load_file, save_file
-from utils.logging.logger import SilentLogger
+from utils.errors import DiskError
+from utils.files import is_running, load_file, remove_leftovers, save_file, whole_file
+from utils.logging.logger import NoLogger
+from utils.runs.folder import RunFolder
+from utils.runs.manifest import damage
+from utils.training.checkpoints import Checkpoints
 
 __all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
 
@@ -40,7 +41,7 @@ def flip_a_bit(path):
 
 
 @pytest.mark.parametrize("train", [vqgan, sampler])
-def test_the_same_command_goes_on_again_and_again(train, two_runs):
+def test_resuming_repeatedly_equals_one_uninterrupted_run(train, two_runs):
     train(f"{EVERY_2} --log_dir through --train_steps 6")
     for last in (1, 3, 6, 6):  # from nothing, from 1, from 3, from the end
         train(f"{EVERY_2} --log_dir parts --train_steps {last} --resume")
@@ -53,7 +54,7 @@ def test_the_same_command_goes_on_again_and_again(train, two_runs):
     assert not list(RunFolder("parts").path.glob("*_until_*"))
 
 
-def test_resume_begins_from_another_run_and_then_goes_on_with_its_own(two_runs):
+def test_resume_prefers_the_runs_own_checkpoint_to_load_dir(two_runs):
     flags = f"{EVERY_2} --log_dir b --load_dir ae --load_step 2 --no_load_optim --resume"
     vqgan(f"{flags} --train_steps 4")
     vqgan(f"{flags} --train_steps 6")
@@ -61,7 +62,7 @@ def test_resume_begins_from_another_run_and_then_goes_on_with_its_own(two_runs):
     assert_identical(files_of("c", 6), files_of("b", 6))
 
 
-def test_a_new_run_in_the_folder_is_not_resumed_from_the_checkpoints_of_the_old():
+def test_resume_ignores_checkpoints_of_an_earlier_run_in_the_folder():
     vqgan(f"{EVERY_2} --log_dir a --train_steps 6")
     vqgan(f"{EVERY_2} --log_dir a --train_steps 3 --seed 1")
     assert RunFolder("a").complete_steps() == [2, 3]
@@ -70,7 +71,7 @@ def test_a_new_run_in_the_folder_is_not_resumed_from_the_checkpoints_of_the_old(
     assert_identical(files_of("b", 4), files_of("a", 4))
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again_with_resume():
+def test_resume_restarts_a_run_killed_before_its_first_checkpoint():
     flags = f"{EVERY_2} --log_dir a --train_steps 6"
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Checkpoints, "save", lambda *arguments: interrupt())
@@ -82,7 +83,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_resume():
 
 
 @pytest.mark.parametrize("steps", [6, 2])
-def test_a_new_run_killed_before_it_has_a_record_is_not_the_old_one(steps, two_runs, monkeypatch):
+def test_resume_restarts_a_run_killed_before_it_wrote_hparams_yaml(steps, two_runs, monkeypatch):
     """Killed while it caches, in a folder where an earlier run has checkpoints, then resumed."""
     sampler(f"{EVERY_2} --log_dir a --train_steps {steps} --bert_n_layers 1")
     flags = f"{EVERY_2} --log_dir a --train_steps 4 --seed 1"
@@ -96,7 +97,7 @@ def test_a_new_run_killed_before_it_has_a_record_is_not_the_old_one(steps, two_r
     assert len(list(RunFolder("a").path.glob("hparams_until_*"))) == 1
 
 
-def test_a_command_that_fails_leaves_the_run_to_be_resumed(capsys, monkeypatch):
+def test_a_run_can_be_resumed_after_a_command_that_failed(capsys, monkeypatch):
     vqgan(f"{EVERY_2} --log_dir a --train_steps 2")
     flags = f"{VQGAN} --log_dir a --train_steps 4 --load_dir nowhere --load_step 3"
     assert "nowhere" in sentence(train_vqgan.main, flags, capsys, monkeypatch)
@@ -105,7 +106,7 @@ def test_a_command_that_fails_leaves_the_run_to_be_resumed(capsys, monkeypatch):
     assert_identical(files_of("b", 4), files_of("a", 4))
 
 
-def test_a_run_that_begins_from_another_one_is_not_resumed_from_an_old_one(two_runs):
+def test_loading_another_run_drops_the_folders_old_manifests(two_runs):
     vqgan(f"{EVERY_2} --log_dir a --train_steps 4 --seed 1")
     vqgan("--log_dir a --load_dir ae --load_step 2 --train_steps 3")
     assert RunFolder("a").complete_steps() == [3]
@@ -116,7 +117,7 @@ def interrupt():
 
 
 @pytest.mark.parametrize("moment", ["after", "amid"])
-def test_files_of_an_earlier_run_are_never_taken_for_this_ones(moment, monkeypatch):
+def test_saving_removes_an_earlier_runs_files_of_the_same_step(moment, monkeypatch):
     """A run with an EMA, then in the same folder one without, which saves or is killed doing so."""
     vqgan(f"{EVERY_2} --log_dir a --train_steps 2 --seed 1")
     run, flags = RunFolder("a"), f"{EVERY_2} --no_ema --log_dir a --train_steps 2"
@@ -140,7 +141,7 @@ def test_files_of_an_earlier_run_are_never_taken_for_this_ones(moment, monkeypat
     assert run.stats(2).exists() == (moment == "after")
 
 
-def test_two_programs_do_not_share_a_run_folder(capsys, monkeypatch):
+def test_a_locked_run_folder_is_refused(capsys, monkeypatch):
     monkeypatch.setattr("utils.runs.script.LOCK_SECONDS", 1)
     folder = RunFolder("a").create()
     code = (f"import fcntl, time; f = open({str(folder.lock)!r}, 'a'); fcntl.lockf(f, "
@@ -158,7 +159,7 @@ def test_two_programs_do_not_share_a_run_folder(capsys, monkeypatch):
     vqgan("--log_dir a --train_steps 1")
 
 
-def test_no_credentials_are_logged_when_a_run_goes_on():
+def test_resume_logs_no_credentials():
     server = "--visdom_server http://somebody:secret@localhost"
     vqgan(f"{server} --log_dir a --train_steps 1")
     vqgan(f"{server} --log_dir a --train_steps 2 --resume")
@@ -167,12 +168,13 @@ def test_no_credentials_are_logged_when_a_run_goes_on():
         assert "secret" not in text and "somebody" not in text
 
 
-def test_the_gradient_scalers_state_is_restored(workplace):
+def test_restore_loads_the_gradient_scaler(workplace):
     run, scaler = RunFolder("a").create(), torch.amp.GradScaler("cpu", init_scale=64.0)
     model = torch.nn.Linear(2, 2)
     Checkpoints(run, {"thing": model}, {}, scaler).save(1, {})
     other = torch.amp.GradScaler("cpu")
-    Checkpoints(run, {"thing": model}, {}, other).restore(run, 1, SilentLogger(run))
+    H = SimpleNamespace(load_dir="a", load_step=1, load_optim=True)
+    Checkpoints(run, {"thing": model}, {}, other).restore(H, NoLogger(run))
     assert other.get_scale() == 64.0
 
 
@@ -194,7 +196,7 @@ def spoilt(kind, run):
 
 
 @pytest.mark.parametrize("kind", ["bit", "shorter", "stats", "manifest", "lost"])
-def test_a_damaged_checkpoint_is_named_and_refused_and_the_one_before_offered(
+def test_a_damaged_checkpoint_is_refused_and_an_earlier_one_offered(
     kind, capsys, monkeypatch
 ):
     vqgan(f"{EVERY_2} --log_dir a --train_steps 4")
@@ -210,7 +212,7 @@ def test_a_damaged_checkpoint_is_named_and_refused_and_the_one_before_offered(
     assert_identical(files_of("b", 6), files_of("a", 6))
 
 
-def test_an_autoencoder_that_is_damaged_is_refused(capsys, monkeypatch, workplace):
+def test_a_damaged_autoencoder_is_refused(capsys, monkeypatch, workplace):
     vqgan("--log_dir ae --train_steps 2")
     flip_a_bit(RunFolder("ae").model("vqgan", 2))
     from train_sampler import main
@@ -219,7 +221,7 @@ def test_an_autoencoder_that_is_damaged_is_refused(capsys, monkeypatch, workplac
     assert "vqgan_2.th is damaged" in line and "no earlier checkpoint is whole" in line
 
 
-def test_resume_never_begins_again_where_all_checkpoints_are_damaged(capsys, monkeypatch):
+def test_resume_fails_where_all_checkpoints_are_damaged(capsys, monkeypatch):
     vqgan("--log_dir a --train_steps 2")
     flip_a_bit(RunFolder("a").model("vqgan", 2))
     flags = f"{VQGAN} --log_dir a --train_steps 4 --resume"
@@ -230,7 +232,7 @@ def test_resume_never_begins_again_where_all_checkpoints_are_damaged(capsys, mon
 # --- how many are kept -------------------------------------------------------------------------
 
 
-def test_old_checkpoints_go_and_nothing_else_does():
+def test_keep_checkpoints_removes_only_old_checkpoints():
     run = RunFolder("a").create()
     mine = run.models / "vqgan_2_mine.th"
     mine.write_text("not the run's")
@@ -257,7 +259,7 @@ class Scaler:
         return {}
 
 
-def test_the_last_good_checkpoint_stays_where_the_new_one_is_not_good(monkeypatch):
+def test_an_old_checkpoint_is_kept_where_the_new_one_is_damaged(monkeypatch):
     run = RunFolder("a").create()
     checkpoints = Checkpoints(run, {"thing": Thing()}, {}, Scaler(), keep=1)
     checkpoints.save(1, {})
@@ -269,7 +271,7 @@ def test_the_last_good_checkpoint_stays_where_the_new_one_is_not_good(monkeypatc
     assert run.complete_steps() == [3]
 
 
-def test_a_manifest_cannot_have_other_files_removed(workplace):
+def test_a_manifest_cannot_remove_files_outside_the_run(workplace):
     run = RunFolder("a").create()
     checkpoints = Checkpoints(run, {"thing": Thing()}, {}, Scaler(), keep=1)
     checkpoints.save(1, {})
@@ -285,7 +287,7 @@ def test_a_manifest_cannot_have_other_files_removed(workplace):
 # --- half-written files ------------------------------------------------------------------------
 
 
-def test_a_file_is_the_old_or_the_whole_new_one(tmp_path):
+def test_whole_file_replaces_all_or_nothing(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(KeyError), whole_file(path) as file:
@@ -302,7 +304,7 @@ def test_a_file_is_the_old_or_the_whole_new_one(tmp_path):
             pass
 
 
-def test_only_leftovers_of_processes_that_are_gone_are_removed(tmp_path):
+def test_remove_leftovers_spares_files_of_running_processes(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()
     assert is_running(os.getpid()) and not is_running(process.pid)
@@ -317,7 +319,7 @@ def test_only_leftovers_of_processes_that_are_gone_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 100, 5000, 300_000])
-def test_a_file_that_the_disk_does_not_take_is_one_sentence(size, tmp_path):
+def test_save_file_on_a_full_disk_raises_disk_error_and_keeps_the_old_file(size, tmp_path):
     path = tmp_path / "a.th"
     save_file({"weight": torch.zeros(10)}, path)
     with pytest.raises(DiskError, match="cannot write .*a.th: File too large"):
@@ -326,7 +328,7 @@ def test_a_file_that_the_disk_does_not_take_is_one_sentence(size, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_during_training_changes_no_bit_and_harms_no_checkpoint(monkeypatch):
+def test_training_survives_a_full_disk_to_the_bit(monkeypatch):
     """Nothing can be written from before the save of step 4 to after that of step 6."""
     real = Checkpoints.save
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -354,7 +356,7 @@ def test_a_full_disk_during_training_changes_no_bit_and_harms_no_checkpoint(monk
     assert not list(run.path.rglob("*.tmp"))
 
 
-def test_a_last_checkpoint_that_is_not_saved_is_an_error(capsys, monkeypatch):
+def test_failing_to_save_the_last_checkpoint_is_an_error(capsys, monkeypatch):
     def save(self, step, stats):
         if step == 4:
             raise DiskError("cannot write a.th: No space left on device")
@@ -368,7 +370,7 @@ def test_a_last_checkpoint_that_is_not_saved_is_an_error(capsys, monkeypatch):
     assert "ERROR cannot write" in RunFolder("a").log.read_text()
 
 
-def test_a_full_disk_on_a_small_file_system(workplace):
+def test_a_full_file_system_keeps_whole_checkpoints(workplace):
     """The same on a file system of its own, which is nearly full, made by root."""
     logs = workplace / "logs"
     logs.mkdir()
@@ -396,7 +398,7 @@ def test_a_full_disk_on_a_small_file_system(workplace):
 # --- cached ids --------------------------------------------------------------------------------
 
 
-def test_an_interrupted_encoding_goes_on_where_it_was(two_runs, workplace, monkeypatch):
+def test_interrupted_encoding_encodes_only_missing_parts(two_runs, workplace, monkeypatch):
     sampler("--log_dir whole --train_steps 1")
     path = max((workplace / "latents").glob("*.pt"), key=lambda path: path.stat().st_size)
     whole = load_file(path)
@@ -429,7 +431,7 @@ def test_an_interrupted_encoding_goes_on_where_it_was(two_runs, workplace, monke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["vqgan", "sampler", "latents", "experiment"])
-def test_kills_at_any_moment_change_no_bit(stage, workplace):
+def test_kill_9_at_any_moment_changes_no_bit(stage, workplace):
     command = [sys.executable, str(ROOT / "tests" / "pull_the_plug.py"), "--stage", stage]
     done = subprocess.run(
         [*command, "--kills", "12"], capture_output=True, text=True, timeout=580,

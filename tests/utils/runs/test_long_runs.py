@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-import train_sampler
+from helpers import at_the_end_of_steps
 from test_training import sampler, trained, two_runs, workplace
 
 __all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
@@ -17,14 +17,13 @@ def resident_bytes():
 
 @pytest.mark.slow
 def test_memory_and_open_files_stay_flat_over_20000_steps(two_runs, monkeypatch, capsys):
-    step_of_training, seen = train_sampler.train_step, {}
+    seen = {}
 
-    def watched(sampler, model, ema, optimizer, ids, step, *others):
-        if step in (1000, 5000, 10000, 20000):
-            seen[step] = resident_bytes(), len(os.listdir("/proc/self/fd"))
-        return step_of_training(sampler, model, ema, optimizer, ids, step, *others)
+    def watch(loop):
+        if loop.step in (1000, 5000, 10000, 20000):
+            seen[loop.step] = resident_bytes(), len(os.listdir("/proc/self/fd"))
 
-    monkeypatch.setattr(train_sampler, "train_step", watched)
+    at_the_end_of_steps(monkeypatch, watch)
     sampler(
         "--log_dir long --train_steps 20000 --bert_n_emb 16 --bert_n_layers 1 --kernel_sizes 3 "
         "--optimizer adam --ema --batch_size 4 --steps_per_log 10 --steps_per_eval 5000 "

@@ -1,18 +1,21 @@
 """Losses and gradients that are not finite: the step is passed over and leaves no trace."""
 
+import contextlib
+
 import pytest
 import torch
 
 import train_vqgan
-from utils.runs.folder import RunFolder
 from models import AbsorbingDiffusion
 from models.autoencoder.vqgan import VQGAN
+from test_training import VQGAN as VQGAN_FLAGS
 from test_training import (
-    VQGAN as VQGAN_FLAGS, assert_identical, files_of, lines_of, sampler, sentence, trained,
-    two_runs, vqgan, workplace,
+    assert_identical, files_of, lines_of, sampler, sentence, trained, two_runs, vqgan, workplace,
 )
 from utils.data.batches import stream_positions
-from utils.training.loop import step_seed
+from utils.runs.folder import RunFolder
+from utils.training.loop import TrainingLoop
+from utils.training.precision import step_seed
 
 __all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
 
@@ -60,7 +63,7 @@ STAGES = {
 
 @pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_bad_step_is_logged_and_leaves_everything_as_it_was(stage, how, monkeypatch, two_runs):
+def test_a_step_that_is_not_finite_is_logged_and_changes_nothing(stage, how, monkeypatch, two_runs):
     """Steps 4 and 5 of 5 are bad: the end is what a run of 3 steps left, to the bit."""
     train, more, cls, method = STAGES[stage]
     spoil(monkeypatch, cls, method, (4, 5), how)
@@ -84,7 +87,7 @@ def without_rates(content):
     return [without_rates(value) for value in content] if isinstance(content, list) else content
 
 
-def test_too_many_bad_steps_in_a_row_stop(monkeypatch, capsys, workplace):
+def test_too_many_bad_steps_in_a_row_end_training(monkeypatch, capsys, workplace):
     spoil(monkeypatch, VQGAN, "generator_losses", (2, 3, 5, 6, 7), "nan")
     limit = "--max_bad_steps 2 --steps_per_checkpoint 4 --log_dir a"
     flags = f"{VQGAN_FLAGS} {limit} --train_steps 9"
@@ -94,7 +97,7 @@ def test_too_many_bad_steps_in_a_row_stop(monkeypatch, capsys, workplace):
     assert RunFolder("a").complete_steps() == [4]
 
 
-def test_training_goes_on_to_learn_after_a_bad_step(monkeypatch, two_runs):
+def test_training_continues_after_a_bad_step(monkeypatch, two_runs):
     spoil(monkeypatch, AbsorbingDiffusion, "forward", (2,), "nan")
     sampler(f"{FLAGS} --log_dir a --train_steps 4")
     assert [line["step"] for line in lines_of("a") if line["group"] == "train"] == [1, 3, 4]
@@ -108,26 +111,27 @@ def test_training_goes_on_to_learn_after_a_bad_step(monkeypatch, two_runs):
     (vqgan, "--disc_start_step 1", "disc_optim_1.th"),
     (sampler, "--optimizer adam", "absorbing_optim_1.th"),
 ])
-def test_gradients_of_both_stages_are_clipped(train, more, optimizer, two_runs):
+def test_clip_grad_norm_limits_gradients_of_both_stages(train, more, optimizer, two_runs):
     for run, clip in (("free", ""), ("clipped", "--clip_grad_norm 1e-9")):
         train(f"--log_dir {run} --train_steps 1 {more} {clip}")
     free, clipped = (files_of(run, 1)[optimizer]["state"][0] for run in ("free", "clipped"))
     assert float(clipped["exp_avg"].norm()) < 1e-9 < float(free["exp_avg"].norm())
 
 
-def test_weights_that_are_not_finite_never_replace_the_last_good_checkpoint(
+def test_weights_that_are_not_finite_are_not_saved(
     monkeypatch, capsys, workplace
 ):
     """The weights go bad in step 5, of which the checkpoints of steps 6 and 8 would be made."""
-    step_of_training = train_vqgan.train_step
+    attempt = TrainingLoop.attempt
 
-    def spoil_weights(vqgan, objectives, ema, optimizers, images, step, *others):
-        result = step_of_training(vqgan, objectives, ema, optimizers, images, step, *others)
-        if step == 5:
-            next(vqgan.ae.parameters()).data[0] = float("inf")
-        return result
+    @contextlib.contextmanager
+    def spoil_weights(loop, model):
+        with attempt(loop, model):
+            yield
+        if loop.step == 5:
+            next(model.ae.parameters()).data[0] = float("inf")
 
-    monkeypatch.setattr(train_vqgan, "train_step", spoil_weights)
+    monkeypatch.setattr(TrainingLoop, "attempt", spoil_weights)
     limits = "--steps_per_checkpoint 2 --keep_checkpoints 1 --max_bad_steps 4"
     shows = "--steps_per_save_output 1 --steps_per_eval 2 --train_steps 20"
     flags = f"{VQGAN_FLAGS} {limits} {shows} --log_dir a"
@@ -147,7 +151,7 @@ def nondeterministic_again():
     torch.use_deterministic_algorithms(False)
 
 
-def test_deterministic_is_taken_at_its_word(nondeterministic_again, workplace):
+def test_the_deterministic_flag_reaches_torch(nondeterministic_again, workplace):
     vqgan("--log_dir a --train_steps 2 --deterministic")
     assert torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
@@ -20,52 +19,26 @@ from experiments import (
     calc_approximate_ELBO, calc_FID, calc_PRDC, calc_VQGAN_FID, generate_big_samples, get_samples,
     inpaint,
 )
-from helpers import ROOT, free_port
+from helpers import ROOT, as_torchrun, at_the_end_of_steps, on_processes
 from hparams import UserError, get_vqgan_hparams
-from utils.runs.folder import RunFolder
 from models import AbsorbingDiffusion
 from test_training import (
     SAMPLER, VQGAN, assert_identical, files_of, lines_of, sampler, trained, two_runs, vqgan,
     workplace,
 )
-from utils.evaluation import features, samples as sampling
 from utils.data import latents
-from utils.data.cache import Whole
-from utils.training.checkpoints import load_file
-from utils.training.processes import World, join
-from utils.evaluation.experiment import read_results
 from utils.data.batches import stream, stream_positions
-from utils.training.loop import step_seed
+from utils.evaluation import features
+from utils.evaluation import samples as sampling
+from utils.evaluation.experiment import read_results
+from utils.files import load_file
+from utils.runs.folder import RunFolder
+from utils.training.precision import step_seed
+from utils.training.processes import init_processes
 
 __all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
 
 EXACT = "--embd_pdrop 0 --resid_pdrop 0 --steps_per_log 1 --ema --steps_per_checkpoint 5"
-
-
-def as_torchrun(rank, count, port="0"):
-    """The variables by which torchrun tells a process who it is."""
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-
-
-def on_processes(count, main, flags):
-    """Run `main` in forked processes, as torchrun would; returns their exit statuses."""
-    port, processes = str(free_port()), []
-    for rank in range(count):
-        process = os.fork()
-        if process == 0:
-            status = 1
-            try:
-                os.environ |= as_torchrun(rank, count, port)
-                torch.set_num_threads(1)
-                main(flags.split())
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        processes.append(process)
-    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
 def losses(run):
@@ -118,8 +91,8 @@ def test_two_processes_train_an_autoencoder_and_keep_the_same_weights(workplace)
 def test_a_bad_step_of_one_process_is_passed_over_by_all(rank, two_runs, monkeypatch):
     forward, seeds = AbsorbingDiffusion.forward, {step_seed(0, 2, f"train, process {rank} of 2")}
 
-    def spoilt(self, *arguments):
-        stats = forward(self, *arguments)
+    def spoilt(self, *arguments, **options):
+        stats = forward(self, *arguments, **options)
         if torch.initial_seed() in seeds:
             stats["loss"] = stats["loss"] * float("nan")
         return stats
@@ -137,19 +110,16 @@ def test_a_bad_step_of_one_process_is_passed_over_by_all(rank, two_runs, monkeyp
 @pytest.mark.parametrize("sign", ["a signal", "torchrun is gone"])
 def test_several_processes_leave_together_and_go_on(sign, two_runs, monkeypatch):
     """Where one of them is interrupted, or left alone: all save the same step."""
-    step_of_training = train_sampler.train_step
-
-    def interrupted(sampler, model, ema, optimizer, ids, step, *others):
-        if step == 3 and os.environ.get("RANK") == "1":
+    def interrupt(loop):
+        if loop.step == 3 and os.environ.get("RANK") == "1":
             if sign == "a signal":
                 os.kill(os.getpid(), signal.SIGTERM)
             else:
                 monkeypatch.setattr(os, "getppid", lambda: 1)
-        return step_of_training(sampler, model, ema, optimizer, ids, step, *others)
 
     flags = f"{SAMPLER} --ema --batch_size 4 --train_steps 6 --steps_per_checkpoint 100"
     with monkeypatch.context() as patched:
-        patched.setattr(train_sampler, "train_step", interrupted)
+        at_the_end_of_steps(patched, interrupt)
         assert on_processes(2, train_sampler.main, f"{flags} --log_dir parts") == [0, 0]
     assert RunFolder("parts").complete_steps() == [3]
     assert on_processes(2, train_sampler.main, f"{flags} --log_dir parts --resume") == [0, 0]
@@ -157,7 +127,7 @@ def test_several_processes_leave_together_and_go_on(sign, two_runs, monkeypatch)
     assert_identical(files_of("through", 6), files_of("parts", 6))
 
 
-def test_an_unreadable_image_of_any_share_is_named_in_the_log(workplace):
+def test_an_unreadable_image_of_any_rank_is_named_in_the_log(workplace):
     folder = workplace / "images"
     folder.mkdir()
     for index in range(8):
@@ -175,18 +145,21 @@ def test_an_unreadable_image_of_any_share_is_named_in_the_log(workplace):
         assert f"{index}.png: it is no image" in log
 
 
-def test_what_is_kept_is_decided_by_one_process(two_runs, monkeypatch):
+def test_what_is_cached_is_decided_by_one_process(two_runs, monkeypatch):
     """Another command may finish the same file between the looks of two processes."""
-    is_kept = Whole.is_kept
+    is_cached = latents.is_cached
     monkeypatch.setattr(
-        Whole, "is_kept", lambda self: os.environ.get("RANK") == "1" or is_kept(self)
+        latents, "is_cached", lambda *file: os.environ.get("RANK") == "1" or is_cached(*file)
     )
     shutil.rmtree(latents.LATENTS)
     flags = f"{SAMPLER} --log_dir two --train_steps 1"
     assert on_processes(2, train_sampler.main, flags) == [0, 0]
 
 
-def test_processes_that_find_different_data_say_so(two_runs, monkeypatch, capfd):
+@pytest.mark.parametrize("cached", [False, True])
+def test_processes_that_find_different_data_say_so(cached, two_runs, monkeypatch, capfd):
+    """Also where the ids of what the first one has found are cached."""
+    monkeypatch.setattr(latents, "is_cached", lambda *file: cached)
     monkeypatch.setattr(latents, "latents_key", lambda *what: f"key {os.environ.get('RANK')}")
     statuses = on_processes(2, train_sampler.main, f"{SAMPLER} --log_dir two --train_steps 1")
     assert statuses == [1, 1] or statuses == [0, 1]
@@ -206,26 +179,20 @@ def test_the_learning_rate_of_the_autoencoder_follows_the_whole_batch(monkeypatc
     flags = "--dataset churches --batch_size 4".split()
     one = get_vqgan_hparams(flags).lr
     monkeypatch.setenv("WORLD_SIZE", "8")  # as some clusters do
-    assert get_vqgan_hparams(flags).lr == one and join("cpu").size == 1
+    assert get_vqgan_hparams(flags).lr == one and init_processes("cpu").size == 1
     for name, value in as_torchrun(0, 8).items():
         monkeypatch.setenv(name, value)
     assert get_vqgan_hparams(flags).lr == 8 * one == pytest.approx(8 * 4 * 4.5e-6)
 
 
-def test_shares_of_the_stream_are_its_batches():
+def test_parts_of_the_stream_are_its_batches():
     whole = stream(50, 12, seed=1, start_batch=3)
-    parts = [stream(50, 4, seed=1, start_batch=3, share=(rank, 3)) for rank in range(3)]
+    parts = [stream(50, 4, seed=1, start_batch=3, part=(rank, 3)) for rank in range(3)]
     for _ in range(10):
         indices, flips = next(whole)
         got = [next(part) for part in parts]
         assert [i for part, _ in got for i in part] == list(indices)
         assert [f for _, part in got for f in part] == list(flips)
-
-
-def test_shares_of_a_sequence_are_all_of_it_once():
-    shares = [World(rank, 3).share(range(10)) for rank in range(3)]
-    assert sorted(item for share in shares for item in share) == list(range(10))
-    assert World().share(range(10)) == range(10)
 
 
 # --- experiments -------------------------------------------------------------------------------
@@ -241,13 +208,14 @@ MEASURES = {
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_processes_divide_what_is_measured_and_measure_the_same(name, tiny, two_runs, monkeypatch):
-    """To the bit, with one log, one set of images, and nothing left of the parts."""
+    """To the bit, with one log, one set of images, and no files but those of one process."""
     monkeypatch.setattr(features, "PART", 256)
     monkeypatch.setattr(calc_VQGAN_FID, "PART", 256)
     script, flags = MEASURES[name]
     command = f"--load_dir prior --load_step 2 --no_visdom {flags} --save_individually"
     with one_thread():
         script.main([*command.split(), "--log_dir", "one"])
+    statistics = files_below(Path("statistics"))
     for path in (*Path("statistics").glob("*"), *Path().glob("fake.npy*")):
         path.unlink()
     assert on_processes(3, script.main, f"{command} --log_dir three") == [0, 0, 0]
@@ -256,8 +224,8 @@ def test_processes_divide_what_is_measured_and_measure_the_same(name, tiny, two_
     assert three[key]["figures"] == result["figures"] and len(three) == 1
     assert RunFolder("three").log.read_text().count("command: ") == 1
     assert images_of("one") == images_of("three") and images_of("one")
-    assert not list(RunFolder("three").features.glob("*/*"))
-    assert not [path for path in Path("statistics").glob("*") if "part" in path.name]
+    assert files_below(RunFolder("three").path) == files_below(RunFolder("one").path)
+    assert files_below(Path("statistics")) == statistics
 
 
 def test_an_experiment_goes_on_with_another_number_of_processes(tiny, two_runs, monkeypatch):
@@ -278,15 +246,15 @@ def test_an_experiment_goes_on_with_another_number_of_processes(tiny, two_runs, 
     killed = RunFolder("killed")
     kept = {path.name for path in killed.samples.glob("*/*.pt")}
     assert kept and not killed.results.exists()
-    [path] = killed.features.glob("*/000064_64.pt")
+    [path] = killed.samples.glob("*/000000_64.pt")
     path.write_bytes(path.read_bytes()[:-9])
     with one_thread():
         calc_FID.main(f"{flags} --log_dir undisturbed".split())
         with monkeypatch.context() as patched:
             patched.setattr(sampling, "seed_step", die)
             calc_FID.main(f"{flags} --log_dir killed".split())
-    assert "000064_64.pt is made again" in killed.log.read_text()
-    assert len(drawn) == 7 - len(kept)
+    assert "000000_64.pt is made again" in killed.log.read_text()
+    assert len(drawn) == 7 - len(kept) + 1
     undisturbed, found = (read_results(RunFolder(run).results) for run in ("undisturbed", "killed"))
     assert [r["figures"] for r in found.values()] == [r["figures"] for r in undisturbed.values()]
 
@@ -302,12 +270,16 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
+def files_below(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
 def images_of(run):
     return {path.name: path.read_bytes() for path in RunFolder(run).images.rglob("*.png")}
 
 
-def test_a_dataset_is_encoded_in_shares(two_runs, monkeypatch):
-    """Each process encodes some parts of it, and the ids are those of one process."""
+def test_a_dataset_is_encoded_by_all_processes(two_runs, monkeypatch):
+    """Each encodes some parts of it, and the ids are those of one process."""
     monkeypatch.setattr(latents, "PART", 300)
     shutil.rmtree(latents.LATENTS)
     sampler("--log_dir one --train_steps 1 --horizontal_flip")
@@ -383,12 +355,13 @@ def test_an_error_of_one_process_ends_all(two_runs, workplace):
         "import train_sampler\n"
         "from hparams import UserError\n"
         "from utils.runs.script import run_script\n"
-        "step = train_sampler.train_step\n"
-        "def failing(*arguments):\n"
-        "    if os.environ['RANK'] == '1' and arguments[5] == 3:\n"
+        "from utils.training.loop import TrainingLoop\n"
+        "end_step = TrainingLoop.end_step\n"
+        "def failing(loop):\n"
+        "    if os.environ['RANK'] == '1' and loop.step == 3:\n"
         "        raise UserError('the data is gone')\n"
-        "    return step(*arguments)\n"
-        "train_sampler.train_step = failing\n"
+        "    end_step(loop)\n"
+        "TrainingLoop.end_step = failing\n"
         "run_script(train_sampler.main)\n"
     )
     done = run_torchrun(script, f"{SAMPLER} --train_steps 100000")

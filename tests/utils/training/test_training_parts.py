@@ -9,16 +9,15 @@ import torch
 import train_sampler
 import train_vqgan
 from hparams import get_sampler_hparams, get_vqgan_hparams
-from models import AbsorbingDiffusion, Transformer, VQGAN
+from models import VQGAN, AbsorbingDiffusion, Transformer
 from models.prior.absorbing_diffusion import diffusion_losses, draw_mask, draw_times
 from models.sampling.samplers import sample_mask_predict
-from utils.training import loop as training
 from utils.evaluation.metrics import psnr
-from utils.training.muon import MuonWithAdamW
-from utils.training.processes import World
-from utils.training.loop import (
-    EMA, BadStep, Precision, backward, buffers_kept, learning_rate, seed_step, take_step,
-)
+from utils.training import precision as precision_module
+from utils.training.ema import EMA
+from utils.training.optimizers import MuonWithAdamW, NotFinite, backward, learning_rate, take_step
+from utils.training.precision import Precision, seed_step
+from utils.training.processes import Processes
 
 CPU = torch.device("cpu")
 DIGITS = "--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --disc_layers 1"
@@ -34,7 +33,7 @@ def settings(schedule):
     )
 
 
-def test_learning_rates():
+def test_learning_rate_follows_its_schedule():
     for schedule in ("constant", "cosine", "linear"):
         assert learning_rate(settings(schedule), 5) == pytest.approx(1.0)
         assert learning_rate(settings(schedule), 10) == pytest.approx(2.0)
@@ -57,16 +56,16 @@ def test_ema_is_the_weighted_mean_and_copies_buffers():
     assert not ema.model.training and not ema.model.weight.requires_grad
 
 
-def test_ema_shares_what_never_changes():
+def test_ema_shares_the_tensors_and_modules_that_never_change():
     model = torch.nn.ModuleDict({"frozen": torch.nn.Linear(2, 2), "live": torch.nn.Linear(2, 2)})
     model.frozen, model.live = model["frozen"], model["live"]
     ema = EMA(model, 0.5, shared=["frozen"])
     assert ema.model.frozen is model.frozen and ema.model.live is not model.live
 
 
-def test_precision(monkeypatch):
+def test_amp_uses_bfloat16_only_where_the_cpu_has_it(monkeypatch):
     for has_units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(training, "cpu_has_bfloat16", lambda: has_units)
+        monkeypatch.setattr(precision_module, "cpu_has_bfloat16", lambda: has_units)
         precision = Precision(True, CPU)
         with precision.autocast():
             product = torch.nn.Linear(4, 4)(torch.zeros(1, 4))
@@ -79,7 +78,7 @@ def test_precision(monkeypatch):
 def step(loss, optimizer, precision, clip=0.0):
     """One step on a loss."""
     backward(loss, optimizer, precision)
-    take_step([loss], [optimizer], precision, World(), clip)
+    take_step([loss], [optimizer], precision, Processes(), clip)
 
 
 def test_clipping_limits_the_gradient():
@@ -102,7 +101,7 @@ def test_a_scaler_that_overflows_skips_muon_and_adamw_together():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     bias, weight = model.blocks[0].bias, model.blocks[0].weight
     loss = bias.sum() * float("inf") + weight.sum()
-    with pytest.raises(BadStep):  # not the scale's doing: the loss itself is infinite
+    with pytest.raises(NotFinite):  # not the scale's doing: the loss itself is infinite
         step(loss, optimizer, precision, 1.0)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, enabled=True)
     step(1e3 * (bias + weight).sum(), optimizer, precision, 1.0)  # overflows float32: passed over
@@ -128,16 +127,37 @@ class Images:
     def __len__(self):
         return 7
 
-    def load(self, index):
-        return torch.full((1, 16, 16), index / 7)
+    def pixels(self, index):
+        return torch.full((1, 16, 16), 36 * index, dtype=torch.uint8)
+
+
+class Log:
+    """Keeps what validation logs."""
+
+    def metrics(self, step, values, group):
+        self.values = values
+
+    def bars(self, step, name, values):
+        self.usage = values
+
+
+def training_of(kind, **attributes):
+    """A training of `kind` that has no more than what is given."""
+    training = kind.__new__(kind)
+    training.__dict__ |= dict(attributes, processes=Processes(), log=Log())
+    return training
 
 
 def test_validation_of_the_autoencoder_is_the_mean_over_images():
     torch.manual_seed(0)
     H = get_vqgan_hparams([*DIGITS.split(), "--batch_size", "3"])
     vqgan = VQGAN(H).eval()
-    values, usage = train_vqgan.validate(vqgan, Images(), H, CPU, None)
-    images = torch.stack([Images().load(index) for index in range(7)])
+    training = training_of(
+        train_vqgan.VQGANTraining, H=H, best=vqgan, validation_set=Images(), on_unreadable=None
+    )
+    training.validate(1)
+    values, usage = training.log.values, training.log.usage
+    images = torch.stack([Images().pixels(index) for index in range(7)]) / 255
     with torch.no_grad():
         reconstructions, _, _, ids = vqgan.ae(images)
     assert values["l1"] == pytest.approx(float((images - reconstructions).abs().mean()), rel=1e-5)
@@ -154,17 +174,25 @@ def prior(flags=""):
 
 
 def test_validation_of_the_sampler_is_repeatable_and_ignores_the_mask_schedule():
+    def validate(model, H):
+        training = training_of(
+            train_sampler.SamplerTraining, H=H, best=model, held_out=ids,
+            precision=Precision(False, CPU),
+        )
+        training.validate(1)
+        return training.log.values
+
     H, model = prior()
     ids = torch.randint(H.codebook_size, (10, 64))
-    first = train_sampler.validate(model, ids, H, Precision(False, CPU))
-    assert first == train_sampler.validate(model, ids, H, Precision(False, CPU))
+    first = validate(model, H)
+    assert first == validate(model, H)
     fixed, same_model = prior("--mask_schedule fixed")
-    assert train_sampler.validate(same_model, ids, fixed, Precision(False, CPU)) == first
+    assert validate(same_model, fixed) == first
     assert first["bits_per_token"] == pytest.approx(4, abs=0.4)  # untrained: log2(16)
 
 
 @pytest.mark.parametrize("loss_type", ["elbo", "reweighted_elbo", "mlm"])
-def test_the_loss_asked_for_is_the_loss_trained(loss_type):
+def test_loss_type_selects_the_training_loss(loss_type):
     H, model = prior(f"--loss_type {loss_type}")
     ids = torch.randint(H.codebook_size, (6, 64))
     seed_step(0, 1)
@@ -178,7 +206,7 @@ def test_the_loss_asked_for_is_the_loss_trained(loss_type):
     assert float(stats["bits_per_token"]) == pytest.approx(float(losses["elbo"].mean()), rel=1e-6)
 
 
-def test_mask_predict_masks_again_with_falling_probability():
+def test_mask_predict_remasks_with_falling_probability():
     shares = []
 
     def denoise(ids, where):

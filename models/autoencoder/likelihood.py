@@ -1,37 +1,8 @@
-"""Losses and likelihoods of stage 1, as functions of tensors."""
+"""Likelihoods of images under a Gaussian for each pixel, for the ELBO (2111.12701)."""
 
 import math
 
 import torch
-from torch.nn import functional as F
-
-
-def generator_adversarial_loss(fake_logits):
-    """-mean(D(x_hat)): what the generator gets for fooling the discriminator."""
-    return -fake_logits.float().mean()
-
-
-def hinge_loss(real_logits, fake_logits):
-    """The discriminator's loss: the mean of its hinge on real and on generated images."""
-    real = F.relu(1 - real_logits.float()).mean()
-    fake = F.relu(1 + fake_logits.float()).mean()
-    return (real + fake) / 2
-
-
-def adaptive_weight(nll, g_loss, last_weight, max_weight, grad_scale=1.0):
-    """Weight that gives the adversarial gradient the size of the reconstruction's (2012.09841).
-
-    lambda = |grad_L nll| / (|grad_L g_loss| + 1e-4), clamped to [0, max_weight], where L is
-    `last_weight` and both losses are 0-d with a graph to it. Returns a 0-d tensor without one.
-    `grad_scale` multiplies the losses while they are differentiated, so that float16 gradients do
-    not vanish; the result is that of the unscaled gradients.
-    """
-    def gradient_norm(loss):
-        (gradient,) = torch.autograd.grad(loss * grad_scale, last_weight, retain_graph=True)
-        return (gradient.float() / grad_scale).norm()
-
-    weight = gradient_norm(nll) / (gradient_norm(g_loss) + 1e-4)
-    return weight.clamp(0, max_weight).detach()
 
 
 def gaussian_nll(x, mu, logsigma):

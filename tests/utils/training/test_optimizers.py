@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.training.muon import Muon, orthogonalize
+from utils.training.optimizers import Muon, orthogonalize
 
 
 def test_orthogonalize_brings_singular_values_near_one():
@@ -13,7 +13,7 @@ def test_orthogonalize_brings_singular_values_near_one():
         assert values.min() > 0.3 and values.max() < 1.3
 
 
-def test_steps_agree_with_torch():
+def test_muon_agrees_with_torch():
     torch.manual_seed(0)
     shapes = [(16, 16), (48, 16), (16, 48), (16, 16)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -34,6 +34,6 @@ def test_steps_agree_with_torch():
         assert (one - other).norm() < 0.03 * moved  # torch rounds to bfloat16
 
 
-def test_only_matrices():
+def test_muon_refuses_what_is_no_matrix():
     with pytest.raises(ValueError, match="takes matrices"):
         Muon([torch.nn.Parameter(torch.zeros(3))])

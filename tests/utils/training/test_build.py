@@ -1,15 +1,17 @@
-"""Building models from settings and files: where LPIPS' weights come from."""
+"""Building models from settings and files: what does not fit, where LPIPS' weights come from."""
 
 import pytest
 import torch
 import torchvision
 
-from hparams import UserError, get_sampler_hparams, get_vqgan_hparams
-from utils.runs.folder import RunFolder
-from utils.training import assemble
-from utils.training.assemble import build_vqgan, load_perceptual
-from utils.training.checkpoints import load_weights, save_file
+from hparams import SettingsError, UserError, get_sampler_hparams, get_vqgan_hparams
+from models import VQGAN
+from utils.files import save_file
 from utils.logging.logger import RunLogger
+from utils.runs.folder import RunFolder
+from utils.training import build
+from utils.training.build import build_both, build_vqgan, check_models, load_perceptual
+from utils.training.checkpoints import load_weights
 
 FLAGS = (
     "--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --disc_layers 1 "
@@ -40,15 +42,15 @@ def no_download(*arguments, **options):
     raise AssertionError("downloaded")
 
 
-def test_without_lpips_nothing_is_needed(log, monkeypatch):
-    monkeypatch.setattr(assemble, "download_vgg16", no_download)
-    monkeypatch.setattr(assemble, "build_perceptual", no_download)
+def test_perceptual_weight_0_needs_no_lpips(log, monkeypatch):
+    monkeypatch.setattr(build, "download_vgg16", no_download)
+    monkeypatch.setattr(build, "build_perceptual", no_download)
     H = get_vqgan_hparams([*FLAGS, "--perceptual_weight", "0"])
     assert not any(key.startswith("perceptual") for key in build_vqgan(H, log).state_dict())
 
 
-def test_lpips_from_a_local_file_and_from_a_checkpoint(log, vgg, monkeypatch):
-    monkeypatch.setattr(assemble, "download_vgg16", no_download)
+def test_lpips_loads_from_a_local_file_and_from_a_checkpoint(log, vgg, monkeypatch):
+    monkeypatch.setattr(build, "download_vgg16", no_download)
     save_file(vgg, "vgg16.pth")
     vqgan = build_vqgan(get_vqgan_hparams([*FLAGS, "--vgg_weights", "vgg16.pth"]), log)
     weights = vqgan.state_dict()["perceptual.net.slice1.0.weight"]
@@ -67,7 +69,7 @@ def test_a_wrong_vgg_file_is_named(log, vgg):
         build_vqgan(get_vqgan_hparams([*FLAGS, "--vgg_weights", "vgg16.pth"]), log)
 
 
-def test_no_connection_says_what_to_do(log, monkeypatch):
+def test_a_failed_download_names_the_alternatives(log, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError("no route to host")
 
@@ -89,11 +91,11 @@ def test_a_checkpoint_with_lpips_loads_without_it(log, vgg):
         load_weights(without, with_lpips.state_dict(), "file")
 
 
-def test_lpips_to_measure_with(log, vgg, monkeypatch):
+def test_load_perceptual_prefers_the_file_then_the_checkpoint(log, vgg, monkeypatch):
     """From the file asked for, else from the autoencoder's own, else downloaded."""
     flags = "--sampler absorbing --kernel_sizes 3 --ae_load_dir ae --ae_load_step 5".split()
     H = get_sampler_hparams([*FLAGS, *flags])
-    monkeypatch.setattr(assemble, "download_vgg16", no_download)
+    monkeypatch.setattr(build, "download_vgg16", no_download)
     save_file(vgg, "vgg16.pth")
     H.vgg_weights = "vgg16.pth"
     torch.manual_seed(1)
@@ -108,3 +110,45 @@ def test_lpips_to_measure_with(log, vgg, monkeypatch):
     save_file(vqgan.ae.state_dict(), RunFolder("ae").model("vqgan", 5))
     with pytest.raises(AssertionError, match="downloaded"):
         load_perceptual(H, torch.device("cpu"), log)
+
+
+# --- settings that do not fit together -----------------------------------------------------------
+
+DIGITS = ["--dataset", "digits"]
+PRIOR = [*DIGITS, "--sampler", "absorbing", "--ae_load_dir", "ae", "--ae_load_step", "5"]
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--latent_shape 1 4 4", "--latent_shape 1 4 4 does not follow from --img_size 32"),
+    ("--img_size 31", "--img_size 31 cannot be halved"),
+    ("--nf 24", "--nf 24 x --ch_mult 1 = 24 is no multiple of 32"),
+    ("--attn_resolutions 7", "--attn_resolutions 7 never occurs"),
+    ("--disc_layers 5", "--disc_layers 5 leaves nothing"),
+    ("--img_size 8 --attn_resolutions 8 --disc_layers 1 --perceptual_weight 1", "LPIPS needs"),
+])
+def test_an_impossible_autoencoder_names_the_flag(flags, says):
+    with pytest.raises(SettingsError) as error:
+        check_models(get_vqgan_hparams([*DIGITS, *flags.split()]), VQGAN)
+    assert says in str(error.value) and "`" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--bert_n_head 7", "--bert_n_head 7 does not divide --bert_n_emb 128"),
+    ("--kernel_sizes 3 9", "--kernel_sizes 9 x --dilations 1 = 9 is larger than the 8x8 grid"),
+    ("--kernel_sizes 3 5 --dilations 1 2", "--kernel_sizes 5 x --dilations 2 = 10 is larger"),
+    ("--kernel_sizes 3 4", "--kernel_sizes must be odd"),
+    ("--kernel_sizes 3 5 7 --dilations 1 1", "must be equally many"),
+    ("--kernel_sizes 3 3 3 3 3 3 3 3 3",
+     "9 groups of --kernel_sizes and --dilations need at least 9 heads"),
+    ("--block_size 63", "--block_size 63 is not the number of ids"),
+    ("--latent_shape 64", "--latent_shape 64 does not follow from --img_size 32"),
+    ("--attention full --position rpb", "absolute positions only"),
+    ("--position rope --bert_n_emb 24 --bert_n_head 4", "a multiple of 4, not 24 / 4"),
+    ("--sampler autoregressive --attention hydra", "looks ahead"),
+    ("--attn_pdrop 0.1", "--attn_pdrop must be 0: hydra attention has no attention dropout"),
+    ("--nf 24", "--nf 24 x --ch_mult 1 = 24 is no multiple of 32"),
+])
+def test_an_impossible_sampler_names_the_flag(flags, says):
+    with pytest.raises(SettingsError) as error:
+        check_models(get_sampler_hparams([*PRIOR, *flags.split()]), build_both)
+    assert says in str(error.value) and "`" not in str(error.value)

@@ -1,0 +1,245 @@
+"""From declared settings to the flags of a script, and from flags to its hyperparameters.
+
+Later sources win: the declared default, the dataset's defaults, the architecture of a run that is
+loaded (its `hparams.yaml`), the command line.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import yaml
+
+from hparams.environment import is_first_process
+from hparams.settings import ALL_NAMES, check_setting, did_you_mean, show, value_type
+from utils.errors import SettingsError
+
+LOGS = Path("logs")  # the folder of all runs, in the working directory
+SETTINGS_FILE = "hparams.yaml"  # in the folder of a run
+BEGUN_FILE = "hparams.begun"  # beside it while a new run has not replaced an earlier one's yet
+LONGEST = 1 << 20  # bytes of a settings file
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+
+class Toggle(argparse.Action):
+    """`--name` sets True; its twin `--no_name` sets False."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string == self.option_strings[0])
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, said by the first process, without the usage."""
+
+    def error(self, message):
+        flag = re.fullmatch(r"unrecognized arguments: (--\w+).*", message)
+        if flag:
+            message += did_you_mean(flag[1], self._option_string_actions)
+        sentence = f"{self.prog}: error: {message} (--help lists every flag)\n"
+        self.exit(2, sentence if is_first_process() else None)
+
+
+def describe_default(field, declared, defaults):
+    """`default X, digits Y` from the `declared` default and the datasets' `defaults`."""
+    if field.metadata["required"]:
+        return "required"
+    texts = [f"default {show(defaults['*'].get(field.name, declared))}"]
+    for dataset, values in defaults.items():
+        if dataset != "*" and field.name in values:
+            texts.append(f"{dataset} {show(values[field.name])}")
+    return "; ".join(texts)
+
+
+def add_argument(group, field, default):
+    """Add a field's flag to an argparse group; nothing is stored for a flag that is not given."""
+    kind, is_list = value_type(field)
+    help = f"{field.metadata['help']} [{default}]".replace("%", "%%")
+    options = dict(dest=field.name, default=argparse.SUPPRESS, help=help)
+    if kind is bool:
+        twin = [] if field.name.startswith("no_") else [f"--no_{field.name}"]
+        group.add_argument(f"--{field.name}", *twin, action=Toggle, nargs=0, **options)
+        return
+    options["choices"] = field.metadata["choices"]
+    if not options["choices"]:
+        options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+    group.add_argument(f"--{field.name}", type=kind, nargs="+" if is_list else None, **options)
+
+
+def build_parser(settings_class, defaults):
+    """The argparse parser of a settings class: one argument group for each group of settings.
+
+    `defaults` maps datasets to the defaults they change, "*" standing for all; help shows them.
+    A setting that two groups declare is the first one's.
+    """
+    description = settings_class.__doc__.partition(": ")[2]
+    parser = Parser(description=description, allow_abbrev=False)
+    declared, done = settings_class(), set(settings_class.without_flag)
+    for group_class in settings_class.__mro__:
+        names = [name for name in inspect.get_annotations(group_class) if name not in done]
+        done.update(names)
+        if names:
+            group = parser.add_argument_group(group_class.__doc__.rstrip("."))
+        for name in names:
+            field = settings_class.__dataclass_fields__[name]
+            add_argument(group, field, describe_default(field, getattr(declared, name), defaults))
+    return parser
+
+
+# --- settings files ------------------------------------------------------------------------------
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, with which a short file can stand for endless values."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it uses aliases, which settings do not need")
+        return super().compose_node(parent, index)
+
+
+def read_settings(path):
+    """The settings in a run's file, a dict; SettingsError where it holds anything else."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
+            raise ValueError(f"it has more than {LONGEST} bytes")
+        values = yaml.load(content, PlainLoader)
+    # Besides yaml's own errors: no text, a date that is none, lists in lists in lists.
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SettingsError(f"cannot read {path}: {reason}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path} does not hold settings (name: value, one a line)")
+    for name in values:
+        if name not in ALL_NAMES:
+            hint = did_you_mean(str(name), ALL_NAMES)
+            raise SettingsError(f"{path} holds the unknown setting {name!r}{hint}")
+    return values
+
+
+# --- from flags to H -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class LoadedRun:
+    """A run whose settings a script takes over, where it has a settings file.
+
+    `run` is the setting that holds the run's name, `when` the one that says whether it is loaded.
+    `adopt` are the settings taken over, which a flag must not contradict; `borrow` are those, more
+    or among them, that a flag may override.
+    """
+
+    run: str
+    when: str
+    adopt: set
+    borrow: set = frozenset()
+
+    def path(self, settings_class, chosen):
+        """The settings file of the run that the values `chosen` load; None where they load none."""
+        name = chosen.get(self.run, getattr(settings_class, self.run))
+        if not name or not chosen.get(self.when):
+            return None
+        path, begun = LOGS / name / SETTINGS_FILE, LOGS / name / BEGUN_FILE
+        if self.when == "resume" and (begun.exists() or not path.exists()):
+            return None  # there is nothing to resume: training begins
+        return path
+
+
+def agrees(field, given, loaded):
+    """Whether a flag's value says the same as a run's: the order of names does not matter."""
+    if isinstance(given, list) and isinstance(loaded, list):
+        if field.metadata["choices"]:
+            return set(given) == set(loaded)
+        if field.metadata["one_for_all"] and len(given) == 1:
+            return all(value == given[0] for value in loaded)
+    return given == loaded
+
+
+def loaded_settings(settings_class, given, sources):
+    """(settings that the runs in `sources` give, paths of their files, which may be missing).
+
+    Raises SettingsError where a file holds a wrong value or a flag in `given` contradicts it.
+    """
+    loaded, paths = {}, []
+    for source in sources:
+        path = source.path(settings_class, {**loaded, **given})
+        if path is None:
+            continue
+        paths.append(path)
+        for name, value in read_settings(path).items() if path.exists() else ():
+            if name not in source.adopt | source.borrow:
+                continue
+            field = settings_class.__dataclass_fields__[name]
+            try:
+                check_setting(field, value)
+            except SettingsError as error:
+                raise SettingsError(f"{path}: {error}") from None
+            loaded[name] = value
+            if name in source.borrow or name not in given:
+                continue
+            if not agrees(field, given[name], value):
+                raise SettingsError(
+                    f"--{name} {show(given[name])} contradicts {name} {show(value)} of {path}: "
+                    f"leave the flag out, or load another run with --{source.run}"
+                )
+    return loaded, paths
+
+
+def check_required(settings_class, chosen, paths):
+    """Raise SettingsError for a required setting that neither a flag nor a run gives."""
+    for field in dataclasses.fields(settings_class):
+        if field.metadata["required"] and field.name not in chosen:
+            hint, missing = "", [path for path in paths if not path.exists()]
+            if missing:
+                hint = f" ({missing[0]} is not there to tell)"
+            elif paths:
+                files = " or ".join(map(str, paths))
+                hint = f" (not in {files}: is it a run of another kind?)"
+            raise SettingsError(f"--{field.name} is required{hint}: {field.metadata['help']}")
+
+
+def check_used(H, given):
+    """Raise SettingsError for a flag that would do nothing beside the other settings."""
+    for name in given:
+        only_with = H.__dataclass_fields__[name].metadata["only_with"]
+        if only_with and getattr(H, only_with[0]) != only_with[1]:
+            other, value = only_with
+            raise SettingsError(
+                f"--{name} would do nothing: it is for --{other} {value}, not "
+                f"{show(getattr(H, other))}"
+            )
+
+
+def get_hparams(settings_class, argv, defaults, sources, must_load=False):
+    """The hyperparameters that `argv` asks for; a wrong setting ends the program with status 2.
+
+    `defaults` are as in `build_parser`, `sources` LoadedRuns in the order in which they are read.
+    `must_load`: the script does nothing without a checkpoint.
+    """
+    parser = build_parser(settings_class, defaults)
+    given = vars(parser.parse_args(argv))
+    if must_load:
+        if not (given.get("load_dir") and given.get("load_step")):
+            parser.error("--load_dir and --load_step must name the checkpoint to load")
+        if not (LOGS / given["load_dir"]).is_dir():
+            parser.error(f"there is no run folder {LOGS / given['load_dir']}: --load_dir is the "
+                         f"name of a run below {LOGS}/ of the folder you are in")
+    try:
+        loaded, paths = loaded_settings(settings_class, given, sources)
+        chosen = {**loaded, **given}
+        check_required(settings_class, chosen, paths)
+        H = settings_class()
+        defaults = {**defaults["*"], **defaults.get(chosen["dataset"], {})}
+        for name, value in {**defaults, **chosen}.items():
+            if name in settings_class.__dataclass_fields__:
+                setattr(H, name, value)
+        H.validate()
+        check_used(H, given)
+    except SettingsError as error:
+        parser.error(str(error))
+    return H

@@ -1,0 +1,166 @@
+"""Optimisers, learning rates, and one step that is taken only where everything is finite.
+
+Muon is momentum whose matrices are orthogonalised before they are applied (Jordan et al.,
+kellerjordan.github.io/posts/muon; the step's scale is that of Liu et al., arXiv 2502.16982).
+torch.optim.Muon computes in bfloat16 on any device, which most CPUs emulate so slowly that it takes
+longer than the network; here CPUs use float32, and matrices of one shape go together.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan et al.
+
+
+def orthogonalize(matrices):
+    """Matrices [n, r, c] with their singular values brought near 1, between about 0.7 and 1.2.
+
+    Five Newton-Schulz iterations X <- aX + b(XX')X + c(XX')^2 X.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.mT  # [n, r, r], r the shorter side
+        x = a * x + (b * square + c * square @ square) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum and decoupled weight decay; ValueError for what is no matrix.
+
+    A step's root mean square is 0.2 lr, about that of AdamW, so AdamW's learning rate serves.
+    """
+
+    def __init__(self, parameters, lr=1e-3, momentum=0.95, weight_decay=0.0):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.dim() != 2:
+                    raise ValueError(f"Muon takes matrices, not {list(parameter.shape)}")
+
+    @torch.no_grad()
+    def step(self):
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            by_shape = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for parameters in by_shape.values():
+                self.update(parameters, group["lr"], group["momentum"], group["weight_decay"])
+
+    def update(self, parameters, lr, momentum, weight_decay):
+        """Step parameters of one shape [r, c]."""
+        directions = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+            directions.append(parameter.grad.lerp(buffer, momentum))
+        steps = orthogonalize(torch.stack(directions))  # [n, r, c]
+        scale = 0.2 * max(parameters[0].shape) ** 0.5
+        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        torch._foreach_add_(parameters, list(steps.unbind(0)), alpha=-lr * scale)
+
+
+class MuonWithAdamW:
+    """One optimiser: Muon on the matrices of a transformer's blocks, AdamW on everything else."""
+
+    def __init__(self, model, lr, weight_decay=0.0):
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                is_matrix = ".blocks." in f".{name}" and parameter.dim() == 2
+                (matrices if is_matrix else others).append(parameter)
+        self.parts = {
+            "muon": Muon(matrices, lr, weight_decay=weight_decay),
+            "adamw": torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=weight_decay),
+        }
+
+    @property
+    def param_groups(self):
+        """The groups of both, whose settings may be changed in place."""
+        return [group for part in self.parts.values() for group in part.param_groups]
+
+    @property
+    def state(self):
+        """What both keep for each parameter."""
+        return {**self.parts["muon"].state, **self.parts["adamw"].state}
+
+    def step(self):
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self):
+        for part in self.parts.values():
+            part.zero_grad()
+
+    def state_dict(self):
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state):
+        """Restore what `state_dict` gave; ValueError for another optimiser's state."""
+        if set(state) != set(self.parts):
+            raise ValueError("the file holds another optimiser's state")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+def learning_rate(H, step):
+    """The learning rate of a step: linear warm-up over `warmup_iters`, then `lr_schedule`."""
+    rate = H.lr * min(1.0, step / max(H.warmup_iters, 1))
+    progress = max(0.0, step - H.warmup_iters) / max(H.train_steps - H.warmup_iters, 1)
+    if H.lr_schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    elif H.lr_schedule == "linear":
+        rate *= 1 - min(progress, 1.0)
+    return rate
+
+
+def set_learning_rate(optimizer, rate):
+    """Set the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def backward(loss, optimizer, precision):
+    """Compute the gradients of `loss` (0-d) alone, scaled where float16 needs it."""
+    optimizer.zero_grad()
+    precision.scaler.scale(loss).backward()
+
+
+class NotFinite(Exception):
+    """A loss or a gradient is not finite; no optimiser has taken its step."""
+
+
+def take_step(losses, optimizers, precision, processes, clip=0.0):
+    """Step all optimisers, or raise NotFinite on every rank if a loss or gradient is not finite.
+
+    A gradient that float16's scale has made overflow does not count: the scaler passes that step
+    over and lowers the scale. `clip` limits the norms of the gradients; 0 does not.
+    """
+    scaler, norms, parameters = precision.scaler, [], []
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+        parameters.append([p for group in optimizer.param_groups for p in group["params"]])
+        gradients = [p.grad for p in parameters[-1] if p.grad is not None]
+        norms.append(nn.utils.get_total_norm(gradients))
+    values = torch.stack([value.detach().float() for value in (*losses, *norms)])
+    finite = processes.all(values.isfinite())
+    if scaler.get_scale() > 1:
+        finite = finite[: len(losses)]
+    if not finite.all():  # waits for the device
+        scaler.update()
+        shown = ", ".join(f"{value:.3g}" for value in values.tolist())
+        raise NotFinite(f"not finite (losses, then norms of gradients: {shown})")
+    for optimizer, its_parameters, norm in zip(optimizers, parameters, norms):
+        if clip:
+            nn.utils.clip_grads_with_norm_(its_parameters, clip, norm)
+        scaler.step(optimizer)
+    scaler.update()
