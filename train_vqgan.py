@@ -65,6 +65,10 @@ class VQGANTraining:
             Objective(self.vqgan.ae, self.vqgan.generator_losses), find_unused_parameters=True
         )
         self.disc_loss = processes.wrap(Objective(self.vqgan.disc, self.vqgan.discriminator_loss))
+        if processes.is_first:
+            images = self.validation_set or self.train_set
+            batches = evaluation_batches(images, 16, 0, processes.device, self.on_unreadable)
+            self.shown, _ = next(batches)
 
     def train(self):
         """Train to `H.train_steps`."""
@@ -134,10 +138,8 @@ class VQGANTraining:
     def show_reconstructions(self, step, save, display):
         """Images, held-out ones where there are any, each beside its reconstruction."""
         self.best.eval()
-        dataset, device = self.validation_set or self.train_set, self.processes.device
-        images, _ = next(evaluation_batches(dataset, 16, 0, device, self.on_unreadable))
-        reconstructions = self.best.ae(images)[0].clamp(0, 1)
-        pairs = torch.stack((images, reconstructions), dim=1).flatten(0, 1)
+        reconstructions = self.best.ae(self.shown)[0].clamp(0, 1)
+        pairs = torch.stack((self.shown, reconstructions), dim=1).flatten(0, 1)
         with tolerate_full_disk(self.log):
             self.log.images(step, "reconstructions", pairs, save=save, display=display,
                             individually=self.H.save_individually)

@@ -5,15 +5,17 @@
         --load_step 2000000 --ema --n_samples 50000 --temp 0.9
 
 All images of the dataset are the reference, and its statistics are kept in statistics/. --kid,
---isc and --prc measure more on the same samples. An interrupted command goes on where it stopped
-when it is given again, and torchrun's processes divide samples and images among them. Prints a
-table and keeps it in logs/<log_dir>/results.json with what it takes to repeat it.
+--isc and --prc measure more on the same samples. When an interrupted command is given again, the
+samples that were drawn need not be drawn again; torchrun's processes divide samples and images
+among them. Prints a table and keeps it in logs/<log_dir>/results.json with what it takes to repeat
+it.
 """
 
 from hparams import get_fid_hparams
 from utils.data.datasets import load_dataset
 from utils.evaluation.experiment import experiment
 from utils.evaluation.measure import measure
+from utils.evaluation.metrics import metrics_asked_for
 from utils.runs.script import run_script
 
 
@@ -23,7 +25,7 @@ def main(argv=None):
         dataset = load_dataset(H)
         run.note_data(dataset)
         run.load_sampler()
-        names = ["fid", *(name for name in ("kid", "isc", "prc") if getattr(H, name))]
+        names = ["fid", *metrics_asked_for(H)]
         run.report(measure(run, dataset, run.sample_stream(), names))
 
 

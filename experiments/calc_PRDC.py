@@ -7,8 +7,8 @@
 Compares the features of --n_samples samples with those of as many images of the dataset (all,
 where it has no more). --fake_images_path measures a folder of images instead. Features are kept
 where --real_feats and --fake_feats say, and made again when they belong to other images, another
-extractor or another checkpoint. An interrupted command goes on where it stopped when it is given
-again, and torchrun's processes divide samples and images among them.
+extractor or another checkpoint. When an interrupted command is given again, the samples that were
+drawn need not be drawn again; torchrun's processes divide samples and images among them.
 """
 
 from hparams import UserError, get_prdc_hparams

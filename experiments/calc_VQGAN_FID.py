@@ -4,7 +4,7 @@
         --load_step 2200000 --ema
 
 All images of the dataset are reconstructed, and all are the reference: no sampler on these ids can
-be expected to do better. Otherwise as calc_FID.py.
+be expected to do better. The flags are otherwise those of calc_FID.py.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from utils.data.pixels import to_float, to_uint8
 from utils.evaluation.experiment import experiment
 from utils.evaluation.features import PART, ImageStream, dataset_stream
 from utils.evaluation.measure import measure
-from utils.evaluation.metrics import psnr
+from utils.evaluation.metrics import metrics_asked_for, psnr
 from utils.evaluation.samples import DECODED
 from utils.runs.folder import RunFolder
 from utils.runs.script import run_script
@@ -59,7 +59,7 @@ def main(argv=None):
         run.note_data(dataset)
         name = "vqgan_ema" if H.ema else "vqgan"
         run.load_autoencoder(RunFolder(H.load_dir).model(name, H.load_step), H.load_step)
-        names = ["fid", *(name for name in ("kid", "isc", "prc") if getattr(H, name)), "psnr"]
+        names = ["fid", *metrics_asked_for(H), "psnr"]
         run.report(measure(run, dataset, reconstruction_stream(run, dataset), names, of_pairs))
 
 

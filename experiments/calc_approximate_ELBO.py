@@ -34,7 +34,7 @@ from utils.files import save_file
 from utils.runs.resume import was_validation_held_out
 from utils.runs.script import run_script
 from utils.training.checkpoints import load_optimizer, load_weights
-from utils.training.loop import TrainingLoop
+from utils.training.loop import TrainingLoop, tolerate_full_disk
 from utils.training.optimizers import backward, take_step
 from utils.training.precision import Precision, seed_step
 
@@ -145,7 +145,8 @@ class LogSigmaFit:
                 if loop.must_save or loop.must_validate:
                     content = {"key": self.key, "logsigma": self.head.state_dict(),
                                "optimizer": self.optimizer.state_dict()}
-                    save_file(content, self.folder.model("logsigma", step))
+                    with tolerate_full_disk(run.log, unless=loop.ends):
+                        save_file(content, self.folder.model("logsigma", step))
                 if loop.must_validate and not loop.is_last:
                     evaluate(step)
         batches.close()

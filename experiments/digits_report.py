@@ -14,7 +14,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from hparams import UserError, get_samples_hparams
+from hparams import UserError, get_digits_report_hparams
 from utils.data.datasets import load_dataset
 from utils.data.pixels import to_float, to_uint8
 from utils.data.split import train_validation_split
@@ -113,7 +113,7 @@ def picture(held_out, reconstructions, samples):
 
 
 def main(argv=None):
-    H = get_samples_hparams(argv)
+    H = get_digits_report_hparams(argv)
     if H.dataset != "digits":
         raise UserError(f"digits_report judges runs on the digits, not on {H.dataset}")
     with experiment(H, "digits") as run:

@@ -15,4 +15,4 @@ def process_count():
 
 def is_first_process():
     """Whether this is the process that speaks for all of torchrun's."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return process_count() == 1 or int(os.environ["RANK"]) == 0

@@ -52,8 +52,8 @@ class Training(Settings):
     load_optim: bool = setting(True, "also restore the optimisers; --no_load_optim starts them "
                                "afresh")
     resume: bool = setting(False, "go on from the newest complete checkpoint of --log_dir, where "
-                           "there is one: the same command again and again (experiments go on "
-                           "with what they have kept there, with and without it)")
+                           "there is one: the same command again and again (experiments use "
+                           "the samples that they have drawn, with and without it)")
     keep_checkpoints: int = setting(0, "how many of the newest checkpoints are kept; 0 for all",
                                     minimum=0)
     clip_grad_norm: float = setting(0.0, "largest norm of the gradient; 0 for no limit", minimum=0)

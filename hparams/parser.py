@@ -144,10 +144,13 @@ class LoadedRun:
         name = chosen.get(self.run, getattr(settings_class, self.run))
         if not name or not chosen.get(self.when):
             return None
-        path, begun = LOGS / name / SETTINGS_FILE, LOGS / name / BEGUN_FILE
-        if self.when == "resume" and (begun.exists() or not path.exists()):
+        folder = LOGS / name
+        if self.when == "resume" and (
+            (folder / BEGUN_FILE).exists() or not (folder / SETTINGS_FILE).exists()
+            or not any(folder.glob("saved_stats/manifest_*.json"))
+        ):
             return None  # there is nothing to resume: training begins
-        return path
+        return folder / SETTINGS_FILE
 
 
 def agrees(field, given, loaded):

@@ -67,6 +67,10 @@ class SamplesSettings(Samples, ExperimentSettings):
     """experiments/get_samples.py: draw samples from a trained sampler and save them as PNG."""
 
 
+class DigitsReportSettings(SamplesSettings):
+    """experiments/digits_report.py: judge a sampler that was trained on the digits."""
+
+
 class FIDSettings(SamplesToMeasure, Features, FID, ExperimentSettings):
     """experiments/calc_FID.py: Fréchet distance between samples and the dataset's images."""
 
@@ -183,6 +187,7 @@ def get_experiment_hparams(settings_class, argv=None):
 
 
 get_samples_hparams = partial(get_experiment_hparams, SamplesSettings)
+get_digits_report_hparams = partial(get_experiment_hparams, DigitsReportSettings)
 get_inpaint_hparams = partial(get_experiment_hparams, InpaintSettings)
 get_big_samples_hparams = partial(get_experiment_hparams, BigSamplesSettings)
 get_fid_hparams = partial(get_experiment_hparams, FIDSettings)

@@ -21,6 +21,7 @@ from hparams import get_vqgan_hparams
 from models import AbsorbingDiffusion
 from utils.data.datasets import load_dataset
 from utils.data.pixels import to_uint8
+from utils.data.split import train_validation_split
 from utils.runs.folder import RunFolder
 from utils.runs.script import run_script
 from utils.training import precision
@@ -166,6 +167,22 @@ def test_unreadable_images_are_named_and_counted(workplace):
         train_sampler.main([*small.split(), *"--log_dir prior --train_steps 1".split()])
     log = RunFolder("prior").log.read_text()
     assert log.count("1 of 9 images to encode could not be read") == 2
+
+
+def test_unreadable_validation_images_end_a_run_before_its_first_step(
+    capsys, monkeypatch, workplace
+):
+    (workplace / "photos").mkdir()
+    for index in range(12):
+        Image.new("L", (20, 20), 20 * index).save(workplace / "photos" / f"{index:02}.png")
+    data = "--dataset custom --custom_dataset_path photos --n_channels 1 --nf 32 --res_blocks 1"
+    small = VQGAN.replace("--dataset digits", data) + " --perceptual_weight 0 --train_steps 8"
+    _, held_out = train_validation_split(load_dataset(get_vqgan_hparams(small.split())))
+    for index in range(len(held_out)):
+        (workplace / held_out.path(index)).write_bytes(b"no image")
+    line = sentence(train_vqgan.main, f"{small} --log_dir a", capsys, monkeypatch)
+    assert "can be read" in line and not lines_of("a")
+
 
 
 def test_saving_images_does_not_change_training():

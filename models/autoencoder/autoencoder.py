@@ -166,7 +166,7 @@ class Generator(nn.Module):
         return self.blocks(z)
 
     def probabilistic(self, z):
-        """Vectors [B, D, h, w] -> (mu, logsigma), each [B, C, S, S], for losses.gaussian_nll."""
+        """Vectors [B, D, h, w] -> (mu, logsigma), each [B, C, S, S], of a Gaussian a pixel."""
         features = self.blocks[:-1](z)
         return self.blocks[-1](features), self.logsigma(features)
 

@@ -267,12 +267,19 @@ def test_resume_takes_the_architecture_from_the_runs_own_hparams_yaml(capsys):
     flags = [*SAMPLER, "--log_dir", "prior", "--resume"]
     assert get_sampler_hparams(flags).bert_n_layers == 4  # there is no record yet
     save_run(get_sampler_hparams([*SAMPLER, "--bert_n_layers", "2"]), "prior")
+    assert get_sampler_hparams([*flags, "--bert_n_layers", "3"]).bert_n_layers == 3
+    RunFolder("prior").manifest(7).touch()  # now there is a checkpoint to resume
     assert get_sampler_hparams(flags).bert_n_layers == 2
     assert "contradicts bert_n_layers 2" in refusal(
         capsys, get_sampler_hparams, [*flags, "--bert_n_layers", "3"]
     )
     RunFolder("prior").begun.touch()  # another run has begun to replace it
     assert get_sampler_hparams([*flags, "--bert_n_layers", "3"]).bert_n_layers == 3
+
+
+def test_a_lone_variable_of_torchrun_does_not_silence_errors(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # as some clusters do
+    assert "--dataset is required" in refusal(capsys, get_vqgan_hparams, [])
 
 
 def test_parsers_take_no_abbreviations(capsys):

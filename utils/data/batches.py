@@ -75,6 +75,9 @@ class UnreadableFiles(dict):
         super().__init__()
         self.on_new = on_new
 
+    def __bool__(self):
+        return True  # an empty one is still a callback
+
     def __call__(self, path, reason):
         if path not in self:
             self[path] = reason

@@ -54,10 +54,11 @@ def load_latents(dataset, autoencoder, H, flip, processes, log):
         return encode(part, autoencoder, flip, H.num_workers, processes.device, progress)
 
     def concatenated():
-        found, unreadable = list(parts), {}
-        for part in found:
+        ids, unreadable = [], {}
+        for part in parts:
+            ids.append(part["ids"])
             unreadable |= part["unreadable"]
-        ids = concatenate([part["ids"] for part in found])
+        ids = concatenate(ids)
         if not len(ids):
             raise nothing_readable(len(dataset), f"images of {dataset.name}", unreadable)
         return {"ids": ids, "unreadable": unreadable}

@@ -78,7 +78,8 @@ def _to_8_bits(image):
 
 def to_float(pixels):
     """uint8 values of any shape as float32 in [0, 1], where they are."""
-    return pixels.float().div(255)
+    # By a tensor, not by a number, which a GPU would replace by a product with its inverse.
+    return pixels.float() / torch.full((), 255.0, device=pixels.device)
 
 
 def to_uint8(images):

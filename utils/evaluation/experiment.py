@@ -7,8 +7,8 @@ about.
             ...
         run.report({"FID": ...})
 
-An interrupted experiment goes on where it stopped. Several ranks divide samples and images among
-them; then rank 0 goes on alone.
+Ids are stored as they are drawn: an interrupted experiment draws only what is missing. Several
+ranks divide samples and images among them; then rank 0 goes on alone.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def experiment(H, name, several=True, build=build_both):
         for folder in (log.folder.path, log.folder.images):
             remove_leftovers(folder)
         if H.resume:
-            log.info(f"--resume: going on with what is kept in {log.folder.path}")
+            log.info(f"--resume: going on with the samples that {log.folder.path} holds")
         yield Experiment(H, name, processes, log)
 
 

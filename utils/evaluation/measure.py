@@ -8,12 +8,14 @@ from utils.evaluation.reference import real_features, real_statistics, stored_fe
 def measure(run, dataset, generated, names, extract=None, real_path=None, generated_path=None):
     """The figures, a dict, of an ImageStream against a dataset, by the METRICS called `names`.
 
-    `extract(extractor)` may give another function of a batch than the extractor itself; the .npy
-    files `real_path` and `generated_path` keep features. Of several ranks the first alone returns.
+    `extract(extractor)` may give another function of a batch than the extractor itself. The .npy
+    files `real_path` and `generated_path` keep features of a single metric. Of several ranks the
+    first alone returns.
     """
     metrics = [METRICS[name](run.H, run.device) for name in names]
-    for metric in metrics:
-        metric.check(generated.count, len(dataset))
+    if not (real_path or generated_path):  # such files may hold any number of images
+        for metric in metrics:
+            metric.check(generated.count, len(dataset))
     layers = list(dict.fromkeys(metric.layer for metric in metrics if metric.layer != "psnr"))
     extractor = Extractor(run.H, run.device, layers)
     run.facts["extractor"] = extractor.facts

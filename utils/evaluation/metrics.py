@@ -299,3 +299,8 @@ METRICS = {
     "fid": FID, "kid": KID, "isc": InceptionScore, "prc": PrecisionRecall, "prdc": PRDC,
     "psnr": PSNR,
 }
+
+
+def metrics_asked_for(H):
+    """The names of the METRICS that have a flag of their own which is given."""
+    return [name for name in METRICS if getattr(H, name, False)]

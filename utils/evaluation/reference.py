@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from utils.data.batches import UnreadableFiles, warn_of_unreadable
-from utils.data.cache import cached, is_cached
+from utils.data.cache import cached, is_cached, read_cached
 from utils.data.split import sample_of
 from utils.errors import UserError
 from utils.evaluation.features import dataset_stream, stream_features
@@ -39,11 +39,15 @@ def real_statistics(run, dataset, extractor):
         if processes.is_first:
             return {**statistics.state_dict(), "unreadable": dict(unreadable)}
 
-    is_there = processes.broadcast(processes.is_first and is_cached(path, key, check))
-    computed = None if is_there else compute()
+    content = None
+    if processes.is_first and is_cached(path, key, check):
+        content = read_cached(path, key, check)
+    if not processes.broadcast(content is not None):
+        computed = compute()
+        if processes.is_first:
+            content = cached(path, key, lambda: computed, run.log, check)
     if not processes.is_first:
         return None
-    content = cached(path, key, lambda: computed or compute(), run.log, check)
     missing = content.get("unreadable", {})
     warn_of_unreadable(missing, images.count, images.description, path, run.log)
     statistics = FeatureStatistics.from_state(content)
@@ -72,9 +76,9 @@ def stored_features(run, images, extract, metric, key, path):
     record = path.with_name(path.name + ".json")
     key = f"{key} {images.count}"
     exists, is_own = path.exists(), path.exists() and not record.exists()
-    is_there = run.processes.broadcast(
+    is_there = run.processes.broadcast(run.processes.is_first and (
         is_own or exists and record.read_bytes() == record_of(key, file_hash(path)).encode()
-    )
+    ))
     chunks = []
     if not is_there:
         features = stream_features(images, extract, run.processes, run.unreadable_files())

@@ -9,7 +9,9 @@ import hashlib
 
 import torch
 
+from hparams.groups import SamplingMethod
 from hparams.scripts import SAMPLER_ARCHITECTURE
+from hparams.settings import names_of
 from utils.data.cache import Parts
 from utils.errors import UserError
 from utils.files import load_file
@@ -29,16 +31,10 @@ def decode(autoencoder, ids):
 def sampling_settings(H, checkpoint, precision):
     """All that the ids of samples depend on but their number, a dict; `checkpoint` is the sha256 of
     the sampler's file, which does not show all of its architecture, such as the number of heads."""
-    settings = {name: getattr(H, name) for name in sorted(SAMPLER_ARCHITECTURE)}
-    settings |= dict(
-        checkpoint=checkpoint, latent_shape=H.latent_shape, temp=H.temp, seed=H.seed, chunk=CHUNK,
+    names = SAMPLER_ARCHITECTURE | names_of(SamplingMethod)
+    return {name: getattr(H, name) for name in sorted(names)} | dict(
+        checkpoint=checkpoint, latent_shape=H.latent_shape, seed=H.seed, chunk=CHUNK,
         precision=str(precision.dtype), device=precision.device.type, torch=torch.__version__,
-    )
-    if H.sampler == "autoregressive":
-        return settings | dict(top_k=H.top_k, top_p=H.top_p)
-    return settings | dict(
-        sample_type=H.sample_type, sample_steps=H.sample_steps, choice_temp=H.choice_temp,
-        remask=H.remask,
     )
 
 

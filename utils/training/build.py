@@ -22,6 +22,9 @@ def check_models(H, build):
             build(H)
     except ValueError as error:
         raise SettingsError(re.sub(r"`(\w+)`", r"--\1", str(error))) from None
+    except (IndexError, RuntimeError) as error:  # of empty lists, and sizes beyond any memory
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"these settings make no model ({reason})") from None
 
 
 def build_sampler(H, autoencoder):

@@ -32,10 +32,10 @@ class TrainingLoop:
 
     Every step is seeded by its number. Its body is an `attempt` that `count`s its stats; after
     `end_step`, `must_validate`, `must_show`, `must_save_images` and `must_save` say what is due.
-    All are true on rank 0 only, and not after a step that was not finite; the loop always saves
-    where it `ends`: after the last step, or a Ctrl-C or SIGTERM to any rank. `images` is the size
-    of the training set, `seconds` what training took before `start`, and `hint` how an interrupted
-    run goes on.
+    They are true on rank 0 only, and, but for `must_save` where the loop `ends`, after finite steps
+    only. It ends after the last step, or after a Ctrl-C or SIGTERM to any rank. `images` is the
+    size of the training set, `seconds` what training took before `start`, and `hint` how an
+    interrupted run goes on.
     """
 
     def __init__(self, H, log, processes, images, start, seconds=0.0, hint=None):

@@ -90,57 +90,55 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def leaves(tree, where=""):
-    """(path, value) of everything in dicts and lists, in the order of the paths' parts."""
-    if isinstance(tree, (dict, list, tuple)):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        for key, value in sorted(items, key=lambda item: str(item[0])):
-            yield from leaves(value, f"{where}/{key}")
-    else:
-        yield where, tree
+def tensors_of(tree, where=""):
+    """{path: tensor} of what lies in dicts and lists, ordered by the parts of the paths."""
+    if isinstance(tree, torch.Tensor):
+        return {where: tree}
+    if not isinstance(tree, (dict, list, tuple)):
+        return {}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    found = {}
+    for key, value in sorted(items, key=lambda item: str(item[0])):
+        found |= tensors_of(value, f"{where}/{key}")
+    return found
 
 
-def sha256(tree):
-    """Hash of the names, types, shapes and bytes of all tensors, and of all other values."""
+def sha256(tensors):
+    """Hash of the names, types, shapes and bytes."""
     digest = hashlib.sha256()
-    for where, value in leaves(tree):
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{where} {value.dtype} {list(value.shape)}\n".encode())
-            value = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        else:
-            value = f"{where} {value!r}\n".encode()
-        digest.update(value)
+    for name, value in tensors.items():
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def figures(tree):
-    """{path: [sum, norm]} of the tensors with two axes or more.
+def figures(tensors):
+    """{name: [sum, norm]} of the tensors with two axes or more.
 
     The gradients of many biases, which a normalisation takes out again, are rounding errors, and
     Adam makes them as large as any: other arithmetic gives other ones.
     """
-    tensors = {w: v.double() for w, v in leaves(tree) if getattr(v, "ndim", 0) >= 2}
-    return {where: [float(f"{number:.9g}") for number in (value.sum(), value.norm())]
-            for where, value in tensors.items()}
+    sums = {name: value.double() for name, value in tensors.items() if value.dim() >= 2}
+    return {name: [float(f"{number:.9g}") for number in (value.sum(), value.norm())]
+            for name, value in sums.items()}
 
 
-def contents_of(run, step):
-    """What the checkpoint's files of a run's folder hold, without the time that it took."""
-    paths = sorted([*run.glob(f"saved_models/*_{step}.th"), *run.glob(f"saved_stats/*_{step}")])
-    contents = {path.name: torch.load(path, weights_only=True) for path in paths}
-    del contents[f"stats_{step}"]["seconds"]
-    return contents
+def files_of(run, step):
+    """{name: tensors} of the model and optimiser files of a checkpoint in a run's folder."""
+    paths = sorted(run.glob(f"saved_models/*_{step}.th"))
+    return {path.name: tensors_of(torch.load(path, weights_only=True)) for path in paths}
 
 
 def is_close(numbers, expected, tolerance=1e-3):
-    """Whether [sum, norm] differ by at most a thousandth of the norm."""
+    """Whether sum and norm differ by at most `tolerance` times the norm."""
     return all(abs(a - b) <= tolerance * expected[1] for a, b in zip(numbers, expected))
 
 
 @pytest.fixture
 def old_runs(tmp_path):
     """A folder with the runs as the old commit left them."""
-    shutil.copytree(OLD / "logs", tmp_path / "logs")
+    for run in COMMANDS:
+        shutil.copytree(OLD / run, tmp_path / "logs" / run)
     for path in tmp_path.rglob("*.th.gz"):
         path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
         path.unlink()
@@ -148,8 +146,7 @@ def old_runs(tmp_path):
 
 
 def resume_and_compare(name, folder):
-    expected = json.loads((OLD / "expected.json").read_text())
-    run = folder / "logs" / name
+    run, expected = folder / "logs" / name, json.loads((OLD / "expected.json").read_text())
     record = (run / "metrics.jsonl").read_text()
     script, *flags = COMMANDS[name].split()
     flags += ["--log_dir", name, "--resume", "--train_steps", "6"]
@@ -159,24 +156,19 @@ def resume_and_compare(name, folder):
     )
     assert done.returncode == 0, done.stderr
     assert (run / "metrics.jsonl").read_text().startswith(record)
-
-    contents = contents_of(run, 6)
-    files = {file.removeprefix(f"{name}/"): entry for file, entry in expected["files"].items()
-             if file.startswith(f"{name}/")}
-    assert set(contents) == set(files)
-    same_machine = platform.machine() in ("x86_64", "AMD64")
-    same_machine = same_machine and torch.__version__.startswith("2.14.")
-    if same_machine and (folder / "arithmetic").read_text() == expected["arithmetic"]:
-        different = [file for file in files if sha256(contents[file]) != files[file]["sha256"]]
-        assert not different
+    files, entries = files_of(run, 6), expected["files"][name]
+    assert set(files) == set(entries)
+    if (
+        platform.machine() in ("x86_64", "AMD64") and torch.__version__.startswith("2.14.")
+        and (folder / "arithmetic").read_text() == expected["arithmetic"]
+    ):
+        assert {f: sha256(files[f]) for f in files} == {f: entries[f]["sha256"] for f in files}
         return
     warnings.warn("this machine's arithmetic is another one: compared within a tolerance")
-    for file, entry in files.items():
-        found = figures(contents[file])
+    for file, entry in entries.items():
+        found = figures(files[file])
         assert set(found) == set(entry["figures"]), file
-        far = [where for where, numbers in entry["figures"].items()
-               if not is_close(found[where], numbers)]
-        assert not far, file
+        assert not [t for t in found if not is_close(found[t], entry["figures"][t])], file
 
 
 def test_a_vqgan_run_of_commit_0725476_resumes_to_the_same_weights(old_runs):

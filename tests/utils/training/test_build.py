@@ -152,3 +152,11 @@ def test_an_impossible_sampler_names_the_flag(flags, says):
     with pytest.raises(SettingsError) as error:
         check_models(get_sampler_hparams([*PRIOR, *flags.split()]), build_both)
     assert says in str(error.value) and "`" not in str(error.value)
+
+
+def test_lists_without_an_entry_and_impossible_sizes_are_a_sentence():
+    for name, value in (("ch_mult", []), ("nf", 2**50)):
+        H = get_vqgan_hparams(DIGITS)
+        setattr(H, name, value)
+        with pytest.raises(SettingsError, match="these settings make no model"):
+            check_models(H, VQGAN)
