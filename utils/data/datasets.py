@@ -1,7 +1,7 @@
 """The datasets by name: DATASETS says how each is opened, datasets.yaml where most of them lie.
 
 To add one, write a function (H, registry) -> dataset, enter it in DATASETS, and add its name to
-DATASETS of hparams/groups.py.
+DATASETS of hparams/groups.py; where its images lie is a line of datasets.yaml.
 """
 
 from pathlib import Path
