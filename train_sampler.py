@@ -43,7 +43,7 @@ class SamplerTraining:
             self.held_out = held_out[:, 0].long()  # [n, N]
 
         seed_step(H.seed, 0, "weights")
-        self.sampler = build_sampler(H, self.autoencoder).to(processes.device)
+        self.sampler = build_sampler(H, self.autoencoder.codebook).to(processes.device)
         self.best, self.ema = self.sampler, None
         models = {H.sampler: self.sampler}
         if H.ema and processes.is_first:

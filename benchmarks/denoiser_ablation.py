@@ -12,7 +12,6 @@ that is already there, with the same flags and the same autoencoder, is not trai
 
 import argparse
 import hashlib
-import json
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import sys
 import yaml
 
 from measure import number, print_table
+from utils.logging.logger import read_metrics
 from utils.runs.folder import RunFolder
 
 EVERY = 50  # steps between validations and between figures of speed
@@ -113,7 +113,7 @@ def curve(name):
     """
     run = RunFolder(name)
     batch_size = yaml.safe_load(run.hparams.read_text())["batch_size"]
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    lines = read_metrics(run.metrics)
     speed = max(line["images_per_second"] for line in lines if line["group"] == "train")
     points = [(x["step"], x["bits_per_token"]) for x in lines if x["group"] == "validation"]
     return batch_size / speed, points

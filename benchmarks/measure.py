@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from hparams import get_sampler_hparams
-from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
+from utils.evaluation.experiment import table
+from utils.training.build import build_sampler
 
 
 def untrained_sampler(side, flags, device):
@@ -22,10 +23,7 @@ def untrained_sampler(side, flags, device):
         f"{flags}".split()
     )
     torch.manual_seed(0)
-    embedding = torch.zeros(H.codebook_size, H.emb_dim)
-    if H.sampler == "autoregressive":
-        return AutoregressiveTransformer(H, embedding).to(device)
-    return AbsorbingDiffusion(H, Transformer(H), H.codebook_size, embedding).to(device)
+    return build_sampler(H, torch.zeros(H.codebook_size, H.emb_dim)).to(device)
 
 
 def run_seconds(function, device):
@@ -97,12 +95,6 @@ def number(value, digits=3):
         return "-"
     magnitude = math.floor(math.log10(abs(value))) if value else 0
     return f"{value:.{max(0, digits - 1 - magnitude)}f}"
-
-
-def table(head, rows):
-    """Rows as a Markdown table."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def print_table(head, rows):

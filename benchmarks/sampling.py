@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from hparams import UserError, get_samples_hparams
-from measure import machine, number, table
+from measure import machine, number
 from models.sampling.samplers import draw
 from utils.data.datasets import load_dataset
 from utils.data.split import train_validation_split
-from utils.evaluation.experiment import experiment
+from utils.evaluation.experiment import experiment, table
 from utils.evaluation.metrics import frechet_distance
 from utils.evaluation.samples import decode
 from utils.runs.script import run_script

@@ -14,10 +14,11 @@ from functools import partial
 
 import torch
 
-from measure import machine, number, run_seconds, table, untrained_sampler
+from measure import machine, number, run_seconds, untrained_sampler
 from models.sampling.canvas import WindowedDenoiser
 from models.sampling.samplers import draw
 from sampling import Counted, plain_loop
+from utils.evaluation.experiment import table
 from utils.training.precision import Precision
 
 SIDE, STEPS, SAMPLES = 16, 256, 8

@@ -23,7 +23,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from hparams import UserError, get_elbo_hparams
+from hparams import get_elbo_hparams
 from models.autoencoder.likelihood import bits_per_dim, gaussian_level_nll, gaussian_nll
 from utils.data.batches import evaluation_batches, training_batches
 from utils.data.cache import read_cached
@@ -112,10 +112,8 @@ class LogSigmaFit:
         steps = [s for s in self.folder.steps("logsigma") if s <= self.run.H.train_steps]
         for step in reversed(steps):
             path = self.folder.model("logsigma", step)
-            try:
-                content = read_cached(path, self.key)
-            except UserError as error:
-                self.run.log.warning(f"{path} is passed over: {error}")
+            content = read_cached(path, self.key, self.run.log)
+            if content is None:
                 continue
             load_weights(self.head, content["logsigma"], path)
             load_optimizer(self.optimizer, content["optimizer"], path)

@@ -7,8 +7,6 @@ Writes logs/<log_dir>/images/report_<step>.png (real digits, reconstructions of 
 samples), prints a table of measured figures and keeps it as logs/<log_dir>/results.json.
 """
 
-import json
-
 import torch
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
@@ -21,6 +19,7 @@ from utils.data.split import train_validation_split
 from utils.evaluation.experiment import experiment
 from utils.evaluation.metrics import psnr
 from utils.logging.images import image_grid, save_image
+from utils.logging.logger import read_metrics
 from utils.runs.folder import RunFolder
 from utils.runs.script import run_script
 
@@ -46,11 +45,7 @@ def all_images(dataset):
 def metrics_at(run, step):
     """All metrics of a run as they were last logged until `step`; {} without a metrics.jsonl."""
     found = {}
-    for text in run.metrics.read_text().splitlines() if run.metrics.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:  # cut off by a crash
-            continue
+    for line in read_metrics(run.metrics) if run.metrics.exists() else ():
         if line["step"] <= step:
             prefix = "validation " if line["group"] == "validation" else ""
             found.update({prefix + name: value for name, value in line.items()})

@@ -218,8 +218,9 @@ def check_used(H, given):
             )
 
 
-def get_hparams(settings_class, argv, defaults, sources, must_load=False):
-    """The hyperparameters that `argv` asks for; a wrong setting ends the program with status 2.
+def get_hparams(settings_class, defaults, sources, argv=None, must_load=False):
+    """The hyperparameters that `argv` (None: the command line) asks for; a wrong setting ends the
+    program with status 2.
 
     `defaults` are as in `build_parser`, `sources` LoadedRuns in the order in which they are read.
     `must_load`: the script does nothing without a checkpoint.

@@ -148,6 +148,13 @@ class BigSamplesSettings(SamplesSettings, Canvas):
 AUTOENCODER_RUN = LoadedRun(
     "ae_load_dir", "ae_load_step", names_of(Autoencoder), {"perceptual_range", "vgg_weights"}
 )
+VQGAN_RUN = LoadedRun(
+    "load_dir", "load_step", names_of(Autoencoder), {"dataset", "custom_dataset_path", "ema"}
+)
+SAMPLER_RUN = LoadedRun(
+    "load_dir", "load_step", SAMPLER_ARCHITECTURE,
+    {"dataset", "custom_dataset_path", "ae_load_dir", "ae_load_step", "ema"},
+)
 
 
 def runs_to_train_on(architecture):
@@ -156,41 +163,29 @@ def runs_to_train_on(architecture):
             LoadedRun("log_dir", "resume", architecture)]
 
 
-def get_vqgan_hparams(argv=None):
-    """Hyperparameters of train_vqgan.py from `argv` (None: the command line)."""
-    runs = runs_to_train_on(AUTOENCODER_ARCHITECTURE)
-    return get_hparams(VQGANSettings, argv, VQGAN_DEFAULTS, runs)
+# Each takes `argv`, a list of strings, or None for the command line, and gives the script's H.
+get_vqgan_hparams = partial(
+    get_hparams, VQGANSettings, VQGAN_DEFAULTS, runs_to_train_on(AUTOENCODER_ARCHITECTURE)
+)
+get_sampler_hparams = partial(
+    get_hparams, SamplerSettings, SAMPLER_DEFAULTS,
+    [AUTOENCODER_RUN, *runs_to_train_on(SAMPLER_ARCHITECTURE)],
+)
+get_vqgan_fid_hparams = partial(
+    get_hparams, VQGANFIDSettings, VQGAN_DEFAULTS, [VQGAN_RUN], must_load=True
+)
 
 
-def get_sampler_hparams(argv=None):
-    """Hyperparameters of train_sampler.py from `argv` (None: the command line)."""
-    runs = [AUTOENCODER_RUN, *runs_to_train_on(SAMPLER_ARCHITECTURE)]
-    return get_hparams(SamplerSettings, argv, SAMPLER_DEFAULTS, runs)
+def of_experiment(settings_class):
+    runs = [SAMPLER_RUN, AUTOENCODER_RUN]
+    return partial(get_hparams, settings_class, SAMPLER_DEFAULTS, runs, must_load=True)
 
 
-def get_vqgan_fid_hparams(argv=None):
-    """Hyperparameters of experiments/calc_VQGAN_FID.py from `argv` (None: the command line)."""
-    run = LoadedRun(
-        "load_dir", "load_step", names_of(Autoencoder), {"dataset", "custom_dataset_path", "ema"}
-    )
-    return get_hparams(VQGANFIDSettings, argv, VQGAN_DEFAULTS, [run], must_load=True)
-
-
-def get_experiment_hparams(settings_class, argv=None):
-    """Hyperparameters of an experiment on a sampler from `argv` (None: the command line)."""
-    run = LoadedRun(
-        "load_dir", "load_step", SAMPLER_ARCHITECTURE,
-        {"dataset", "custom_dataset_path", "ae_load_dir", "ae_load_step", "ema"},
-    )
-    runs = [run, AUTOENCODER_RUN]
-    return get_hparams(settings_class, argv, SAMPLER_DEFAULTS, runs, must_load=True)
-
-
-get_samples_hparams = partial(get_experiment_hparams, SamplesSettings)
-get_digits_report_hparams = partial(get_experiment_hparams, DigitsReportSettings)
-get_inpaint_hparams = partial(get_experiment_hparams, InpaintSettings)
-get_big_samples_hparams = partial(get_experiment_hparams, BigSamplesSettings)
-get_fid_hparams = partial(get_experiment_hparams, FIDSettings)
-get_prdc_hparams = partial(get_experiment_hparams, PRDCSettings)
-get_elbo_hparams = partial(get_experiment_hparams, ELBOSettings)
-get_nearest_neighbours_hparams = partial(get_experiment_hparams, NearestNeighboursSettings)
+get_samples_hparams = of_experiment(SamplesSettings)
+get_digits_report_hparams = of_experiment(DigitsReportSettings)
+get_inpaint_hparams = of_experiment(InpaintSettings)
+get_big_samples_hparams = of_experiment(BigSamplesSettings)
+get_fid_hparams = of_experiment(FIDSettings)
+get_prdc_hparams = of_experiment(PRDCSettings)
+get_elbo_hparams = of_experiment(ELBOSettings)
+get_nearest_neighbours_hparams = of_experiment(NearestNeighboursSettings)

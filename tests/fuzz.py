@@ -61,6 +61,14 @@ LIE = "short tensors"  # may be read: what follows them in the file is then take
 # --- what is read, and how ---------------------------------------------------------------------
 
 
+class Strict:
+    """A log to which a warning is an error."""
+
+    @staticmethod
+    def warning(message):
+        raise UserError(message)
+
+
 class Scaler:
     def state_dict(self):
         return {}
@@ -125,7 +133,7 @@ def specimens():
         "sampler, old format": (legacy.getvalue(), into(prior)),
         "optimiser": (run.model("optim", 1).read_bytes(), optimizer_state),
         "stats": (run.stats(1).read_bytes(), stats),
-        "cached ids": (ids.read_bytes(), lambda path: read_cached(path, "k", check_ids)),
+        "cached ids": (ids.read_bytes(), lambda path: read_cached(path, "k", Strict, check_ids)),
         "features": (array.getvalue(), read_array),
         "results.json": (results.encode(), read_results),
         "manifest": (run.manifest(1).read_bytes(), manifest),

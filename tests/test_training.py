@@ -245,7 +245,7 @@ def test_latents_are_cached_until_something_changes(workplace, monkeypatch):
     path = workplace / "latents" / sorted(first)[0]
     path.write_bytes(path.read_bytes()[:100])
     sampler("--log_dir prior --train_steps 1")
-    assert len(encodings) == 4 and "is made again" in RunFolder("prior").log.read_text()
+    assert len(encodings) == 4 and "is not used" in RunFolder("prior").log.read_text()
 
 
 def test_get_samples_is_repeatable(workplace):

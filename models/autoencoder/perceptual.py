@@ -61,11 +61,6 @@ def lpips_input(images, value_range):
     return 2 * images - 1 if value_range == "-1_1" else images
 
 
-def build_perceptual():
-    """A `PerceptualDistance` whose VGG16 trunk has random weights."""
-    return PerceptualDistance()
-
-
 def load_vgg16(perceptual, state_dict):
     """Fill the trunk of a `PerceptualDistance` with torchvision's VGG16 weights, in place.
 

@@ -45,7 +45,7 @@ class VQGAN(nn.Module):
     """The autoencoder `ae`, its discriminator `disc`, and their objectives.
 
     `perceptual` is a frozen module that maps two batches [B, 3, S, S] to distances [B, 1, 1, 1]
-    (`models.autoencoder.perceptual.build_perceptual()`), not needed with `perceptual_weight` 0.
+    (`models.autoencoder.perceptual.PerceptualDistance`), not needed with `perceptual_weight` 0.
     Raises ValueError for settings that do not fit together.
     """
 

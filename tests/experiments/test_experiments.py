@@ -25,7 +25,7 @@ from experiments import (
 from helpers import ROOT, wait_until, with_small_files
 from hparams import UserError, get_samples_hparams
 from models import AutoregressiveTransformer
-from models.autoencoder.perceptual import PerceptualDistance, build_perceptual, load_vgg16
+from models.autoencoder.perceptual import PerceptualDistance, load_vgg16
 from models.autoencoder.vqgan import VQAutoEncoder
 from utils.data.images import Digits
 from utils.data.split import train_validation_split
@@ -436,7 +436,7 @@ def test_images_that_were_trained_on_are_no_validation(workplace):
 def vgg_weights(workplace):
     """A file as torchvision's VGG16, with random weights."""
     torch.manual_seed(0)
-    state = build_perceptual().net.state_dict()
+    state = PerceptualDistance().net.state_dict()
     names = {f"features.{name.split('.', 1)[1]}": value for name, value in state.items()}
     save_file(names, workplace / "vgg16.pth")
     return f"--vgg_weights {workplace / 'vgg16.pth'}"
@@ -466,7 +466,7 @@ def test_nearest_neighbours(vgg_weights, monkeypatch):
     assert first == pytest.approx(expected.values[:, 0].tolist())
     assert figures["pixels: distance to the nearest (smallest)"] == min(first)
 
-    perceptual = build_perceptual()
+    perceptual = PerceptualDistance()
     load_vgg16(perceptual, torch.load("vgg16.pth"))
     for sample, row in zip(samples, result["neighbours"]["lpips"]):
         near = torch.stack([train_set.dataset.load(each["index"]) for each in row])

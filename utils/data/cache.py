@@ -14,41 +14,32 @@ from utils.files import load_file, make_folder, remove_leftovers, save_file
 
 def cached(path, key, make, log, check=None):
     """The dict that `make()` gives, from the file at `path` where `read_cached` takes it."""
-    path = Path(path)
-    if path.exists():
-        try:
-            return read_cached(path, key, check)
-        except UserError as error:
-            log.warning(f"{path} is made again: {error}")
-    make_folder(path.parent)
-    content = {"key": key, **make()}
-    save_file(content, path)
+    content = read_cached(path, key, log, check)
+    if content is None:
+        make_folder(Path(path).parent)
+        content = {"key": key, **make()}
+        save_file(content, path)
     return content
 
 
-def read_cached(path, key, check=None):
-    """The dict that `cached` has stored; UserError where there is none, or one of another key.
-
-    `check(content)` raises where the content is of another kind.
-    """
-    content = load_file(path)
+def read_cached(path, key, log, check=None):
+    """The dict that `cached` has stored; None, said in the log, where the file is damaged, has
+    another key, or `check(content)` raises because it is of another kind."""
+    if not Path(path).exists():
+        return None
     try:
+        content = load_file(path)
         if content["key"] != key:
             raise UserError("it belongs to other data")
         if check is not None:
             check(content)
+        return content
+    except UserError as error:
+        reason = error
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"it holds something else ({type(error).__name__}: {error})") from None
-    return content
-
-
-def is_cached(path, key, check=None):
-    """Whether `read_cached` would give the dict."""
-    try:
-        read_cached(path, key, check)
-        return True
-    except UserError:
-        return False
+        reason = f"it holds something else ({type(error).__name__}: {error})"
+    log.warning(f"{path} is not used: {reason}")
+    return None
 
 
 class Parts:

@@ -8,7 +8,7 @@ import torch
 from utils.data.batches import (
     UnreadableFiles, nothing_readable, pixel_batches, stream, warn_of_unreadable,
 )
-from utils.data.cache import Parts, cached, is_cached
+from utils.data.cache import Parts, cached, read_cached
 from utils.data.pixels import to_float
 from utils.data.split import part_of
 
@@ -68,13 +68,12 @@ def load_latents(dataset, autoencoder, H, flip, processes, log):
         log, "images to encode", check_ids,
     )
     processes.check_equal(key, parts.description)
-    if processes.size > 1 and not processes.broadcast(
-        processes.is_first and is_cached(path, key, check_ids)
-    ):
+    content = read_cached(path, key, log, check_ids) if processes.is_first else None
+    if not processes.broadcast(content is not None):
         parts.divide(processes)
     if not processes.is_first:
         processes.wait()  # until rank 0 has written the file
-    content = cached(path, key, concatenated, log, check_ids)
+    content = content or cached(path, key, concatenated, log, check_ids)
     if processes.is_first:
         for part in parts.paths.values():
             part.unlink(missing_ok=True)

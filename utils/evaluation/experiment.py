@@ -199,11 +199,16 @@ class Experiment:
 
 def markdown_table(figures):
     """Figures, a dict of numbers or None, as a Markdown table of two columns."""
-    rows = [
-        f"| {name} | {'unknown' if value is None else format(value, '.6g')} |"
+    return table(["", ""], [
+        [name, "unknown" if value is None else format(value, ".6g")]
         for name, value in figures.items()
-    ]
-    return "\n".join(["| | |", "|---|---:|", *rows])
+    ])
+
+
+def table(head, rows):
+    """Rows of cells as a Markdown table."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def read_results(path):

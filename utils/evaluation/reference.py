@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from utils.data.batches import UnreadableFiles, warn_of_unreadable
-from utils.data.cache import cached, is_cached, read_cached
+from utils.data.cache import cached, read_cached
 from utils.data.split import sample_of
 from utils.errors import UserError
 from utils.evaluation.features import dataset_stream, stream_features
@@ -39,9 +39,7 @@ def real_statistics(run, dataset, extractor):
         if processes.is_first:
             return {**statistics.state_dict(), "unreadable": dict(unreadable)}
 
-    content = None
-    if processes.is_first and is_cached(path, key, check):
-        content = read_cached(path, key, check)
+    content = read_cached(path, key, run.log, check) if processes.is_first else None
     if not processes.broadcast(content is not None):
         computed = compute()
         if processes.is_first:

@@ -124,16 +124,15 @@ class RunLogger:
         """
         if self._board is not None:
             self._board.clear_curves()
-        content = self.folder.metrics.read_text(encoding="utf-8", errors="replace")
-        lines, kept = content.splitlines(keepends=True), []
-        for text in lines:
-            line = _parse(text)
-            if line is not None and line["step"] <= step:
-                kept.append(text)
+        kept, path = [], self.folder.metrics
+        for line in read_metrics(path):
+            if line["step"] <= step:
+                kept.append(json.dumps(line) + "\n")
                 self._draw(line)
-        if len(kept) < len(lines):
-            with whole_file(self.folder.metrics) as file:
-                file.write("".join(kept).encode())
+        content = "".join(kept).encode()
+        if len(content) != path.stat().st_size:
+            with whole_file(path) as file:
+                file.write(content)
 
     def close(self, timeout=5.0):
         """Send the last plots, for at most `timeout` seconds, and log no more."""
@@ -236,14 +235,18 @@ def one_line(message):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
 
 
-def _parse(text):
-    """The dict in a line of metrics.jsonl, or None where the line is not whole."""
-    try:
-        line = json.loads(text)
-        for name, value in line.items():
-            if name not in LINE_KEYS:
-                float(value)
-        whole = isinstance(line["step"], int) and isinstance(line["group"], str)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return line if whole and text.endswith("\n") else None
+def read_metrics(path):
+    """The dicts in the lines of a metrics.jsonl, but for those that a crash has cut."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            line = json.loads(text)
+            for name, value in line.items():
+                if name not in LINE_KEYS:
+                    float(value)
+            whole = isinstance(line["step"], int) and isinstance(line["group"], str)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if whole and text.endswith("\n"):
+            lines.append(line)
+    return lines

@@ -6,7 +6,7 @@ import torch
 
 from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
 from models.autoencoder.autoencoder import VQAutoEncoder
-from models.autoencoder.perceptual import build_perceptual, load_vgg16
+from models.autoencoder.perceptual import PerceptualDistance, load_vgg16
 from models.autoencoder.vqgan import VQGAN
 from utils.errors import SettingsError, UserError
 from utils.files import load_file, weights_hash
@@ -27,16 +27,16 @@ def check_models(H, build):
         raise SettingsError(f"these settings make no model ({reason})") from None
 
 
-def build_sampler(H, autoencoder):
-    """The prior that H describes, over the ids of `autoencoder`."""
+def build_sampler(H, codebook):
+    """The prior that H describes, over the ids of a `codebook` [K, D]."""
     if H.sampler == "autoregressive":
-        return AutoregressiveTransformer(H, autoencoder.codebook)
-    return AbsorbingDiffusion(H, Transformer(H), H.codebook_size, autoencoder.codebook)
+        return AutoregressiveTransformer(H, codebook)
+    return AbsorbingDiffusion(H, Transformer(H), H.codebook_size, codebook)
 
 
 def build_both(H):
     """The sampler that H describes, and the autoencoder that it needs."""
-    return build_sampler(H, VQAutoEncoder(H))
+    return build_sampler(H, VQAutoEncoder(H).codebook)
 
 
 def build_vqgan(H, log):
@@ -47,7 +47,7 @@ def build_vqgan(H, log):
     """
     if H.perceptual_weight == 0:
         return VQGAN(H)
-    perceptual = build_perceptual()
+    perceptual = PerceptualDistance()
     path = RunFolder(H.load_dir).model("vqgan", H.load_step)
     if H.vgg_weights or not (H.load_step and lpips_weights(path)):
         fill_trunk(perceptual, H.vgg_weights, log, "--perceptual_weight 0")
@@ -64,7 +64,7 @@ def lpips_weights(path):
 def load_perceptual(H, device, log):
     """LPIPS to measure with, its trunk from `--vgg_weights`, else from the autoencoder's file, else
     downloaded; UserError where none of these is to be had."""
-    perceptual, path = build_perceptual(), autoencoder_path(H)
+    perceptual, path = PerceptualDistance(), autoencoder_path(H)
     state = {} if H.vgg_weights else lpips_weights(path)
     if state:
         load_weights(perceptual, state, path)
@@ -142,7 +142,7 @@ def sampler_path(H):
 def load_sampler(H, autoencoder, device, log):
     """The trained sampler of `--load_dir`: its EMA with `--ema`, which must then be there."""
     folder, path = RunFolder(H.load_dir), sampler_path(H)
-    sampler = build_sampler(H, autoencoder)
+    sampler = build_sampler(H, autoencoder.codebook)
     load_weights(sampler, load_checkpoint(path), path)
     if folder.stats(H.load_step).exists():
         check_autoencoder(autoencoder, load_stats(folder, H.load_step), path)

@@ -16,7 +16,7 @@ from models.autoencoder.autoencoder import AttentionBlock
 from models.autoencoder.diffaug import brightness, contrast, diff_augment, saturation, translation
 from models.autoencoder.discriminator import Discriminator
 from models.autoencoder.likelihood import bits_per_dim, gaussian_level_nll, gaussian_nll
-from models.autoencoder.perceptual import build_perceptual, load_vgg16
+from models.autoencoder.perceptual import PerceptualDistance, load_vgg16
 from models.autoencoder.quantizers import (
     GumbelQuantizer, NearestQuantizer, codebook_usage, embed_grid, gumbel_temperature,
 )
@@ -510,7 +510,7 @@ def test_translation_moves_whole_pixels_and_fills_with_zeros():
 @pytest.fixture(scope="module")
 def perceptual():
     torch.manual_seed(0)
-    return build_perceptual()
+    return PerceptualDistance()
 
 
 def test_perceptual_keys_are_the_published_ones(perceptual):

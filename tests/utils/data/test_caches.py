@@ -10,7 +10,7 @@ import torch
 from helpers import OneOfMany
 from hparams import UserError
 from utils.data import latents
-from utils.data.cache import Parts, cached, is_cached, read_cached
+from utils.data.cache import Parts, cached, read_cached
 from utils.data.images import ImageDataset
 from utils.data.latents import load_latents
 from utils.data.pixels import UnreadableImage
@@ -105,16 +105,18 @@ def test_a_failure_while_computing_leaves_no_file(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_is_cached_wants_a_whole_file_of_the_key_and_the_kind(tmp_path):
-    path = tmp_path / "a.pt"
-    assert not is_cached(path, "key")
-    content = cached(path, "key", lambda: {"a": 1}, Log())
-    assert content == read_cached(path, "key") == {"key": "key", "a": 1}
-    assert is_cached(path, "key") and is_cached(path, "key", lambda content: content["a"])
-    assert not is_cached(path, "another key")
-    assert not is_cached(path, "key", lambda content: content["b"])
+def test_read_cached_wants_a_whole_file_of_the_key_and_the_kind(tmp_path):
+    path, log = tmp_path / "a.pt", Log()
+    assert read_cached(path, "key", log) is None and not log.warnings
+    content = cached(path, "key", lambda: {"a": 1}, log)
+    assert content == read_cached(path, "key", log) == {"key": "key", "a": 1}
+    assert read_cached(path, "key", log, lambda content: content["a"]) == content
+    assert not log.warnings
+    assert read_cached(path, "another key", log) is None
+    assert read_cached(path, "key", log, lambda content: content["b"]) is None
     path.write_bytes(path.read_bytes()[:-20])
-    assert not is_cached(path, "key")
+    assert read_cached(path, "key", log) is None
+    assert [warning.partition(": ")[0] for warning in log.warnings] == 3 * [f"{path} is not used"]
 
 
 # --- ids -----------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ def test_ids_replace_their_parts_and_are_encoded_once(folder):
     log = Log()
     path.write_bytes(path.read_bytes()[:-20])
     assert torch.equal(ids_of(images, again, log=log), ids) and again.encoded == 10
-    assert "is made again" in log.warnings[0]
+    assert "is not used" in log.warnings[0]
 
 
 def test_other_weights_images_and_orientations_have_ids_of_their_own(folder):

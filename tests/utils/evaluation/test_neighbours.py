@@ -4,14 +4,14 @@ import lpips
 import pytest
 import torch
 
-from models.autoencoder.perceptual import build_perceptual, lpips_input
+from models.autoencoder.perceptual import PerceptualDistance, lpips_input
 from utils.evaluation.neighbours import NearestNeighbours, squared_distances
 
 
 @pytest.fixture(scope="module")
 def perceptual():
     torch.manual_seed(0)
-    return build_perceptual()
+    return PerceptualDistance()
 
 
 @pytest.mark.filterwarnings("ignore:The parameter", "ignore:Arguments other than")  # from lpips

@@ -44,7 +44,7 @@ def no_download(*arguments, **options):
 
 def test_perceptual_weight_0_needs_no_lpips(log, monkeypatch):
     monkeypatch.setattr(build, "download_vgg16", no_download)
-    monkeypatch.setattr(build, "build_perceptual", no_download)
+    monkeypatch.setattr(build, "PerceptualDistance", no_download)
     H = get_vqgan_hparams([*FLAGS, "--perceptual_weight", "0"])
     assert not any(key.startswith("perceptual") for key in build_vqgan(H, log).state_dict())
 
