@@ -7,16 +7,20 @@
 import torch
 
 from hparams import get_sampler_hparams
+from hparams.scripts import SAMPLER_ARCHITECTURE
+from utils.data.batches import evaluation_batches
 from utils.data.datasets import load_dataset
 from utils.data.latents import latent_batches, load_latents
-from utils.data.split import split_if_validated
+from utils.data.split import apply_split, describe, sample_of
+from utils.evaluation.metrics import psnr
 from utils.evaluation.samples import decode
 from utils.runs.resume import choose_checkpoint, record_settings
 from utils.runs.script import run_script, start_run
+from utils.runs.trained_on import choose_split, is_of_other_images
 from utils.training.build import (
     build_both, build_sampler, check_autoencoder, check_models, load_autoencoder, sampler_path,
 )
-from utils.training.checkpoints import Checkpoints
+from utils.training.checkpoints import Checkpoints, architecture_of
 from utils.training.ema import EMA
 from utils.training.loop import TrainingLoop, due, tolerate_full_disk
 from utils.training.optimizers import (
@@ -33,12 +37,22 @@ class SamplerTraining:
 
     def __init__(self, H, log, processes):
         self.H, self.log, self.processes = H, log, processes
-        train_set, validation_set = split_if_validated(load_dataset(H), H, log)
+        dataset = load_dataset(H, log)
+        train_set, validation_set, split = apply_split(
+            dataset, choose_split(H, dataset, log, autoencoder=True)
+        )
+        log.info(describe(split))
         self.autoencoder = load_autoencoder(H, processes.device, log)
+        self.facts = {  # kept with every checkpoint
+            "split": split, "autoencoder": self.autoencoder.weights_hash,
+            "architecture": architecture_of(H, SAMPLER_ARCHITECTURE),
+        }
+        if is_of_other_images(H, dataset, log):
+            self.log_reconstruction(sample_of(dataset, 16))
         self.ids = load_latents(
             train_set, self.autoencoder, H, H.horizontal_flip, processes, log
         )  # [n, orientations, N]
-        if validation_set is not None:
+        if validation_set:
             held_out = load_latents(validation_set, self.autoencoder, H, False, processes, log)
             self.held_out = held_out[:, 0].long()  # [n, N]
 
@@ -61,6 +75,17 @@ class SamplerTraining:
         self.seconds = stats.get("seconds", 0.0)
         self.loss = processes.wrap(self.sampler)
 
+    @torch.no_grad()
+    def log_reconstruction(self, dataset):
+        """Log how well the autoencoder reconstructs images that it was not trained for."""
+        values = []
+        for images, _ in evaluation_batches(
+            dataset, len(dataset), 0, self.processes.device, self.log.passed_over
+        ):
+            values.append(psnr(images, self.autoencoder(images)[0].clamp(0, 1)))
+        self.log.warning(f"it reconstructs {len(torch.cat(values))} of these images with a PSNR of "
+                         f"{torch.cat(values).mean():.1f} dB, beyond which no sample can come")
+
     def train(self):
         """Train to `H.train_steps`."""
         H, sampler, processes = self.H, self.sampler, self.processes
@@ -81,15 +106,16 @@ class SamplerTraining:
                     if self.ema and due(step, H.steps_per_update_ema):
                         self.ema.update(sampler)
                     loop.count(**{name: value.detach() for name, value in stats.items()})
+                if loop.must_record:
+                    record_settings(H, self.log)
                 loop.end_step()
                 if loop.must_validate:
-                    self.validate(step)
+                    loop.report_validation(self.validate())
                 if loop.must_show or loop.must_save_images:
                     self.show_samples(step, loop.must_save_images, loop.must_show)
                 if loop.must_save:
-                    stats = {"seconds": loop.seconds, "autoencoder": self.autoencoder.weights_hash}
                     with tolerate_full_disk(self.log, unless=loop.ends):
-                        self.checkpoints.save(step, stats)
+                        self.checkpoints.save(step, {"seconds": loop.seconds, **self.facts})
 
     def noise_of(self, step):
         """Arguments with which ranks draw the whole batch's noise and each takes its part."""
@@ -100,9 +126,9 @@ class SamplerTraining:
         return dict(rng=rng, part=(processes.rank, processes.size), reduce=processes.sum)
 
     @torch.no_grad()
-    def validate(self, step):
-        """Log bits per token of the held-out ids, each seen VALIDATION_DRAWS times, with times
-        spread evenly over 1..T and always the same noise."""
+    def validate(self):
+        """Bits per token of the held-out ids, each seen VALIDATION_DRAWS times, with times spread
+        evenly over 1..T and always the same noise."""
         bits = []
         self.best.eval()
         seed_step(0, 0, "validation")
@@ -110,8 +136,7 @@ class SamplerTraining:
             draws = self.held_out.repeat(VALIDATION_DRAWS, 1)
             for ids in draws.split(max(self.H.batch_size, 64)):
                 bits.append(self.best.bits_per_token(ids.to(self.processes.device)))
-        bits = float(torch.cat(bits).double().mean())
-        self.log.metrics(step, {"bits_per_token": bits}, group="validation")
+        return {"bits_per_token": float(torch.cat(bits).double().mean())}
 
     @torch.no_grad()
     def show_samples(self, step, save, display):
@@ -143,8 +168,6 @@ def main(argv=None):
     with start_run(H, processes) as log:
         choose_checkpoint(H, log, processes)
         training = SamplerTraining(H, log, processes)
-        if processes.is_first:
-            record_settings(H, log)
         training.train()
 
 

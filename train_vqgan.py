@@ -7,16 +7,18 @@ import torch
 from torch import nn
 
 from hparams import get_vqgan_hparams
+from hparams.scripts import AUTOENCODER_ARCHITECTURE
 from models import VQGAN
 from models.autoencoder.quantizers import gumbel_temperature
 from utils.data.batches import UnreadableFiles, evaluation_batches, training_batches
 from utils.data.datasets import load_dataset
-from utils.data.split import split_if_validated
+from utils.data.split import apply_split, describe
 from utils.evaluation.metrics import psnr
 from utils.runs.resume import choose_checkpoint, record_settings
 from utils.runs.script import run_script, start_run
+from utils.runs.trained_on import choose_split
 from utils.training.build import build_vqgan, check_models
-from utils.training.checkpoints import Checkpoints
+from utils.training.checkpoints import Checkpoints, architecture_of
 from utils.training.ema import EMA
 from utils.training.loop import TrainingLoop, due, tolerate_full_disk
 from utils.training.optimizers import backward, take_step
@@ -41,7 +43,14 @@ class VQGANTraining:
     def __init__(self, H, log, processes):
         self.H, self.log, self.processes = H, log, processes
         self.on_unreadable = UnreadableFiles(log.passed_over)
-        self.train_set, self.validation_set = split_if_validated(load_dataset(H), H, log)
+        dataset = load_dataset(H, log)
+        self.train_set, self.validation_set, split = apply_split(
+            dataset, choose_split(H, dataset, log)
+        )
+        log.info(describe(split))
+        self.facts = {  # kept with every checkpoint
+            "split": split, "architecture": architecture_of(H, AUTOENCODER_ARCHITECTURE),
+        }
         seed_step(H.seed, 0, "weights")
         self.vqgan = build_vqgan(H, log).to(processes.device)
         self.best, self.ema = self.vqgan, None
@@ -102,19 +111,21 @@ class VQGANTraining:
                     if self.ema and due(step, H.steps_per_update_ema):
                         self.ema.update(vqgan)
                     loop.count(loss=loss.detach(), **stats)
+                if loop.must_record:
+                    record_settings(H, self.log)
                 loop.end_step()
                 if loop.must_validate:
-                    self.validate(step)
+                    loop.report_validation(self.validate(step))
                 if loop.must_show or loop.must_save_images:
                     self.show_reconstructions(step, loop.must_save_images, loop.must_show)
                 if loop.must_save:
                     with tolerate_full_disk(self.log, unless=loop.ends):
-                        self.checkpoints.save(step, {"seconds": loop.seconds})
+                        self.checkpoints.save(step, {"seconds": loop.seconds, **self.facts})
         batches.close()
 
     @torch.no_grad()
     def validate(self, step):
-        """Log means over the held-out images (losses, PSNR in dB) and the codebook's use."""
+        """Means over the held-out images: losses, PSNR in dB, how many codes are used."""
         H, device, sums, count = self.H, self.processes.device, {}, 0
         usage = torch.zeros(H.codebook_size, device=device)
         self.best.eval()
@@ -131,8 +142,8 @@ class VQGANTraining:
             count += len(images)
         means = {name: float(value) / count for name, value in sums.items()}
         means["codes_used"] = int((usage > 0).sum())
-        self.log.metrics(step, means, group="validation")
         self.log.bars(step, "codebook_use", usage / usage.sum())
+        return means
 
     @torch.no_grad()
     def show_reconstructions(self, step, save, display):
@@ -152,8 +163,6 @@ def main(argv=None):
     with start_run(H, processes) as log:
         choose_checkpoint(H, log, processes)
         training = VQGANTraining(H, log, processes)
-        if processes.is_first:
-            record_settings(H, log)
         training.train()
         if len(training.on_unreadable) and processes.size == 1:
             log.warning(

@@ -127,7 +127,7 @@ def main():
     if own.out and not Path(own.out).parent.is_dir():
         raise UserError(f"--out {own.out}: there is no such folder")
     with experiment(H, "sampling methods", several=False) as run:
-        _, validation = train_validation_split(load_dataset(H))
+        _, validation = train_validation_split(load_dataset(H, run.log))
         images = [validation.load(index) for index in range(len(validation))]
         held_out = features(torch.stack(images))
         run.load_sampler()

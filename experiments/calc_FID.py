@@ -22,7 +22,7 @@ from utils.runs.script import run_script
 def main(argv=None):
     H = get_fid_hparams(argv)
     with experiment(H, "FID") as run:
-        dataset = load_dataset(H)
+        dataset = load_dataset(H, run.log)
         run.note_data(dataset)
         run.load_sampler()
         names = ["fid", *metrics_asked_for(H)]

@@ -41,7 +41,7 @@ def generated_images(run):
 def main(argv=None):
     H = get_prdc_hparams(argv)
     with experiment(H, "PRDC") as run:
-        dataset = load_dataset(H)
+        dataset = load_dataset(H, run.log)
         run.note_data(dataset)
         figures = measure(
             run, dataset, generated_images(run), ["prdc"], real_path=H.real_feats,

@@ -55,7 +55,7 @@ def of_pairs(extractor):
 def main(argv=None):
     H = get_vqgan_fid_hparams(argv)
     with experiment(H, "VQGAN FID", build=VQAutoEncoder) as run:
-        dataset = load_dataset(H)
+        dataset = load_dataset(H, run.log)
         run.note_data(dataset)
         name = "vqgan_ema" if H.ema else "vqgan"
         run.load_autoencoder(RunFolder(H.load_dir).model(name, H.load_step), H.load_step)

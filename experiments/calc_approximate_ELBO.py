@@ -28,11 +28,10 @@ from models.autoencoder.likelihood import bits_per_dim, gaussian_level_nll, gaus
 from utils.data.batches import evaluation_batches, training_batches
 from utils.data.cache import read_cached
 from utils.data.datasets import load_dataset
-from utils.data.split import train_validation_split
-from utils.evaluation.experiment import experiment
+from utils.evaluation.experiment import experiment, known
 from utils.files import save_file
-from utils.runs.resume import was_validation_held_out
 from utils.runs.script import run_script
+from utils.runs.trained_on import images_held_out
 from utils.training.checkpoints import load_optimizer, load_weights
 from utils.training.loop import TrainingLoop, tolerate_full_disk
 from utils.training.optimizers import backward, take_step
@@ -77,8 +76,8 @@ def pixel_nats(run, dataset, on_unreadable):
 
 
 def likelihood_table(ids, density, levels, tokens, dims):
-    """Means over images of nats [n], with their standard errors: name -> value; `tokens` and `dims`
-    are how many ids and pixel values an image has."""
+    """Means over images of nats [n], with their standard errors, None for a single image: name ->
+    value; `tokens` and `dims` are how many ids and pixel values an image has."""
     bits = {
         "ids: bits per token": bits_per_dim(ids, tokens, levels=1),
         f"ids: {UNITS}": bits_per_dim(ids, dims, levels=1),
@@ -91,8 +90,16 @@ def likelihood_table(ids, density, levels, tokens, dims):
     table = {"validation images": len(ids)}
     for name, values in bits.items():
         table[name] = values.mean().item()
-        table[f"{name} (standard error)"] = values.std().item() / math.sqrt(len(values))
+        error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+        table[f"{name} (standard error)"] = error
     return table
+
+
+def warn_of_single_image(count, log):
+    """Warn where there is but one validation image that its standard errors stay unknown."""
+    if count == 1:
+        log.warning("a standard error needs 2 validation images, and there is 1: it stays unknown "
+                    "until you add images to the dataset, of which a tenth is held out")
 
 
 class LogSigmaFit:
@@ -122,8 +129,7 @@ class LogSigmaFit:
         return 0
 
     def train(self, evaluate, on_unreadable):
-        """Fit to `train_steps`, and save and `evaluate(step)` every `steps_per_eval`; returns
-        whether the end was reached."""
+        """Fit to `train_steps`, and save and `evaluate(step)` every `steps_per_eval`."""
         run, H, start = self.run, self.run.H, self.restore()
         precision = Precision(False, run.device)
         batches = training_batches(self.train_set, H, start, run.processes, on_unreadable)
@@ -148,42 +154,33 @@ class LogSigmaFit:
                 if loop.must_validate and not loop.is_last:
                     evaluate(step)
         batches.close()
-        return loop.step == H.train_steps
-
-
-def warn_of_seen_images(H, log):
-    """{run: whether it was trained without the validation images}; a warning where it was not."""
-    held_out = {run: was_validation_held_out(run) for run in (H.ae_load_dir, H.load_dir)}
-    for run, held in held_out.items():
-        if not held:
-            why = "no hparams.yaml tells" if held is None else "--steps_per_eval 0"
-            log.warning(f"{run} may have been trained on the validation images too ({why}): then "
-                        f"these figures are better than those of new images")
-    return held_out
 
 
 def main(argv=None):
     H = get_elbo_hparams(argv)
     with experiment(H, "ELBO", several=False) as run:
-        train_set, validation_set = train_validation_split(load_dataset(H))
+        dataset = load_dataset(H, run.log)
+        train_set, validation_set, held_out = images_held_out(H, dataset, run.log)
         run.note_data(validation_set)
+        warn_of_single_image(len(validation_set), run.log)
         run.load_sampler()
-        held_out, on_unreadable = warn_of_seen_images(H, run.log), run.unreadable_files()
+        on_unreadable = run.unreadable_files()
         ids = ids_nats(run, validation_set, on_unreadable)
+        if len(ids) < len(validation_set):  # some could not be read
+            warn_of_single_image(len(ids), run.log)
 
         def evaluate(step):
             density, levels = pixel_nats(run, validation_set, on_unreadable)
             dims = H.n_channels * H.img_size**2
             table = likelihood_table(ids, density, levels, run.sampler.tokens, dims)
             if step < H.train_steps:
-                run.log.metrics(step, table, group="validation")
+                run.log.metrics(step, known(table), group="validation")
             return table
 
-        fit = LogSigmaFit(run, train_set)
-        if fit.train(evaluate, on_unreadable):
-            path = run.log.folder.model("logsigma", H.train_steps)
-            run.note_checkpoint("logsigma", path, H.train_steps)
-            run.report(evaluate(H.train_steps), held_out=held_out)
+        LogSigmaFit(run, train_set).train(evaluate, on_unreadable)
+        path = run.log.folder.model("logsigma", H.train_steps)
+        run.note_checkpoint("logsigma", path, H.train_steps)
+        run.report(evaluate(H.train_steps), held_out=held_out)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,11 @@ from models.autoencoder.perceptual import lpips_input
 from utils.data.batches import evaluation_batches
 from utils.data.datasets import load_dataset
 from utils.data.pixels import to_float
-from utils.data.split import part_of, train_validation_split
 from utils.evaluation.experiment import experiment
 from utils.evaluation.neighbours import NearestNeighbours
 from utils.files import weights_hash
-from utils.runs.resume import was_validation_held_out
 from utils.runs.script import run_script
+from utils.runs.trained_on import images_trained_on
 from utils.training.build import load_perceptual
 
 
@@ -62,10 +61,8 @@ def find_neighbours(run, embed, samples, dataset):
 def main(argv=None):
     H = get_nearest_neighbours_hparams(argv)
     with experiment(H, "nearest neighbours") as run:
-        dataset = load_dataset(H)
-        learned = part_of(dataset, 0, len(dataset))
-        if was_validation_held_out(H.load_dir):
-            learned, _ = train_validation_split(dataset)
+        dataset = load_dataset(H, run.log)
+        learned = images_trained_on(H, dataset, run.log)
         run.note_data(learned)
         run.load_sampler()
         embed = embeddings(run)

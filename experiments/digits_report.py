@@ -12,7 +12,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from hparams import UserError, get_digits_report_hparams
+from hparams import SettingsError, UserError, get_digits_report_hparams
 from utils.data.datasets import load_dataset
 from utils.data.pixels import to_float, to_uint8
 from utils.data.split import train_validation_split
@@ -45,7 +45,7 @@ def all_images(dataset):
 def metrics_at(run, step):
     """All metrics of a run as they were last logged until `step`; {} without a metrics.jsonl."""
     found = {}
-    for line in read_metrics(run.metrics) if run.metrics.exists() else ():
+    for line in read_metrics(run.metrics):
         if line["step"] <= step:
             prefix = "validation " if line["group"] == "validation" else ""
             found.update({prefix + name: value for name, value in line.items()})
@@ -111,8 +111,11 @@ def main(argv=None):
     H = get_digits_report_hparams(argv)
     if H.dataset != "digits":
         raise UserError(f"digits_report judges runs on the digits, not on {H.dataset}")
+    if H.n_samples < 2:
+        raise SettingsError(f"--n_samples {H.n_samples} is too few for distances among samples: "
+                            f"give 2 or more")
     with experiment(H, "digits") as run:
-        dataset = load_dataset(H)
+        dataset = load_dataset(H, run.log)
         train_set, validation_set = train_validation_split(dataset)
         targets = load_digits().target
         labels = [targets[part.indices] for part in (train_set, validation_set)]

@@ -5,44 +5,27 @@
 
 The image is encoded, ids whose pixels are hidden are drawn again given all others, and the result
 is decoded and laid into the hidden part without a seam: kept pixels stay exactly as they are.
-Writes logs/<log_dir>/images/inpaint_<step>.png: the image, the mask, the completions.
+Writes logs/<log_dir>/images/inpaint_<step>.png: the image, the mask, the completions; and, where
+the image is larger than the model's, images/inpaint_<step>_full/000000.png and on: the whole image
+at its own size, all but the hidden pixels as its file has them.
 """
 
-from pathlib import Path
+import contextlib
 
 import torch
+from tqdm import tqdm
 
 from hparams import UserError, get_inpaint_hparams
 from models.sampling.blending import lay_in
 from utils.data.datasets import load_dataset
-from utils.data.pixels import decode as decode_file
 from utils.data.pixels import to_float, to_square
 from utils.evaluation.experiment import experiment
+from utils.evaluation.inpainting import as_png_holds, hidden_square, lay_back, open_image, scaled
 from utils.evaluation.samples import decode
+from utils.files import make_folder, whole_file
+from utils.logging.images import remove_images
 from utils.runs.script import run_script
 from utils.training.precision import seed_step
-
-
-def read_image(path, img_size, n_channels):
-    """An image file as [C, S, S] in [0, 1], cut to a square like the data trained on."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return to_float(to_square(decode_file(content, path), img_size, n_channels))
-
-
-def hidden_pixels(H):
-    """Which pixels are to be filled in: bool [S, S], from `--mask` or `--box`."""
-    hidden = torch.zeros(H.img_size, H.img_size, dtype=torch.bool)
-    if H.mask:
-        hidden = read_image(H.mask, H.img_size, 1)[0] > 0.5
-    else:
-        left, top, right, bottom = H.box
-        hidden[top:bottom, left:right] = True
-    if not hidden.any():
-        raise UserError("nothing is hidden: a mask is white where the image is to be filled in")
-    return hidden
 
 
 def hidden_ids(hidden, shape):
@@ -69,20 +52,45 @@ def complete(run, image, hidden):
     return lay_in(image, torch.cat(images), hidden)
 
 
-def image_to_fill(H):
-    """The image of `--image`, or the one of the dataset that `--image_index` names: [C, S, S]."""
+def photograph_of(H, log):
+    """The PIL image of `--image`, or the one of the dataset that `--image_index` names."""
     if H.image:
-        return read_image(H.image, H.img_size, H.n_channels)
-    dataset = load_dataset(H)
+        return open_image(H.image)
+    dataset = load_dataset(H, log)
     if H.image_index >= len(dataset):
         raise UserError(f"--image_index {H.image_index}: there are {len(dataset)} images")
-    return dataset.load(H.image_index)
+    return dataset.open(H.image_index)
+
+
+def save_at_full_size(run, photograph, images, hidden):
+    """Write completions [n, C, S, S] into the photograph where its square is larger than they are;
+    `hidden` bool [m, m]."""
+    H, log, (width, height) = run.H, run.log, photograph.size
+    folder = log.folder.images / f"inpaint_{H.load_step}_full"
+    remove_images(folder)  # or those of an earlier command would be counted as this one's
+    if min(width, height) <= H.img_size:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        return
+    make_folder(folder)
+    profile = photograph.info.get("icc_profile")
+    hidden = scaled(hidden, min(width, height))
+    for number, image in enumerate(tqdm(images, desc="full size", unit="image")):
+        with whole_file(folder / f"{number:06d}.png", durable=False) as file:
+            lay_back(photograph, image, hidden).save(file, format="PNG", icc_profile=profile)
+    grey = " (filled in with grey, which is all that this model draws)"
+    is_grey = H.n_channels == 1 and photograph.mode.startswith("RGB")
+    log.info(f"the same completions at the image's own size, {width}x{height}"
+             f"{grey if is_grey else ''}: {folder}")
 
 
 def main(argv=None):
     H = get_inpaint_hparams(argv)
     with experiment(H, "inpainting", several=False) as run:
-        image, hidden = image_to_fill(H), hidden_pixels(H)
+        photograph = photograph_of(H, run.log)
+        square = hidden_square(H, photograph.size, run.log)
+        image = to_float(to_square(photograph, H.img_size, H.n_channels))
+        hidden = torch.from_numpy(scaled(square, H.img_size))
         run.load_sampler()
         images = complete(run, image, hidden)
         mask = hidden.float().expand_as(image)
@@ -92,6 +100,7 @@ def main(argv=None):
             run.log.images(H.load_step, "inpaint", images, display=False, individually=True)
         run.log.info(f"the image, the mask, what is kept, {len(images)} completions: "
                      f"{run.log.folder.images}/inpaint_{H.load_step}.png")
+        save_at_full_size(run, as_png_holds(photograph), images, square)
 
 
 if __name__ == "__main__":

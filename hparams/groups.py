@@ -6,25 +6,32 @@ The defaults written here are those of ffhq; `hparams/defaults.py` holds what ot
 import math
 
 from hparams.defaults import UNALIGNED
-from hparams.settings import Settings, setting
+from hparams.registry import DatasetNames, registered_path
+from hparams.settings import Settings, did_you_mean, setting
 from utils.errors import SettingsError
 
 DATASETS = ["digits", "textures", "ffhq", "churches", "bedrooms", "real_fake_faces", "custom"]
 
 
+ENDLESS = 100000000  # train_steps that no run reaches
+
+
 class Data(Settings):
     """Data."""
 
-    dataset: str = setting("", "what to learn from; digits and textures need no download, the "
-                           "others are found by datasets.yaml", choices=DATASETS, required=True)
-    custom_dataset_path: str | None = setting(None, "folder of images, nested or flat, for "
-                                              "--dataset custom")
+    dataset: str = setting("", "what to learn from; digits and textures need no download, custom "
+                           "is given by --custom_dataset_path, the others by datasets.yaml, to "
+                           "which you can add any", choices=DatasetNames(DATASETS), required=True)
+    custom_dataset_path: str | None = setting(None, "folder of images, nested or flat, or lmdb "
+                                              "folder, for --dataset custom")
     horizontal_flip: bool = setting(False, "also learn from mirrored images")
     num_workers: int | None = setting(None, "processes that read images (none: up to 4, or 0 for "
                                       "embedded data)", minimum=0)
 
     def validate(self):
         super().validate()
+        if self.dataset not in DATASETS:
+            check_registered(self.dataset)
         if self.dataset == "custom" and not self.custom_dataset_path:
             raise SettingsError("--dataset custom needs --custom_dataset_path, a folder of images")
         if self.custom_dataset_path and self.dataset != "custom":
@@ -33,10 +40,19 @@ class Data(Settings):
             )
 
 
+def check_registered(name):
+    """Raise SettingsError unless datasets.yaml gives a path for the dataset `name`."""
+    try:
+        registered_path(name)
+    except SettingsError as error:
+        hint = did_you_mean(name, DatasetNames(DATASETS))
+        raise SettingsError(f"there is no dataset {name!r}{hint} ({error})") from None
+
+
 class Training(Settings):
     """Training."""
 
-    train_steps: int = setting(100000000, "step to train to; a checkpoint is written there",
+    train_steps: int = setting(ENDLESS, "step to train to; a checkpoint is written there",
                                minimum=1)
     batch_size: int = setting(20, "images a step, of each of torchrun's processes", minimum=1)
     lr: float | None = setting(None, "learning rate (none, autoencoder: base_lr x batch_size)",
@@ -54,6 +70,8 @@ class Training(Settings):
     resume: bool = setting(False, "go on from the newest complete checkpoint of --log_dir, where "
                            "there is one: the same command again and again (experiments use "
                            "the samples that they have drawn, with and without it)")
+    overwrite: bool = setting(False, "begin anew where --log_dir holds a run: that run is moved "
+                              "aside, whole, once a step of the new one is trained")
     keep_checkpoints: int = setting(0, "how many of the newest checkpoints are kept; 0 for all",
                                     minimum=0)
     clip_grad_norm: float = setting(0.0, "largest norm of the gradient; 0 for no limit", minimum=0)
@@ -64,6 +82,12 @@ class Training(Settings):
     seed: int = setting(0, "seed of weights, data order and noise: equal seeds, equal runs",
                         minimum=0)
     device: str | None = setting(None, "cpu, cuda, cuda:1, ... (none: a GPU where there is one)")
+
+    def validate(self):
+        super().validate()
+        if self.overwrite and (self.resume or self.load_step and self.load_dir == self.log_dir):
+            raise SettingsError("--overwrite begins a run anew, and this command goes on with it: "
+                                "leave --overwrite out, or give another --log_dir")
 
 
 class Logging(Settings):
@@ -231,9 +255,11 @@ class Inpainting(Settings):
 
     image: str | None = setting(None, "image file to fill in (none: one of the dataset)")
     image_index: int = setting(0, "which image of the dataset", minimum=0)
-    mask: str | None = setting(None, "image file, white where the image is to be filled in")
-    box: list[int] | None = setting(None, "x0 y0 x1 y1: the pixels to be filled in, x1 and y1 "
-                                    "not included", minimum=0)
+    mask: str | None = setting(None, "image file, white where the image is to be filled in; it has "
+                               "the image's size or shape, or is square, for its central square")
+    box: list[int] | None = setting(None, "x0 y0 x1 y1: what is to be filled in, in pixels of the "
+                                    "square that the model sees, x1 and y1 not included",
+                                    minimum=0)
 
 
 class Canvas(Settings):

@@ -7,7 +7,10 @@ loaded (its `hparams.yaml`), the command line.
 import argparse
 import dataclasses
 import inspect
+import os
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import yaml
@@ -18,8 +21,24 @@ from utils.errors import SettingsError
 
 LOGS = Path("logs")  # the folder of all runs, in the working directory
 SETTINGS_FILE = "hparams.yaml"  # in the folder of a run
-BEGUN_FILE = "hparams.begun"  # beside it while a new run has not replaced an earlier one's yet
 LONGEST = 1 << 20  # bytes of a settings file
+RUN_NAMES = ("log_dir", "load_dir", "ae_load_dir")  # the settings that name runs
+
+
+def run_name(text):
+    """The name of a run below logs/, of what people type: NAME, NAME/, logs/NAME, an absolute path.
+
+    Raises SettingsError where that lies outside logs/.
+    """
+    path = Path(os.path.normpath(text))
+    if not (LOGS / path).exists():
+        for root in (LOGS, LOGS.absolute(), LOGS.resolve()):
+            if path.is_relative_to(root):
+                path = path.relative_to(root)
+    name = path.as_posix()
+    if "\0" in name or path.is_absolute() or name == "." or path.parts[0] == "..":
+        raise SettingsError(f"the run folder {text!r} lies outside {LOGS}/: use a plain name")
+    return name
 
 
 # --- flags ---------------------------------------------------------------------------------------
@@ -39,14 +58,12 @@ class Parser(argparse.ArgumentParser):
         flag = re.fullmatch(r"unrecognized arguments: (--\w+).*", message)
         if flag:
             message += did_you_mean(flag[1], self._option_string_actions)
-        sentence = f"{self.prog}: error: {message} (--help lists every flag)\n"
+        sentence = f"{self.prog}: error: {message} (--help explains the flags)\n"
         self.exit(2, sentence if is_first_process() else None)
 
 
 def describe_default(field, declared, defaults):
     """`default X, digits Y` from the `declared` default and the datasets' `defaults`."""
-    if field.metadata["required"]:
-        return "required"
     texts = [f"default {show(defaults['*'].get(field.name, declared))}"]
     for dataset, values in defaults.items():
         if dataset != "*" and field.name in values:
@@ -54,10 +71,14 @@ def describe_default(field, declared, defaults):
     return "; ".join(texts)
 
 
-def add_argument(group, field, default):
-    """Add a field's flag to an argparse group; nothing is stored for a flag that is not given."""
+def add_argument(group, field, default, hidden):
+    """Add a field's flag to an argparse group; nothing is stored for a flag that is not given.
+
+    Help says its `default`, unless it is `hidden`.
+    """
     kind, is_list = value_type(field)
     help = f"{field.metadata['help']} [{default}]".replace("%", "%%")
+    help = argparse.SUPPRESS if hidden else help
     options = dict(dest=field.name, default=argparse.SUPPRESS, help=help)
     if kind is bool:
         twin = [] if field.name.startswith("no_") else [f"--no_{field.name}"]
@@ -69,15 +90,29 @@ def add_argument(group, field, default):
     group.add_argument(f"--{field.name}", type=kind, nargs="+" if is_list else None, **options)
 
 
-def build_parser(settings_class, defaults):
+def build_parser(settings_class, defaults, sources=(), must_load=False, everything=False):
     """The argparse parser of a settings class: one argument group for each group of settings.
 
-    `defaults` maps datasets to the defaults they change, "*" standing for all; help shows them.
-    A setting that two groups declare is the first one's.
+    The arguments are those of `get_hparams`. Help shows the defaults, and hides what the models of
+    loaded runs decide unless it is to show `everything`. A setting that two groups declare is the
+    first one's.
     """
-    description = settings_class.__doc__.partition(": ")[2]
-    parser = Parser(description=description, allow_abbrev=False)
+    decided, shown = set(), set()  # by loaded runs; of these what a flag may override
+    for source in sources:
+        if must_load or source.run == "ae_load_dir":
+            decided |= source.adopt | source.borrow
+            shown |= source.borrow if must_load else set()
     declared, done = settings_class(), set(settings_class.without_flag)
+    required = {name for name, field in settings_class.__dataclass_fields__.items()
+                if field.metadata["required"]} - decided - done
+    required |= {"load_dir", "load_step"} if must_load else set()
+    parser = Parser(
+        usage=" ".join(["%(prog)s", *(f"--{name} ..." for name in sorted(required)), "[flags]"]),
+        description=settings_class.__doc__.partition(": ")[2], allow_abbrev=False, add_help=False,
+    )
+    help = parser.add_argument_group("Help")
+    help.add_argument("-h", "--help", action="help", help="what this script decides")
+    help.add_argument("--help_all", action="help", help="every flag, also those of loaded models")
     for group_class in settings_class.__mro__:
         names = [name for name in inspect.get_annotations(group_class) if name not in done]
         done.update(names)
@@ -85,7 +120,13 @@ def build_parser(settings_class, defaults):
             group = parser.add_argument_group(group_class.__doc__.rstrip("."))
         for name in names:
             field = settings_class.__dataclass_fields__[name]
-            add_argument(group, field, describe_default(field, getattr(declared, name), defaults))
+            default = describe_default(field, getattr(declared, name), defaults)
+            if name in decided:
+                default = "that of the loaded run"
+            elif name in required:
+                default = "required"
+            hidden = name in decided - shown and not everything
+            add_argument(group, field, default, hidden)
     return parser
 
 
@@ -131,13 +172,15 @@ class LoadedRun:
 
     `run` is the setting that holds the run's name, `when` the one that says whether it is loaded.
     `adopt` are the settings taken over, which a flag must not contradict; `borrow` are those, more
-    or among them, that a flag may override.
+    or among them, that a flag may override; `own` are more of these where the run goes on, which
+    is where it is that of --log_dir.
     """
 
     run: str
     when: str
     adopt: set
     borrow: set = frozenset()
+    own: set = frozenset()
 
     def path(self, settings_class, chosen):
         """The settings file of the run that the values `chosen` load; None where they load none."""
@@ -145,12 +188,16 @@ class LoadedRun:
         if not name or not chosen.get(self.when):
             return None
         folder = LOGS / name
-        if self.when == "resume" and (
-            (folder / BEGUN_FILE).exists() or not (folder / SETTINGS_FILE).exists()
-            or not any(folder.glob("saved_stats/manifest_*.json"))
+        if self.when == "resume" and not (
+            (folder / SETTINGS_FILE).exists() and any(folder.glob("saved_stats/*_*"))
         ):
             return None  # there is nothing to resume: training begins
         return folder / SETTINGS_FILE
+
+    def overridable(self, settings_class, chosen):
+        """The settings that a flag may override."""
+        names = [chosen.get(name, getattr(settings_class, name)) for name in (self.run, "log_dir")]
+        return self.borrow | self.own if names[0] == names[1] else self.borrow
 
 
 def agrees(field, given, loaded):
@@ -174,8 +221,9 @@ def loaded_settings(settings_class, given, sources):
         if path is None:
             continue
         paths.append(path)
+        free = source.overridable(settings_class, given)
         for name, value in read_settings(path).items() if path.exists() else ():
-            if name not in source.adopt | source.borrow:
+            if name not in source.adopt | free:
                 continue
             field = settings_class.__dataclass_fields__[name]
             try:
@@ -183,7 +231,7 @@ def loaded_settings(settings_class, given, sources):
             except SettingsError as error:
                 raise SettingsError(f"{path}: {error}") from None
             loaded[name] = value
-            if name in source.borrow or name not in given:
+            if name in free or name not in given:
                 continue
             if not agrees(field, given[name], value):
                 raise SettingsError(
@@ -225,8 +273,13 @@ def get_hparams(settings_class, defaults, sources, argv=None, must_load=False):
     `defaults` are as in `build_parser`, `sources` LoadedRuns in the order in which they are read.
     `must_load`: the script does nothing without a checkpoint.
     """
-    parser = build_parser(settings_class, defaults)
+    everything = "--help_all" in (sys.argv if argv is None else argv)
+    parser = build_parser(settings_class, defaults, sources, must_load, everything)
     given = vars(parser.parse_args(argv))
+    try:
+        given |= {name: run_name(given[name]) for name in RUN_NAMES if given.get(name)}
+    except SettingsError as error:
+        parser.error(str(error))
     if must_load:
         if not (given.get("load_dir") and given.get("load_step")):
             parser.error("--load_dir and --load_step must name the checkpoint to load")
@@ -244,6 +297,7 @@ def get_hparams(settings_class, defaults, sources, argv=None, must_load=False):
                 setattr(H, name, value)
         H.validate()
         check_used(H, given)
+        H.command = shlex.join(sys.argv if argv is None else [settings_class.script(), *argv])
     except SettingsError as error:
         parser.error(str(error))
     return H

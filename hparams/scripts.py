@@ -157,19 +157,29 @@ SAMPLER_RUN = LoadedRun(
 )
 
 
-def runs_to_train_on(architecture):
-    """The runs that a training script goes on from: --load_dir, and --log_dir with --resume."""
-    return [LoadedRun("load_dir", "load_step", architecture),
-            LoadedRun("log_dir", "resume", architecture)]
+# What a command says of itself, which a run that goes on does not take from its own record.
+COMMAND = {"load_dir", "load_step", "load_optim", "log_dir", "resume", "overwrite", "device"}
+
+
+def runs_to_train_on(architecture, training):
+    """The runs that a training script goes on from: --load_dir, and --log_dir with --resume.
+
+    Where that is the run of --log_dir itself, its settings of `training` are the defaults.
+    """
+    own = training - architecture - COMMAND
+    return [LoadedRun("load_dir", "load_step", architecture, own=own),
+            LoadedRun("log_dir", "resume", architecture, own=own)]
 
 
 # Each takes `argv`, a list of strings, or None for the command line, and gives the script's H.
 get_vqgan_hparams = partial(
-    get_hparams, VQGANSettings, VQGAN_DEFAULTS, runs_to_train_on(AUTOENCODER_ARCHITECTURE)
+    get_hparams, VQGANSettings, VQGAN_DEFAULTS,
+    runs_to_train_on(AUTOENCODER_ARCHITECTURE, names_of(VQGANSettings)),
 )
 get_sampler_hparams = partial(
     get_hparams, SamplerSettings, SAMPLER_DEFAULTS,
-    [AUTOENCODER_RUN, *runs_to_train_on(SAMPLER_ARCHITECTURE)],
+    [*runs_to_train_on(SAMPLER_ARCHITECTURE, names_of(SamplerSettings) - names_of(Autoencoder)),
+     AUTOENCODER_RUN],
 )
 get_vqgan_fid_hparams = partial(
     get_hparams, VQGANFIDSettings, VQGAN_DEFAULTS, [VQGAN_RUN], must_load=True

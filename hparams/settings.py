@@ -48,13 +48,14 @@ class Settings:
     """
 
     without_flag = frozenset()
+    command = ""  # the command line that asked for these settings
 
     def __init_subclass__(cls):
         dataclasses.dataclass(cls)
         ALL_NAMES.update(cls.__dataclass_fields__)
 
     def __setattr__(self, name, value):
-        if name not in self.__dataclass_fields__:
+        if name not in self.__dataclass_fields__ and name != "command":
             self.__getattr__(name)
         super().__setattr__(name, value)
 
@@ -69,6 +70,11 @@ class Settings:
         """
         for field in dataclasses.fields(self):
             check_setting(field, getattr(self, field.name))
+
+    @classmethod
+    def script(cls):
+        """The script that these are the hyperparameters of, as its docstring says."""
+        return cls.__doc__.partition(":")[0]
 
     def as_yaml(self):
         """All settings as YAML text, one `name: value` a line."""

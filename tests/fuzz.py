@@ -42,7 +42,7 @@ from utils.evaluation.reference import read_array
 from utils.files import load_file, save_file
 from utils.runs.folder import RunFolder
 from utils.runs.manifest import damage, load_stats
-from utils.training.checkpoints import Checkpoints, load_optimizer, load_weights
+from utils.training.checkpoints import Checkpoints, load_optimizer, load_weights, unwrapped
 
 SECONDS = 20
 MEMORY = 1 << 30  # bytes
@@ -90,7 +90,7 @@ def specimens():
 
     def into(model):
         def read(path):
-            load_weights(model, load_file(path), path)
+            load_weights(model, unwrapped(load_file(path), path), path)
             sum(value.double().sum() for value in model.state_dict().values())  # touches all bytes
         return read
 
@@ -237,10 +237,11 @@ def made_by_hand(found):
     )
     state = torch.load(io.BytesIO(sound), weights_only=True)
     name = next(iter(state))
-    wide = torch.zeros(1).expand(1 << 40)
+    wide, endless = torch.zeros(1).expand(1 << 40), {}
+    endless["model"] = endless
     files = [(LIE, shortened(sound, size), model) for size in (0, 4, 100)]
     for kind, evil in {"a command": Command(), "code": Code()}.items():
-        for content in (saved(evil), saved({name: evil}), saved(
+        for content in (saved(evil), saved({name: evil}), saved({"model": {name: evil}}), saved(
             {**state, "x": evil}, _use_new_zipfile_serialization=False
         )):
             files += [(kind, content, reader) for reader in (model, optimiser, stats)]
@@ -249,6 +250,8 @@ def made_by_hand(found):
         ("a sparse tensor", saved({**state, name: torch.zeros(3, 3).to_sparse()}), model),
         ("numbers for names", saved({1: torch.zeros(1)}), model),
         ("lists for tensors", saved({name: [1, 2]}), model),
+        ("a dict in itself", saved(endless), model),
+        ("a wrapped tensor without end", saved({"state_dict": {**state, name: wide}}), model),
         ("huge PNG", huge_png(12_000), image),
         ("huge PNG", huge_png(60_000), image),
         ("a PNG bomb", huge_png(100_000), image),

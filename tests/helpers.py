@@ -15,6 +15,7 @@ import torch
 import visdom
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
+from utils.signals import Stopped
 from utils.training.loop import TrainingLoop
 from utils.training.processes import Processes
 
@@ -93,6 +94,8 @@ def on_processes(count, main, flags=""):
                 torch.set_num_threads(1)
                 main(flags.split())
                 status = 0
+            except Stopped as stopped:
+                status = stopped.exit_status
             except BaseException:
                 traceback.print_exc()
             finally:

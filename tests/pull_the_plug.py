@@ -1,15 +1,17 @@
-"""Kill a run with SIGKILL at random moments, go on with --resume, and compare what it comes to.
+"""End a run by signals at random moments, go on with --resume, and compare what it comes to.
 
     PYTHONPATH=. python tests/pull_the_plug.py --stage vqgan --kills 100
 
-Every attempt is a process of its own that runs the script's `main`, forked from this one, so that
-torch is imported once. When a run reaches its end its files must be those, to the bit, of a run
-that nothing disturbed; then the next run begins, until there were enough kills. Prints how many
-hit which phase. `latents` is the sampler's stage killed before it trains, mostly while it encodes;
+Half of the signals are SIGKILL, a quarter each SIGTERM and SIGHUP, all to the process group. Every
+attempt is a process of its own that runs the script, forked from this one, so that torch is
+imported once. When a run reaches its end its files must be those, to the bit, of a run that nothing
+disturbed; then the next run begins, until there were enough signals. Prints how many ended which
+phase. `latents` is the sampler's stage ended before it trains, mostly while it encodes;
 `experiment` is calc_FID.py with a tiny extractor, which must come to the same ids and figures.
 """
 
 import argparse
+import contextlib
 import mmap
 import os
 import random
@@ -35,6 +37,7 @@ from utils.evaluation import experiment, features
 from utils.evaluation import measure as measuring
 from utils.evaluation import reference
 from utils.runs.folder import RunFolder
+from utils.runs.script import run_script
 from utils.training import checkpoints
 
 PHASES = ("startup", "caching", "training", "checkpointing", "drawing", "extracting", "reporting",
@@ -66,29 +69,34 @@ def announce(module, name, during, afterwards):
     setattr(module, name, announced)
 
 
-def attempt(main, flags, seconds=None):
-    """Run `main` in a forked process and kill it after `seconds`.
+def attempt(main, flags, seconds=None, number=signal.SIGKILL):
+    """Run `main` in a forked process and send its group a signal after `seconds`.
 
-    Returns (the phase it was killed in or None, seconds that it ran).
+    Returns (the phase that the signal ended it in or None, seconds that it ran).
     """
     phase[0] = 0
     begun = time.perf_counter()
     process = os.fork()
     if process == 0:
+        os.setsid()
         sys.stdout = sys.stderr = open(os.devnull, "w")
         status = 1
         try:
-            main(flags.split())
+            run_script(lambda: main(flags.split()))
             status = 0
+        except SystemExit as stop:
+            status = stop.code
         finally:
             os._exit(status)
     if seconds is not None:
         time.sleep(seconds)
-        os.kill(process, signal.SIGKILL)
-    _, status = os.waitpid(process, 0)
-    if os.WIFSIGNALED(status):
-        return PHASES[phase[0]], time.perf_counter() - begun
-    assert os.WEXITSTATUS(status) == 0, "the script failed: see its log.txt"
+        with contextlib.suppress(ProcessLookupError):  # it has ended, or has no group yet
+            os.killpg(process, number)
+    reached = PHASES[phase[0]]
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if status in (-number, 128 + number):
+        return reached, time.perf_counter() - begun
+    assert status == 0, f"the script failed with {status}: see its log.txt"
     return None, time.perf_counter() - begun
 
 
@@ -111,15 +119,22 @@ def main():
         if arguments.stage == "experiment":
             attempt(train_sampler.main, f"{SAMPLER} --log_dir prior --train_steps 2")
         _, whole = attempt(run_main, f"{flags} --log_dir undisturbed")
-        undisturbed, kills, finished = outcome("undisturbed"), Counter(), 0
+        undisturbed, kills, by, finished = outcome("undisturbed"), Counter(), Counter(), 0
+        quarter = arguments.kills // 4
+        numbers = [signal.SIGTERM] * quarter + [signal.SIGHUP] * quarter
+        numbers += [signal.SIGKILL] * (arguments.kills - len(numbers))
+        rng.shuffle(numbers)
         while kills.total() < arguments.kills:
             for cache in (latents.LATENTS, reference.STATISTICS):
                 shutil.rmtree(cache, ignore_errors=True)
             run, killed = f"run_{finished}", True
             while killed and kills.total() < arguments.kills:
                 moment = rng.uniform(0, whole)
-                killed, _ = attempt(run_main, f"{flags} --log_dir {run} --resume", moment)
-                kills[killed] += killed is not None
+                number = numbers[kills.total()]
+                killed, _ = attempt(run_main, f"{flags} --log_dir {run} --resume", moment, number)
+                if killed:
+                    kills[killed] += 1
+                    by[number.name] += 1
             if killed:
                 attempt(run_main, f"{flags} --log_dir {run} --resume")
             assert_identical(undisturbed, outcome(run))
@@ -128,8 +143,8 @@ def main():
         os.chdir("/")
     print(f"{arguments.stage}: {kills.total()} kills in {finished} runs, all bit-identical to the "
           "undisturbed one")
-    for name in PHASES:
-        print(f"  {name:14} {kills[name]:4}")
+    for name, count in [*by.items(), *((name, kills[name]) for name in PHASES)]:
+        print(f"  {name:14} {count:4}")
 
 
 def announce_phases():

@@ -30,6 +30,7 @@ TORCHVISION_AHEAD = 15  # torchvision 0.(n+15) is built for torch 2.n
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RUNTIME = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
 TESTING = [Requirement(line) for line in PROJECT["project"]["optional-dependencies"]["test"]]
+BUILDING = [Requirement(line) for line in PROJECT["build-system"]["requires"]]
 
 
 def names(requirements):
@@ -49,16 +50,21 @@ def pinned_version(requirement):
     return specifier.version
 
 
-def constraints(python):
+def lower_bound(requirement):
+    [version] = [x.version for x in requirement.specifier if x.operator == ">="]
+    return version
+
+
+def constraints(python, path=ROOT / "constraints.txt"):
     """What constraints.txt pins for one Python: {name: version}; a name pinned twice fails."""
     pins = {}
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
+    for line in path.read_text().splitlines():
         if not line or line.startswith("#"):
             continue
         pin = Requirement(line)
         if applies(pin, python):
             name = canonicalize_name(pin.name)
-            assert name not in pins, f"constraints.txt pins {name} twice for Python {python}"
+            assert name not in pins, f"{path} pins {name} twice for Python {python}"
             pins[name] = pinned_version(pin)
     return pins
 
@@ -107,8 +113,8 @@ def test_the_pinned_torch_and_torchvision_belong_together(python):
 @pytest.mark.parametrize("python", PYTHONS)
 def test_the_pinned_setuptools_can_build_the_project_and_visdom(python):
     pinned = constraints(python)["setuptools"]
-    for line in PROJECT["build-system"]["requires"]:
-        assert Requirement(line).specifier.contains(pinned)
+    for requirement in BUILDING:
+        assert requirement.specifier.contains(pinned)
     assert Version(pinned) < Version("82"), "visdom's setup needs pkg_resources"
 
 
@@ -304,6 +310,25 @@ def test_make_installs_once_and_again_only_when_the_pins_change(checkout):
 
 
 @needs_make
+def test_make_tests_the_lowest_versions_in_an_environment_of_their_own(checkout):
+    run, calls = make(checkout, "test-lowest")
+    assert run.returncode == 0, run.stderr
+    assert calls[0] == "-m venv .venv-lowest" and calls[-1] == "-m pytest"
+    path = checkout / ".venv-lowest" / "constraints.txt"
+    installs = [call for call in calls if " install " in call]
+    assert len(installs) == 2
+    assert all("--constraint .venv-lowest/constraints.txt" in call for call in installs)
+    for python in PYTHONS:
+        declared = [x for x in BUILDING + RUNTIME + TESTING if applies(x, python)]
+        lowest = {canonicalize_name(x.name): lower_bound(x) for x in declared}
+        pins, tested = constraints(python, path), constraints(python)
+        assert {name: pins[name] for name in lowest} == lowest
+        assert all(pins[name] == tested[name] for name in set(pins) - set(lowest))
+    assert make(checkout, "test-lowest")[1] == ["-m pytest"]
+    assert not (checkout / ".venv").exists()
+
+
+@needs_make
 @pytest.mark.parametrize("step", ["-m venv", "setuptools wheel torch", "--editable"])
 def test_make_takes_up_an_interrupted_installation(checkout, step):
     (checkout / "broken").write_text(step)
@@ -339,12 +364,13 @@ def test_make_says_in_one_sentence_what_python_lacks(checkout, missing, sentence
 @needs_make
 def test_make_clean_leaves_the_runs(checkout):
     keep = [checkout / name for name in ("logs/a/log.txt", "latents/a.pt", "statistics/a.pt")]
-    away = [checkout / ".venv/installed", checkout / "a/__pycache__/a.pyc", checkout / "build/x"]
+    caches = ("a/__pycache__/a.pyc", "build/x")
+    away = [checkout / name for name in (".venv/made", ".venv-lowest/made", *caches)]
     for path in keep + away:
         path.parent.mkdir(parents=True)
         path.touch()
     assert make(checkout, "clean")[0].returncode == 0
-    assert [path.exists() for path in keep + away] == [True] * 3 + [False] * 3
+    assert [path.exists() for path in keep + away] == [True] * len(keep) + [False] * len(away)
 
 
 def make_targets():
@@ -356,7 +382,8 @@ def make_targets():
 def test_every_target_is_documented():
     [phony] = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert make_targets() == set(phony.split())
-    assert {"install", "test", "test-all", "demo", "visdom", "clean", "help"} <= make_targets()
+    wanted = {"install", "test", "test-all", "test-lowest", "demo", "visdom", "clean", "help"}
+    assert wanted <= make_targets()
 
 
 @needs_make

@@ -15,17 +15,17 @@ def declared(group):
     return {field.name: field for field in dataclasses.fields(group)}
 
 
-@pytest.mark.parametrize("table, group, flag", [
-    (DATASETS, groups.Data, "dataset"),
-    (SAMPLERS, groups.Sampler, "sample_type"),
+@pytest.mark.parametrize("table, choices", [
+    (DATASETS, groups.DATASETS),
+    (SAMPLERS, declared(groups.Sampler)["sample_type"].metadata["choices"]),
 ])
-def test_a_table_has_an_entry_for_every_choice_of_its_flag(table, group, flag):
-    choices = declared(group)[flag].metadata["choices"]
+def test_a_table_has_an_entry_for_every_choice_of_its_flag(table, choices):
     assert len(choices) == len(set(choices)) and set(table) == set(choices)
 
 
-def test_the_declared_datasets_are_the_choices_of_the_flag():
-    assert declared(groups.Data)["dataset"].metadata["choices"] == groups.DATASETS
+def test_the_declared_datasets_are_the_first_choices_of_the_flag():
+    choices = list(declared(groups.Data)["dataset"].metadata["choices"])
+    assert choices[: len(groups.DATASETS)] == groups.DATASETS  # datasets.yaml may add others
 
 
 def test_every_measure_beside_fid_has_a_metric_and_names_what_it_needs():

@@ -5,13 +5,18 @@ import functools
 import hashlib
 import os
 import pickle
+import platform
 import re
+import time
 import zipfile
 from pathlib import Path
 
 import torch
 
 from utils.errors import DiskError, UserError
+
+HOST = re.sub(r"\W", "-", platform.node()) or "host"  # of file names
+WEEK = 7 * 24 * 3600  # seconds
 
 
 @contextlib.contextmanager
@@ -22,7 +27,7 @@ def whole_file(path, durable=True):
     the disk does not take it.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -58,10 +63,16 @@ def make_folder(folder):
 
 
 def remove_leftovers(folder):
-    """Remove the temporary files of `whole_file` whose process was killed."""
+    """Remove the temporary files of `whole_file` whose process was killed.
+
+    Those of other machines that share the file system stay for a week.
+    """
     for path in Path(folder).glob(".*.tmp"):
-        writer = re.fullmatch(r"\..*\.(\d+)\.tmp", path.name)
-        if writer and not is_running(int(writer[1])):
+        writer = re.fullmatch(r"\..*\.([^.]+)\.(\d+)\.tmp", path.name)
+        if writer and (
+            not is_running(int(writer[2])) if writer[1] == HOST
+            else time.time() - path.stat().st_mtime > WEEK
+        ):
             path.unlink(missing_ok=True)
 
 

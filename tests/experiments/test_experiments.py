@@ -14,13 +14,13 @@ import pytest
 import scipy
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageCms
 
 import train_sampler
 import train_vqgan
 from experiments import (
     calc_approximate_ELBO, calc_FID, calc_nearest_neighbours, calc_PRDC, calc_VQGAN_FID,
-    get_samples,
+    digits_report, get_samples, inpaint,
 )
 from helpers import ROOT, wait_until, with_small_files
 from hparams import UserError, get_samples_hparams
@@ -275,7 +275,9 @@ def test_kept_ids_are_those_of_all_settings(change, monkeypatch):
     """Also of what a published file, without settings beside it, does not tell."""
     monkeypatch.setattr("utils.training.precision.cpu_has_bfloat16", lambda: True)
     for name in ("ae", "plain"):
-        RunFolder(name).hparams.unlink()
+        folder = RunFolder(name)
+        for path in (folder.hparams, folder.stats(2), folder.manifest(2)):
+            path.unlink()
     architecture = (
         "--img_size 16 --ch_mult 1 1 --attn_resolutions 8 --emb_dim 8 --codebook_size 16 --ndf 8 "
         "--disc_layers 1 --bert_n_emb 32 --bert_n_layers 1 --total_steps 16 --position absolute"
@@ -337,6 +339,174 @@ def test_an_experiment_reports_what_is_unknown():
     assert "\n| known | 0.5 |\n| not | unknown |\n" in RunFolder("out").log.read_text()
 
 
+def strict(path):
+    """What a file of strict JSON holds."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_numbers_that_are_not_finite_are_null_and_named():
+    H = get_samples_hparams([*LOAD.split(), "--n_samples", "3", "--log_dir", "out"])
+    out, many = RunFolder("out"), [math.inf] * 12
+    with experiment(H, "mine") as this:
+        this.report({"a": math.nan, "b": -math.inf, "c": 1.5}, rows=[{"d": (2, math.inf)}, []])
+        this.report({"a": math.nan, "b": -math.inf, "c": 1.5}, many=many)
+        this.report({"c": 1.5})
+    [result] = strict(out.results).values()
+    assert result["figures"] == {"c": 1.5}
+    lines = [line.partition("WARNING ")[2] for line in out.log.read_text().splitlines()
+             if "WARNING" in line]
+    assert lines[0] == "not finite, and so unknown: a; b; rows/0/d/1"
+    assert lines[1].startswith("not finite, and so unknown: a; b; many/0; ") and len(lines) == 2
+    assert lines[1].endswith("; many/7 and 4 more")
+    assert "\n| a | unknown |\n| b | unknown |\n| c | 1.5 |\n" in out.log.read_text()
+    lines = map(json.loads, out.metrics.read_text().splitlines())
+    assert [line.keys() & set("abc") for line in lines] == [{"c"}] * 3
+
+
+def test_null_takes_the_place_of_what_is_not_finite_in_results():
+    H = get_samples_hparams([*LOAD.split(), "--n_samples", "3", "--log_dir", "out"])
+    with experiment(H, "mine") as this:
+        this.report({"a": math.nan, "c": 1.5}, rows=[{"d": (2, math.inf)}, []])
+    [result] = strict(RunFolder("out").results).values()
+    assert result["figures"] == {"a": None, "c": 1.5}
+    assert result["rows"] == [{"d": [2, None]}, []]
+
+
+def test_results_with_nan_of_earlier_versions_are_read_and_become_strict():
+    path = RunFolder("out").create().results
+    path.write_text('{"FID 0": {"figures": {"FID": NaN, "images": 2}, "rows": [-Infinity]}}')
+    assert math.isnan(read_results(path)["FID 0"]["figures"]["FID"])
+    run(get_samples, f"{LOAD} --n_samples 3")
+    old, new = strict(path).values()
+    assert old == {"figures": {"FID": None, "images": 2}, "rows": [None]}
+    assert new["figures"]["samples"] == 3
+
+
+@pytest.mark.parametrize("script, flags, says", [
+    (calc_FID, f"{LOAD} --n_samples 2 --prc", "--prc, .* needs 4 generated images or more, not 2"),
+    (calc_FID, f"{LOAD} --n_samples 9 --isc", "needs 10 generated images or more, not 9"),
+    (calc_FID, f"{LOAD} --n_samples 9 --kid", "needs 1000 generated images or more, not 9"),
+    (calc_FID, f"{LOAD} --n_samples 9 CUSTOM 1", "FID needs 2 real images or more, not 1"),
+    (calc_FID, f"{LOAD} --n_samples 9 --prc CUSTOM 3", "needs 4 real images or more, not 3"),
+    (calc_PRDC, f"{LOAD} --n_samples 3", "--nearest_k 3 needs 4 generated images or more, not 3"),
+    (calc_PRDC, f"{LOAD} --n_samples 9 --real_feats new.npy CUSTOM 2",
+     "needs 4 real images or more, not 2: add images to the dataset, or lower --nearest_k"),
+    (calc_VQGAN_FID, "--load_dir ae --load_step 2 --no_visdom CUSTOM 1",
+     "FID needs 2 generated images or more, not 1: add images to the dataset"),
+    (digits_report, f"{LOAD} --n_samples 1", "--n_samples 1 is too few .*: give 2 or more"),
+])
+def test_too_few_images_are_refused_before_any_is_drawn(script, flags, says, workplace):
+    for index in range(3):
+        for count in range(index + 1, 4):
+            (workplace / str(count)).mkdir(exist_ok=True)
+            Image.new("L", (16, 16), index).save(workplace / str(count) / f"{index}.png")
+    flags = flags.replace("CUSTOM", "--dataset custom --custom_dataset_path")
+    with pytest.raises(UserError, match=says):
+        run(script, flags)
+    assert not RunFolder("out").samples.exists() and not (workplace / "statistics").exists()
+
+
+def test_too_few_features_of_ones_own_are_refused_before_any_sample_is_drawn():
+    np.save("mine.npy", np.zeros((2, 16), dtype=np.float32))
+    with pytest.raises(UserError, match="needs 4 real images or more, not 2"):
+        run(calc_PRDC, f"{LOAD} --n_samples 9 --real_feats mine.npy")
+    assert not RunFolder("out").samples.exists()
+    with pytest.raises(UserError, match="needs 4 generated images or more, not 2"):
+        run(calc_PRDC, f"{LOAD} --n_samples 9 --fake_feats mine.npy")
+    np.save("mine.npy", np.random.RandomState(0).rand(5, 16).astype(np.float32))
+    figures = run(calc_PRDC, f"{LOAD} --n_samples 2 --fake_feats mine.npy --nearest_k 1")
+    assert (figures["samples"], figures["real images"]) == (5, 2)
+
+
+# --- filling in ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photograph(workplace):
+    """A colour photograph of 50x40 pixels, whose square of 40 begins at 5: uint8 [40, 50, 3]."""
+    pixels = np.random.RandomState(0).randint(0, 256, (40, 50, 3)).astype(np.uint8)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(pixels).save(workplace / "photo.png", icc_profile=profile)
+    return pixels
+
+
+def fill_in(flags, log_dir="out"):
+    """(completions of the model's size, at the image's own) by inpaint.py: uint8 arrays."""
+    flags = f"{LOAD} --n_samples 2 --save_individually --log_dir {log_dir} {flags}"
+    inpaint.main(flags.split())
+    folders = (RunFolder(log_dir).images / name for name in ("inpaint_2", "inpaint_2_full"))
+    return [[np.array(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+            for folder in folders]
+
+
+def assert_filled_in(photograph, hidden, small, full):
+    """The hidden pixels of a photograph, bool [40, 50], and no others are those of the completions,
+    enlarged."""
+    assert len(small) == len(full) == 2
+    for completion, whole in zip(small, full):
+        assert completion.shape == (16, 16) and whole.shape == photograph.shape
+        assert np.array_equal(whole[~hidden], photograph[~hidden])
+        assert (whole[hidden] != photograph[hidden]).any()
+        enlarged = Image.fromarray(completion).resize((40, 40), Image.Resampling.BICUBIC)
+        expected = np.zeros((40, 50, 3), dtype=np.uint8)
+        expected[:, 5:45] = np.asarray(enlarged)[:, :, None]  # the model is grey
+        assert np.array_equal(whole[hidden], expected[hidden])
+
+
+def test_a_box_is_filled_in_at_the_photographs_own_size(photograph):
+    hidden = np.zeros((40, 50), dtype=bool)
+    hidden[5:20, 15:30] = True  # 2.5 pixels for each of the model's
+    assert_filled_in(photograph, hidden, *fill_in("--image photo.png --box 4 2 10 8"))
+    whole = Image.open(RunFolder("out").images / "inpaint_2_full" / "000000.png")
+    assert whole.info["icc_profile"] == Image.open("photo.png").info["icc_profile"]
+    log = RunFolder("out").log.read_text()
+    assert "own size, 50x40 (filled in with grey, which is all that this model draws)" in log
+    # an image that is no larger than the model's is there once
+    small, full = fill_in("--image_index 4 --box 4 2 10 8")
+    assert len(small) == 2 and not full
+    assert not (RunFolder("out").images / "inpaint_2_full").exists()
+
+
+def test_a_mask_painted_on_transparent_hides_to_the_pixel(photograph):
+    mask = np.zeros((40, 50, 4), dtype=np.uint8)
+    mask[:, :, :3] = 255
+    mask[7:20, 13:36, 3] = 255
+    mask[30, 20:40, 3] = 255  # a thin line
+    mask[3:9, 41:50, 3] = 255  # beyond the square, in part
+    Image.fromarray(mask).save("mask.png")
+    hidden = mask[:, :, 3] > 0
+    hidden[:, 45:] = False
+    assert_filled_in(photograph, hidden, *fill_in("--image photo.png --mask mask.png"))
+    log = RunFolder("out").log.read_text()
+    assert "of its 50x40 pixels the model sees the central 40x40" in log
+    assert f"WARNING {100 * 30 / (13 * 23 + 20 + 54):.1f}% of what --mask mask.png hides" in log
+
+
+def test_images_of_a_dataset_are_filled_in_at_their_own_size(photograph, workplace):
+    folder = workplace / "photos"
+    folder.mkdir()
+    Image.new("RGB", (20, 20)).save(folder / "a.png")
+    (workplace / "photo.png").rename(folder / "b.png")
+    hidden = np.zeros((40, 50), dtype=bool)
+    hidden[0:40, 5:25] = True
+    flags = f"--dataset custom --custom_dataset_path {folder} --image_index 1"
+    assert_filled_in(photograph, hidden, *fill_in(f"{flags} --box 0 0 8 16"))
+
+
+def test_a_square_mask_of_a_photograph_that_is_not_square(photograph):
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (4, 2, 10, 8))
+    mask.save("mask.png")
+    small, full = fill_in("--image photo.png --mask mask.png")
+    by_box = fill_in("--image photo.png --box 4 2 10 8", "box")
+    assert np.array_equal(small, by_box[0]) and np.array_equal(full, by_box[1])
+    log = RunFolder("out").log.read_text()
+    assert "mask.png is square and the image is not: it is taken to lie on the central 40x40" in log
+
+
 ELBO = f"{PUBLISHED} --steps_per_eval 2 --train_steps 4"
 
 
@@ -386,6 +556,22 @@ def test_the_elbo_is_that_of_the_whole_validation_set(sampler):
     validation = [line for line in lines if line["group"] == "validation"]
     assert [line["step"] for line in validation] == [2]
     assert validation[0]["validation images"] == 179 and validation[0][part] > figures[part]
+
+
+def test_the_standard_error_of_one_validation_image_is_unknown(workplace):
+    (workplace / "two").mkdir()
+    for index in range(2):
+        Image.new("L", (16, 16), 100 * index).save(workplace / "two" / f"{index}.png")
+    figures = run(calc_approximate_ELBO, f"{ELBO} --dataset custom --custom_dataset_path two")
+    assert figures["validation images"] == 1
+    errors = [value for name, value in figures.items() if "standard error" in name]
+    assert len(errors) == 7 and errors == [None] * 7
+    assert all(math.isfinite(value) for value in figures.values() if value is not None)
+    strict(RunFolder("out").results)
+    log = RunFolder("out").log.read_text()
+    assert log.count("WARNING a standard error needs 2 validation images, and there is 1") == 1
+    lines = [json.loads(line) for line in RunFolder("out").metrics.read_text().splitlines()]
+    assert not any("standard error" in name for line in lines for name in line)
 
 
 def test_draws_of_t_agree_with_the_sum_over_all():
@@ -492,8 +678,8 @@ def test_neighbours_in_a_small_folder_without_lpips(workplace, monkeypatch):
     run(calc_nearest_neighbours, f"{flags} --spaces pixels")
     [result] = read_results(RunFolder("out").results).values()
     found = result["neighbours"]
-    assert found.keys() == {"pixels"} and [len(row) for row in found["pixels"]] == [3] * 4
-    copy = found["pixels"][1][0]  # one of the four is held out, but the others are copies
+    assert found.keys() == {"pixels"} and [len(row) for row in found["pixels"]] == [4] * 4
+    copy = found["pixels"][1][0]  # none of these is held out, and each is a copy
     assert copy["distance"] == pytest.approx(0, abs=1e-5)
     assert (copy["index"], copy["path"]) == (1, str(photos / "000001.png"))
 

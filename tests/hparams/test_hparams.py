@@ -85,13 +85,41 @@ def test_misspelt_attributes_raise():
 ])
 def test_every_setting_has_help_and_a_flag(settings, parse, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(["--help"])
+        parse(["--help_all"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for field in dataclasses.fields(settings):
         has_flag = re.search(rf"--{field.name}\b", text) is not None
         assert has_flag == (field.name not in settings.without_flag)
         assert len(field.metadata["help"]) > 5
+
+
+@pytest.mark.parametrize("parse, usage, hidden, shown", [
+    (get_vqgan_hparams, "--dataset ... [flags]", [], ["nf", "lr", "overwrite"]),
+    (get_sampler_hparams, "--ae_load_dir ... --ae_load_step ... --dataset ... --sampler ... [flags",
+     ["nf", "beta", "base_lr"], ["bert_n_emb", "kernel_sizes"]),
+    (get_fid_hparams, "--load_dir ... --load_step ... --n_samples ... [flags]",
+     ["nf", "bert_n_emb", "kernel_sizes", "sampler"], ["kid", "dataset", "sample_steps"]),
+])
+def test_help_shows_what_a_script_decides(parse, usage, hidden, shown, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    head, _, text = capsys.readouterr().out.partition("\n\n")
+    assert usage in " ".join(head.split()) and head.count("\n") < 3
+    for name in hidden:
+        assert re.search(rf"--{name}\b", text) is None
+    for name in shown:
+        assert re.search(rf"--{name}\b", text)
+
+
+def test_help_tells_what_is_required_from_what_comes_from_a_run(capsys):
+    with pytest.raises(SystemExit):
+        get_fid_hparams(["--help_all"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name in ("load_dir NAME", "load_step N", "n_samples N"):
+        assert re.search(rf"--{name} [^\[]*\[required\]", text), name
+    for name in ("sampler {absorbing,autoregressive}", "ae_load_step N", "nf N", "dataset {"):
+        assert re.search(rf"--{re.escape(name)}[^\[]*\[that of the loaded run\]", text), name
 
 
 def test_flags_reach_the_object():
@@ -273,8 +301,6 @@ def test_resume_takes_the_architecture_from_the_runs_own_hparams_yaml(capsys):
     assert "contradicts bert_n_layers 2" in refusal(
         capsys, get_sampler_hparams, [*flags, "--bert_n_layers", "3"]
     )
-    RunFolder("prior").begun.touch()  # another run has begun to replace it
-    assert get_sampler_hparams([*flags, "--bert_n_layers", "3"]).bert_n_layers == 3
 
 
 def test_a_lone_variable_of_torchrun_does_not_silence_errors(capsys, monkeypatch):

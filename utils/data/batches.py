@@ -9,17 +9,18 @@ Shapes: n = size of the dataset, B = batch size, [B, C, S, S] = images.
 import functools
 import hashlib
 import itertools
+import multiprocessing.queues
 import os
 import signal
-import sys
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from utils.data.pixels import UnreadableImage, to_float
 from utils.errors import UserError
+from utils.signals import SIGNALS
 
 # --- the order ---------------------------------------------------------------------------------
 
@@ -138,9 +139,17 @@ def pixel_batches(dataset, batch_size, num_workers, device, on_unreadable):
 
 
 class _Batch(NamedTuple):
-    images: torch.Tensor | None  # uint8 [b, C, S, S]; None where no image could be read
-    indices: torch.Tensor  # int64 [b]
+    # NumPy's arrays, which travel through a pipe: a container's shared memory is small.
+    images: np.ndarray | None  # uint8 [b, C, S, S]; None where no image could be read
+    indices: np.ndarray  # int64 [b]
     unreadable: list  # of (path, reason)
+
+
+class _Failure(NamedTuple):
+    """What went wrong in a worker, whose exception may be none that can be handed over."""
+
+    kind: str
+    message: str
 
 
 class _Batches(Dataset):
@@ -151,7 +160,15 @@ class _Batches(Dataset):
         self.replace = replace  # an unreadable image by the next one, rather than leave it out
 
     def __getitem__(self, plan):
-        indices, flips = plan
+        try:
+            return self.read(*plan)
+        except Exception as error:
+            if get_worker_info() is None:
+                raise
+            return _Failure(type(error).__name__, str(error))
+
+    def read(self, indices, flips):
+        """The _Batch of a plan."""
         images, kept, unreadable = [], [], []
         for place, index in enumerate(indices.tolist()):
             image = self._load(index, unreadable)
@@ -162,8 +179,8 @@ class _Batches(Dataset):
             elif self.replace:  # nothing in the whole dataset is readable
                 images, kept = [], []
                 break
-        stacked = torch.stack(images) if images else None
-        return _Batch(stacked, torch.tensor(kept, dtype=torch.int64), unreadable)
+        stacked = torch.stack(images).numpy() if images else None
+        return _Batch(stacked, np.array(kept, dtype=np.int64), unreadable)
 
     def _load(self, index, unreadable):
         """The pixels at `index`, or of the next readable one, or None; adds to `unreadable`."""
@@ -184,25 +201,47 @@ def _read(dataset, plans, replace, num_workers, device, on_unreadable):
     unreadable = UnreadableFiles(on_unreadable)
     if num_workers is None:
         num_workers = 0 if dataset.embedded else min(4, usable_cpus())
-    on_gpu = device.type == "cuda"
     loader = DataLoader(
         _Batches(dataset, replace),
         sampler=plans,
         batch_size=None,  # an item is a batch already
+        collate_fn=_as_it_is,
         num_workers=num_workers,
         worker_init_fn=_start_worker,
-        pin_memory=on_gpu,
         # Starting an iterator draws a number: from here, lest it move the training's own stream.
         generator=torch.Generator(),
     )
     # The workers live as long as the loader's iterator, which only this generator holds.
-    for batch in loader:
+    for batch in _from_workers(loader):
         for path, reason in batch.unreadable:
             unreadable(path, reason)
         if batch.images is not None:
-            yield batch.images.to(device, non_blocking=on_gpu), batch.indices
+            images = torch.from_numpy(batch.images)
+            if device.type == "cuda":
+                images = images.pin_memory()
+            yield images.to(device, non_blocking=True), torch.from_numpy(batch.indices)
         elif replace:
             raise nothing_readable(len(dataset), f"images of {dataset.name}", unreadable)
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def _from_workers(loader):
+    """The items of a loader; UserError, which says what to change, where a worker fails."""
+    remedy = "lower --num_workers (0 reads in this process) or --batch_size"
+    try:
+        for batch in loader:
+            if isinstance(batch, _Failure):
+                raise UserError(f"a process that reads images failed ({batch.kind}: "
+                                f"{batch.message}): {remedy}")
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a process that reads images has ended, killed or out of memory: "
+                        f"{remedy}") from None
 
 
 def usable_cpus():
@@ -213,13 +252,8 @@ def usable_cpus():
 
 
 def _start_worker(worker):
-    """Leaves Ctrl-C to the main process, which ends its workers, and lets them end quietly."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = _pass_over_hang_ups
-
-
-def _pass_over_hang_ups(kind, error, trace):
-    # The thread that hands over tensors reports here when the main process stops while it takes
-    # one. What goes wrong in reading images does not come by here: it travels with the batch.
-    if not issubclass(kind, (ConnectionError, EOFError)):
-        sys.__excepthook__(kind, error, trace)
+    """Leaves the signals that ask to end to the main process, which ends its workers, and ends
+    this one where it cannot hand over what it has read, for which that would wait for ever."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *error: os._exit(1)

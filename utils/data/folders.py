@@ -2,20 +2,28 @@
 
 import csv
 import os
+from collections import Counter
 from pathlib import PurePosixPath
 
 from utils.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+TABLES = ("train.csv", "valid.csv", "test.csv")  # of real_fake_faces
+KINDS_NAMED = 8  # of the files that are passed over
 
 
 def scan(root):
     """[(posix path relative to `root`, bytes, mtime_ns)] of the images below it, by path.
 
-    Passes over hidden names and `__MACOSX`, follows links, visits each folder once. Raises
-    UserError when a folder cannot be read.
+    Ignores hidden names and `__MACOSX`, follows links, visits each folder once. Raises UserError
+    when a folder cannot be read.
     """
-    found, visited = [], set()
+    return survey(root)[0]
+
+
+def survey(root, layout=()):
+    """(what `scan` gives, Counter of the other files by extension, but for names in `layout`)."""
+    found, others, visited = [], Counter(), set()
 
     def visit(folder, prefix):
         visited.add(os.path.realpath(folder))
@@ -34,12 +42,23 @@ def scan(root):
                         visit(entry.path, f"{prefix}{entry.name}/")
                 elif entry.name.lower().endswith(EXTENSIONS):
                     found.append((prefix + entry.name, size, mtime))
+                elif entry.name not in layout:
+                    others[os.path.splitext(entry.name)[1].lower().rstrip(".")] += 1
 
     try:
         visit(root, "")
     except OSError as error:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from None
-    return sorted(found)
+    return sorted(found), others
+
+
+def counted(others):
+    """`30 .tif, 10 .gif, 2 with no extension`: a Counter of files by extension in words."""
+    named = others.most_common(KINDS_NAMED)
+    parts = [f"{n} {kind or 'with no extension'}" for kind, n in named]
+    if rest := others.total() - sum(n for _, n in named):
+        parts.append(f"{rest} of other kinds")
+    return ", ".join(parts)
 
 
 def real_faces(root, found):
@@ -48,7 +67,7 @@ def real_faces(root, found):
     Kaggle's archive nests files deeper than its csv files say: a file is real when any end of its
     path is listed.
     """
-    names = [name for name in ("train.csv", "valid.csv", "test.csv") if (root / name).is_file()]
+    names = [name for name in TABLES if (root / name).is_file()]
     if not names:
         real = [file for file in found if "real" in file[0].lower().split("/")[:-1]]
         return real, "train.csv, valid.csv, test.csv, nor a folder `real` with images"

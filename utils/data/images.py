@@ -19,13 +19,24 @@ class ImageDataset:
     """What all datasets share.
 
     A subclass gives `__len__`, `open(index)`, a PIL image or UnreadableImage, and `identity()`,
-    which yields the bytes that tell this state of the data from any other.
+    which yields the bytes that tell this state of the data from any other. `remarks` are sentences
+    about the data that a person should know, for the log.
     """
 
     embedded = False  # True where reading costs so little that worker processes would not pay
 
     def __init__(self, name, img_size, n_channels):
         self.name, self.img_size, self.n_channels = name, img_size, n_channels
+        self.remarks = []
+
+    @property
+    def root_name(self):
+        """Where the images lie, in words."""
+        return self.name
+
+    def identifier(self, index):
+        """The name by which the image at `index` is known, wherever the dataset lies."""
+        return str(index)
 
     def path(self, index):
         """Where the image at `index` is found, in words."""
@@ -109,6 +120,13 @@ class ImageFiles(ImageDataset):
 
     def __len__(self):
         return len(self.found)
+
+    @property
+    def root_name(self):
+        return str(self.root.resolve())
+
+    def identifier(self, index):
+        return self.found[index][0]
 
     def path(self, index):
         return str(self.root / self.found[index][0])

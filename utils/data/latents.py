@@ -17,9 +17,11 @@ PART = 2048  # images of a part that is stored; a multiple of ENCODED
 ENCODED = 32  # images encoded together
 
 
-def latents_key(dataset, autoencoder, flip):
-    """Hex digest that changes with the data, its size and channels, the flip and the weights."""
-    parts = (dataset.fingerprint(), autoencoder.weights_hash, f"flip {bool(flip)}")
+def latents_key(dataset, autoencoder, flip, device):
+    """Hex digest that changes with the data, its size and channels, the flip, the weights, and the
+    arithmetic: on another kind of device a vector between two codes may get the other one."""
+    parts = (dataset.fingerprint(), autoencoder.weights_hash, f"flip {bool(flip)}",
+             f"float32 on {device.type}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -46,7 +48,7 @@ def load_latents(dataset, autoencoder, H, flip, processes, log):
     An interrupted run goes on after the last part that it has encoded, and the ranks divide the
     parts among them. Raises UserError where no image can be read.
     """
-    key = latents_key(dataset, autoencoder, flip)
+    key = latents_key(dataset, autoencoder, flip, processes.device)
     path = LATENTS / f"{dataset.name}_{key[:16]}.pt"
 
     def make(first, n, progress):

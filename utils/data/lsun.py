@@ -1,4 +1,4 @@
-"""LSUN's images: the encoded files in the values of an lmdb folder."""
+"""Images in an lmdb folder, as LSUN comes: its values are encoded image files."""
 
 import os
 from array import array
@@ -12,7 +12,7 @@ from utils.errors import UserError
 
 
 class LsunImages(ImageDataset):
-    """The encoded images in the values of an LSUN lmdb folder, in the order of its keys."""
+    """The encoded images in the values of an lmdb folder, in the order of its keys."""
 
     def __init__(self, name, img_size, n_channels, folder):
         super().__init__(name, img_size, n_channels)
@@ -28,13 +28,13 @@ class LsunImages(ImageDataset):
             pages = environment.stat()
             used = sum(pages[kind] for kind in ("branch_pages", "leaf_pages", "overflow_pages"))
             if used * pages["psize"] > status.st_size:
-                raise UserError(f"the LSUN database {folder} is cut short: download it again")
+                raise UserError(f"the lmdb folder {folder} is cut short: download it again")
             with environment.begin() as transaction:
                 for key in transaction.cursor().iternext(values=False):
                     self.keys += key
                     self.ends.append(len(self.keys))
         except (lmdb.Error, OSError) as error:
-            raise UserError(f"cannot read the LSUN database {folder}: {error}") from None
+            raise UserError(f"cannot read the lmdb folder {folder}: {error}") from None
         finally:
             _close_lmdb(self.folder)  # each process opens its own when it first reads an image
 
@@ -45,8 +45,15 @@ class LsunImages(ImageDataset):
         start = self.ends[index - 1] if index else 0
         return bytes(self.keys[start : self.ends[index]])
 
+    @property
+    def root_name(self):
+        return str(self.folder)
+
+    def identifier(self, index):
+        return self.key(index).decode("ascii", "backslashreplace")
+
     def path(self, index):
-        return f"{self.folder}:{self.key(index).decode('ascii', 'backslashreplace')}"
+        return f"{self.folder}:{self.identifier(index)}"
 
     def open(self, index):
         try:

@@ -15,6 +15,7 @@ from utils.errors import UserError
 # What a file holds is decided by its first bytes, not by its name. Other decoders stay off, since
 # some of them start programs (EPS) or read samples that are no pixels (TIFF).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+LARGEST_GREY = 65535  # of 16-bit grey images
 TRANSFORM_VERSION = 1  # part of every fingerprint: raise it when `to_square` gives other pixels
 
 
@@ -55,21 +56,36 @@ def to_square(image, img_size, n_channels):
     Transparency is laid over white; the shorter side becomes `img_size` by antialiased bicubic
     interpolation, which never enlarges a long, thin image as a whole.
     """
-    if image.mode.startswith("I"):
-        image = _to_8_bits(image)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    image = image.convert("L" if n_channels == 1 else "RGB")
+    image = _over_white(image).convert("L" if n_channels == 1 else "RGB")
     image = ImageOps.fit(image, (img_size, img_size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).reshape(img_size, img_size, n_channels)
     return pixels.permute(2, 0, 1).contiguous()  # [C, S, S]
 
 
+def value_range(image):
+    """(lowest, highest, largest possible) value in a PIL image, over all channels."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).clip(0, LARGEST_GREY)
+        white = (values == image.info.get("transparency")).any()
+        return int(values.min()), LARGEST_GREY if white else int(values.max()), LARGEST_GREY
+    lows, highs = zip(*_over_white(image).convert("RGB").getextrema())
+    return min(lows), max(highs), 255
+
+
+def _over_white(image):
+    """A PIL image with its transparency laid over white, of 8 bits a channel."""
+    if image.mode.startswith("I"):
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image
+
+
 def _to_8_bits(image):
     """A 16-bit grey image with its whole range scaled to 0..255; PIL itself would clip it."""
     values = np.asarray(image).astype(np.int64)
-    scaled = (values.clip(0, 65535) * 255 + 32767) // 65535
+    scaled = (values.clip(0, LARGEST_GREY) * 255 + LARGEST_GREY // 2) // LARGEST_GREY
     transparent = image.info.get("transparency")
     if transparent is not None:  # PNG names one 16-bit value as transparent
         scaled[values == transparent] = 255

@@ -1,11 +1,26 @@
-"""Parts of a dataset, and the split into training and validation images."""
+"""Parts of a dataset, and the split into images that are trained on and images that are held out.
+
+A split is a dict that is kept with every checkpoint:
+
+    {"dataset", "root": which images, "by", "share": the rule,
+     "trained_on", "held_out": how many there were, "examples": names of some trained on}
+
+By "name" an image is held out where the number in [0, 1) that its name stands for is below
+`share`: its side depends on its name alone, whatever images come and go. By "order", the rule of
+embedded datasets and of runs of earlier versions, it is a permutation of all. By None nothing is
+held out.
+"""
 
 import hashlib
+import math
 
 import numpy as np
 
 from utils.data.images import ImageDataset
 from utils.errors import UserError
+
+SHARE, MOST = 0.1, 10_000  # of images that are held out
+EXAMPLES = 32
 
 
 class Subset(ImageDataset):
@@ -37,30 +52,6 @@ def shuffled(n):
     return np.random.RandomState(0).permutation(n)
 
 
-def train_validation_split(dataset):
-    """The same (train, validation) Subsets always; validation is a tenth, at most 10,000 images.
-
-    Raises UserError when there are fewer than two images.
-    """
-    n = len(dataset)
-    if n < 2:
-        raise UserError(f"the dataset {dataset.name} has {n} image, too few to hold out validation "
-                        "images: add images or set --steps_per_eval 0")
-    order, held_out = shuffled(n), max(1, min(n // 10, 10_000))
-    validation, train = np.sort(order[:held_out]), np.sort(order[held_out:])
-    return Subset(dataset, train), Subset(dataset, validation)
-
-
-def split_if_validated(dataset, H, log):
-    """(training images, validation images or None where `steps_per_eval` is 0)."""
-    train_set, validation_set = dataset, None
-    if H.steps_per_eval:
-        train_set, validation_set = train_validation_split(dataset)
-    held_out = len(dataset) - len(train_set)
-    log.info(f"{dataset.name}: {len(train_set)} images to train on, {held_out} held out")
-    return train_set, validation_set
-
-
 def sample_of(dataset, n):
     """`n` images of a dataset, always the same ones; all of it where it has no more."""
     if n >= len(dataset):
@@ -71,3 +62,95 @@ def sample_of(dataset, n):
 def part_of(dataset, first, n):
     """The `n` images of a dataset from number `first` on."""
     return Subset(dataset, np.arange(first, first + n))
+
+
+# --- the split -----------------------------------------------------------------------------------
+
+
+def numbers_of_names(dataset):
+    """A number in [0, 1) for each image, float64 [n], by its name alone."""
+    digests = (hashlib.sha256(dataset.identifier(i).encode("utf-8", "surrogateescape")).digest()
+               for i in range(len(dataset)))
+    return np.array([int.from_bytes(digest[:8], "big") / 2**64 for digest in digests])
+
+
+def new_split(dataset):
+    """The split of a new run: a tenth is held out, at most 10,000 images, at least one.
+
+    Raises UserError when there are fewer than two images.
+    """
+    n = len(dataset)
+    if n < 2:
+        raise UserError(f"the dataset {dataset.name} has {n} image, too few to hold out validation "
+                        "images: add images or set --steps_per_eval 0")
+    if dataset.embedded:
+        return {"by": "order"}
+    numbers = np.sort(numbers_of_names(dataset))
+    share = max(min(SHARE, MOST / n), math.nextafter(numbers[0], 1))
+    return {"by": "name", "share": float(min(share, numbers[-1]))}
+
+
+def sides(dataset, split):
+    """Which images of a dataset a split holds out: bool [n]."""
+    n = len(dataset)
+    if split["by"] == "name":
+        return numbers_of_names(dataset) < split["share"]
+    held_out = np.zeros(n, dtype=bool)
+    if split["by"] == "order":
+        held_out[shuffled(n)[: max(1, min(n // 10, MOST))]] = True
+    return held_out
+
+
+def apply_split(dataset, split):
+    """(the images to train on, those that are held out), both Subsets, and the whole `split`, now
+    with what is known of the images.
+
+    Raises UserError where nothing is left to train on.
+    """
+    held_out = sides(dataset, split)
+    train, validation = (Subset(dataset, np.flatnonzero(part)) for part in (~held_out, held_out))
+    if not len(train):
+        raise UserError(f"all {len(dataset)} images of {dataset.name} are held out by their names: "
+                        f"add images")
+    return train, validation, {
+        **split, "dataset": dataset.name, "root": dataset.root_name,
+        "trained_on": len(train), "held_out": len(validation),
+        "examples": [
+            dataset.identifier(int(index))
+            for index in train.indices[:: max(1, len(train) // EXAMPLES)][:EXAMPLES]
+        ],
+    }
+
+
+def train_validation_split(dataset):
+    """The (train, validation) Subsets of a new run on a dataset."""
+    return apply_split(dataset, new_split(dataset))[:2]
+
+
+def is_same_data(dataset, split):
+    """Whether a dataset is that of a split, as far as names tell."""
+    if dataset.name != split["dataset"]:
+        return False
+    if dataset.root_name == split["root"]:
+        return True
+    names = {dataset.identifier(index) for index in range(len(dataset))}
+    return 2 * sum(name in names for name in split["examples"]) > len(split["examples"])
+
+
+def is_held_out(dataset, split):
+    """Whether the images that `split` holds out of a dataset were not trained on; None where that
+    cannot be told, as where there is no split."""
+    if split is None or split["by"] is None:
+        return None if split is None else False
+    if not is_same_data(dataset, split):
+        return None
+    unchanged = dataset.embedded or len(dataset) == split["trained_on"] + split["held_out"]
+    return True if split["by"] == "name" or unchanged else None
+
+
+def describe(split):
+    """What a model was trained on, in words."""
+    if split is None:
+        return "which images it was trained on is not recorded"
+    rule = f", {split['held_out'] or 'some'} held out by their {split['by']}" if split["by"] else ""
+    return f"trained on {split['trained_on'] or 'the'} images of {split['root']}{rule}"

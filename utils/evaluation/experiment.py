@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 import time
 
@@ -28,6 +29,7 @@ from utils.evaluation.samples import CHUNK, decode, drawn_ids, given_ids, sampli
 from utils.files import file_hash, remove_leftovers, whole_file
 from utils.logging.images import remove_images, save_images_individually
 from utils.runs.script import command_of, start_run, without_credentials
+from utils.runs.trained_on import note_training
 from utils.training.build import (
     autoencoder_path, build_both, check_models, load_autoencoder, load_sampler, sampler_path,
 )
@@ -35,6 +37,7 @@ from utils.training.precision import Precision
 from utils.training.processes import init_processes, single_process
 
 LIBRARIES = ("torch", "torchvision", "torch-fidelity", "lpips", "numpy", "scipy", "pillow")
+NAMED = 10  # unknown numbers that a warning names
 # where a measurement runs and is shown, which is no part of what is measured
 NOT_MEASURED = {"log_dir", "visdom_server", "visdom_port", "no_visdom", "num_workers",
                 "save_individually", "resume"}
@@ -72,13 +75,13 @@ class Experiment:
         self.precision = Precision(H.amp, self.device)
         self.facts = {"checkpoints": {}}
         self.began = time.perf_counter()
-        self.autoencoder = self.sampler = None
+        self.autoencoder = self.sampler = self.dataset = None
 
     def load_autoencoder(self, path=None, step=None):
         """Load the autoencoder that `--ae_load_dir` names, or the one in `path`."""
         path, step = path or autoencoder_path(self.H), step or self.H.ae_load_step
         self.autoencoder = load_autoencoder(self.H, self.device, self.log, path)
-        self.note_checkpoint("autoencoder", path, step)
+        self.note_model("autoencoder", path, step)
 
     def load_sampler(self):
         """Load the sampler that `--load_dir` names, and its autoencoder; `facts` then say what
@@ -86,7 +89,7 @@ class Experiment:
         H = self.H
         self.load_autoencoder()
         self.sampler = load_sampler(H, self.autoencoder, self.device, self.log)
-        self.note_checkpoint("sampler", sampler_path(H), H.load_step)
+        self.note_model("sampler", sampler_path(H), H.load_step)
         if latents := getattr(H, "latents_path", None):
             self.facts["samples"] = {"latents": latents, "sha256": file_hash(latents)}
         else:
@@ -98,8 +101,15 @@ class Experiment:
         facts = {"path": str(path), "step": step, "sha256": file_hash(path)}
         self.facts["checkpoints"][name] = facts
 
+    def note_model(self, name, path, step):
+        """Put a model's file, and what it was trained on, into the manifest."""
+        self.note_checkpoint(name, path, step)
+        split = note_training(path, step, name, self.dataset, self.log)
+        self.facts["checkpoints"][name]["trained_on"] = split
+
     def note_data(self, dataset):
-        """Put a dataset into the manifest."""
+        """Put a dataset into the manifest; before models are loaded, which are compared with it."""
+        self.dataset = dataset
         self.facts["data"] = {
             "dataset": dataset.name, "images": len(dataset), "fingerprint": dataset.fingerprint()
         }
@@ -168,7 +178,13 @@ class Experiment:
 
         It maps "<name> <key>" to the figures, the `details` (anything that JSON takes) and the
         manifest. Measuring the same again, with the same settings and `facts`, replaces the entry.
+        Numbers that are not finite are unknown: null in the file, and named in a warning.
         """
+        unknown = []
+        figures, details = only_finite(figures, unknown), only_finite(details, unknown)
+        if unknown:
+            more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
+            self.log.warning(f"not finite, and so unknown: {'; '.join(unknown[:NAMED])}{more}")
         settings = dataclasses.asdict(without_credentials(self.H))
         measured = {k: v for k, v in settings.items() if k not in NOT_MEASURED}
         identity = json.dumps([self.name, measured, self.facts], sort_keys=True)
@@ -185,16 +201,34 @@ class Experiment:
             "hyperparameters": settings,
         }
         path = self.log.folder.results
-        results = read_results(path)
+        results = only_finite(read_results(path))  # earlier versions wrote NaN
         results.pop(key, None)  # the newest comes last
         results[key] = {"figures": figures, **details, "manifest": manifest}
         with whole_file(path) as file:
-            file.write(json.dumps(results, indent=1).encode())
+            file.write(json.dumps(results, indent=1, allow_nan=False).encode())
         self.log.info(self.name, markdown_table(figures))
         self.log.info(f"kept as {key!r} in {path}")
         self.log.table(self.name, figures)
-        known = {name: value for name, value in figures.items() if value is not None}
-        self.log.metrics(self.H.load_step, known, group=self.name)
+        self.log.metrics(self.H.load_step, known(figures), group=self.name)
+
+
+def known(figures):
+    """The figures, a dict, without those that are None."""
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def only_finite(value, unknown=None, name=""):
+    """A copy of `value`, anything that JSON takes, with None for every number that is not finite;
+    their names, such as "neighbours/pixels/0/distance", are added to the list `unknown`."""
+    if isinstance(value, dict):
+        return {key: only_finite(item, unknown, f"{name}/{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [only_finite(item, unknown, f"{name}/{i}") for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        if unknown is not None:
+            unknown.append(name.removeprefix("/"))
+        return None
+    return value
 
 
 def markdown_table(figures):

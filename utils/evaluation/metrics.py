@@ -56,18 +56,21 @@ class FeatureStatistics:
         self.mean = self.mean + difference * (count / total)
         self.scatter, self.count = scatter, total
 
-    def finish(self):
-        """(mean [D], covariance [D, D]) of all so far, numpy float64; needs two vectors."""
+    def _merge_waiting(self):
         if self.waiting:
             self._merge(torch.cat(self.waiting))
             self.waiting = []
+
+    def finish(self):
+        """(mean [D], covariance [D, D]) of all so far, numpy float64; needs two vectors."""
+        self._merge_waiting()
         if self.count < 2:
             raise ValueError(f"a covariance needs two vectors or more, not {self.count}")
         return self.mean.numpy(), (self.scatter / (self.count - 1)).numpy()
 
     def state_dict(self):
         """What `from_state` makes the same statistics of."""
-        self.finish()
+        self._merge_waiting()
         return {"count": self.count, "mean": self.mean, "scatter": self.scatter}
 
     @classmethod
@@ -76,6 +79,9 @@ class FeatureStatistics:
         for name in ("count", "mean", "scatter"):
             setattr(statistics, name, state[name])
         return statistics
+
+    def __len__(self):
+        return self.count + sum(map(len, self.waiting))
 
 
 def covariance_factor(covariance):
@@ -180,15 +186,25 @@ class Metric:
 
     `layer` is the metric of torch-fidelity whose layer of the extractor is compared; `real` what is
     needed of real images: "statistics" of all, "features" of as many as are generated, or None.
+    It needs `least` generated images, and as many real ones where it needs any. The sentence about
+    too few calls it `title`, and says what helps beside more images, `otherwise`.
     """
 
     layer, real = "fid", None
+    least, title, otherwise = 1, "the measure", ""
 
     def __init__(self, H, device):
         self.H, self.device, self.chunks = H, device, []
 
     def check(self, generated, real):
-        """Raise UserError where so few generated and real images cannot be measured."""
+        """Raise UserError where there are too few images of a kind; None is an unknown number."""
+        for kind, count in (("generated", generated), ("real", real if self.real else None)):
+            if count is None or count >= self.least:
+                continue
+            samples = kind == "generated" and hasattr(self.H, "n_samples")
+            more = "raise --n_samples" if samples else "add images to the dataset"
+            raise UserError(f"{self.title} needs {self.least} {kind} images or more, not {count}: "
+                            f"{more}{self.otherwise}")
 
     def update(self, features):
         """Take features [b, D] of generated images into account."""
@@ -203,14 +219,11 @@ class FID(Metric):
     """Fréchet inception distance (Heusel et al., 1706.08500) to all real images."""
 
     real = "statistics"
+    least, title = 2, "FID"  # for a covariance
 
     def __init__(self, H, device):
         super().__init__(H, device)
         self.statistics = FeatureStatistics()
-
-    def check(self, generated, real):
-        if min(generated, real) < 2:
-            raise UserError(f"FID needs two images or more, not {min(generated, real)}")
 
     def update(self, features):
         self.statistics.update(features)
@@ -227,12 +240,11 @@ class FID(Metric):
 class KID(Metric):
     """Kernel inception distance (Binkowski et al., 1801.01401)."""
 
-    real = "features"
+    real, otherwise = "features", ", or lower --kid_subset_size"
 
-    def check(self, generated, real):
-        if self.H.kid_subset_size > min(generated, real):
-            raise UserError(f"--kid_subset_size {self.H.kid_subset_size} is more than the "
-                            f"{min(generated, real)} images there are")
+    def __init__(self, H, device):
+        super().__init__(H, device)
+        self.least, self.title = H.kid_subset_size, f"KID of --kid_subset_size {H.kid_subset_size}"
 
     def finish(self, real, log):
         kid = metric_kid.kid_features_to_metric(
@@ -246,9 +258,11 @@ class InceptionScore(Metric):
     """Inception score (Salimans et al., 1606.03498)."""
 
     layer = "isc"
+    least, title = 10, "the inception score, a mean over 10 parts of the images,"
+    otherwise = ", or leave --isc out"
 
     def finish(self, real, log):
-        isc = metric_isc.isc_features_to_metric(torch.cat(self.chunks))
+        isc = metric_isc.isc_features_to_metric(torch.cat(self.chunks), splits=self.least)
         return {"IS": isc[metric_isc.KEY_METRIC_ISC_MEAN],
                 "IS, deviation": isc[metric_isc.KEY_METRIC_ISC_STD]}
 
@@ -256,11 +270,14 @@ class InceptionScore(Metric):
 class PrecisionRecall(Metric):
     """Precision and recall (Kynkäänniemi et al., 1904.06991), on FID's layer."""
 
-    real = "features"
+    real, neighbours = "features", 3
+    least, title = neighbours + 1, f"--prc, with {neighbours} neighbours of each image,"
+    otherwise = ", or leave --prc out"
 
     def finish(self, real, log):
         prc = metric_prc.prc_features_to_metric(
-            torch.cat(self.chunks), real, save_cpu_ram=True, prc_batch_size=1000, verbose=False
+            torch.cat(self.chunks), real, prc_neighborhood=self.neighbours, save_cpu_ram=True,
+            prc_batch_size=1000, verbose=False,
         )
         return {"precision": prc[metric_prc.KEY_METRIC_PRECISION],
                 "recall": prc[metric_prc.KEY_METRIC_RECALL]}
@@ -269,19 +286,17 @@ class PrecisionRecall(Metric):
 class PRDC(Metric):
     """Precision, recall, density and coverage (Naeem et al., 2002.09797)."""
 
-    layer, real = "prc", "features"
+    layer, real, otherwise = "prc", "features", ", or lower --nearest_k"
 
-    def check(self, generated, real):
-        if min(generated, real) <= self.H.nearest_k:
-            raise UserError(f"--nearest_k {self.H.nearest_k} needs more images than "
-                            f"{min(generated, real)}")
+    def __init__(self, H, device):
+        super().__init__(H, device)
+        self.least, self.title = H.nearest_k + 1, f"PRDC with --nearest_k {H.nearest_k}"
 
     def finish(self, real, log):
         generated = torch.cat(self.chunks)
         if real.shape[1] != generated.shape[1]:
             raise UserError(f"--real_feats hold {real.shape[1]} numbers an image, --fake_feats "
                             f"{generated.shape[1]}: they are of different extractors")
-        self.check(len(generated), len(real))  # some may have been unreadable
         figures = prdc(real.to(self.device), generated.to(self.device), self.H.nearest_k)
         return {**figures, "real images": len(real), "samples": len(generated)}
 

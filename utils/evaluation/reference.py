@@ -70,12 +70,11 @@ def stored_features(run, images, extract, metric, key, path):
     Beside it lies <path>.json with the key and the array's hash: where either differs the features
     are computed again. An array without that file is somebody's own and taken as it is.
     """
-    path, log = Path(path), run.log
-    record = path.with_name(path.name + ".json")
+    path, record, log = Path(path), record_path(path), run.log
     key = f"{key} {images.count}"
-    exists, is_own = path.exists(), path.exists() and not record.exists()
+    exists, own = path.exists(), is_own(path)
     is_there = run.processes.broadcast(run.processes.is_first and (
-        is_own or exists and record.read_bytes() == record_of(key, file_hash(path)).encode()
+        own or exists and record.read_bytes() == record_of(key, file_hash(path)).encode()
     ))
     chunks = []
     if not is_there:
@@ -84,7 +83,7 @@ def stored_features(run, images, extract, metric, key, path):
     if not run.processes.is_first:
         return None
     if is_there:
-        if is_own:
+        if own:
             log.warning(f"{path} is taken as it is: nothing beside it says what it was made of")
         else:
             log.info(f"features read from {path}")
@@ -101,6 +100,16 @@ def stored_features(run, images, extract, metric, key, path):
     return array
 
 
+def record_path(path):
+    """Where the record of a .npy file lies."""
+    return Path(f"{path}.json")
+
+
+def is_own(path):
+    """Whether a .npy file is somebody's own, without a record beside it."""
+    return Path(path).exists() and not record_path(path).exists()
+
+
 def record_of(key, digest):
     """What stands beside a .npy file: what it was made of, and its hash."""
     return json.dumps({"key": key, "sha256": digest})
@@ -115,4 +124,6 @@ def read_array(path):
         raise UserError(f"{path} is no .npy file of features: {reason}") from None
     if array.ndim != 2 or not array.is_floating_point():
         raise UserError(f"{path} holds {array.dtype} {list(array.shape)}, not features [n, D]")
+    if not array.isfinite().all():
+        raise UserError(f"{path} holds features that are not finite: compute them again")
     return array

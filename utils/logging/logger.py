@@ -22,12 +22,12 @@ class RunLogger:
     """The one object a script logs through; a context manager.
 
     `folder` is the RunFolder of the run, which is created; `board` a VisdomBoard or None, which
-    is started here and closed with the logger. Curves of an earlier metrics.jsonl are drawn again.
-    Raises UserError where a file cannot be written.
+    is started here and closed with the logger, as the folder's `lock` is released. Curves of an
+    earlier metrics.jsonl are drawn again. Raises UserError where a file cannot be written.
     """
 
-    def __init__(self, folder, board=None):
-        self.folder = folder.create()
+    def __init__(self, folder, board=None, lock=None):
+        self.folder, self.lock = folder.create(), lock
         self._board = board
         self._log = _Log(folder.log)
         self._metrics = _AppendedFile(folder.metrics)
@@ -53,9 +53,16 @@ class RunLogger:
         """Warn that an image cannot be read."""
         self.warning(f"passed over {path}: {reason}")
 
-    def error_to_file(self, message):
-        """Log an error in log.txt only, for scripts that print it as they end."""
-        self._log.write("ERROR", message, on_console=False)
+    def to_file(self, level, message, table=""):
+        """Log one line, with `table` below it, in log.txt only."""
+        self._log.write(level, message, table, on_console=False)
+
+    def begin_again(self, moved, lock):
+        """Go on in a new folder of the same path, whose `lock` is held, with what was logged since
+        this logger was opened, which is taken out of the old log.txt, now at `moved`."""
+        self.lock.release()
+        self.lock = lock
+        self._log.follow(moved)
 
     def metrics(self, step, values, group="train"):
         """Write one line of metrics.jsonl, and add a point to the curve `group` of each metric.
@@ -117,7 +124,7 @@ class RunLogger:
             self._board.table(name, values)
 
     def rewind(self, step):
-        """Drop the lines of metrics.jsonl after `step`, which a resumed run writes again.
+        """Drop what training has written into metrics.jsonl after `step`, and writes again.
 
         A crash can leave half a line at the end: it is dropped too, or the next line would be
         glued to it. The curves on the board follow.
@@ -126,11 +133,11 @@ class RunLogger:
             self._board.clear_curves()
         kept, path = [], self.folder.metrics
         for line in read_metrics(path):
-            if line["step"] <= step:
+            if line["step"] <= step or line["group"] not in ("train", "validation"):
                 kept.append(json.dumps(line) + "\n")
                 self._draw(line)
         content = "".join(kept).encode()
-        if len(content) != path.stat().st_size:
+        if path.exists() and len(content) != path.stat().st_size:
             with whole_file(path) as file:
                 file.write(content)
 
@@ -140,6 +147,8 @@ class RunLogger:
             self._board.close(timeout)
         self._write_metrics()
         self._log.close()
+        if self.lock is not None:
+            self.lock.release()
 
     def _draw(self, line):
         """Put a line of metrics.jsonl on the board's curves."""
@@ -192,6 +201,7 @@ class _Log:
 
     def __init__(self, path):
         self._file = _AppendedFile(path)
+        self._begin = path.stat().st_size
         self._lock = threading.Lock()  # the board reports from its own thread
         self._closed = False
 
@@ -207,6 +217,14 @@ class _Log:
                     tqdm.write(text, end="")  # above a progress bar
             with contextlib.suppress(OSError):
                 self._file.write(text)
+
+    def follow(self, moved):
+        """Move the lines since the beginning from the file `moved` to a new one at `path`."""
+        with self._lock, contextlib.suppress(OSError), open(moved, "r+b") as old:
+            old.seek(self._begin)
+            self._file.waiting = old.read() + self._file.waiting
+            old.truncate(self._begin)
+            self._begin = 0
 
     def close(self):
         with self._lock, contextlib.suppress(OSError):
@@ -236,9 +254,10 @@ def one_line(message):
 
 
 def read_metrics(path):
-    """The dicts in the lines of a metrics.jsonl, but for those that a crash has cut."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    """The dicts in the lines of a metrics.jsonl, but for those that a crash has cut; none where
+    there is no such file."""
+    lines, content = [], path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for text in content.splitlines(keepends=True):
         try:
             line = json.loads(text)
             for name, value in line.items():

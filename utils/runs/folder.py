@@ -3,26 +3,22 @@
 import re
 from pathlib import Path
 
-from hparams.parser import BEGUN_FILE, LOGS, SETTINGS_FILE
-from utils.errors import SettingsError
+from hparams.parser import LOGS, SETTINGS_FILE, run_name
 from utils.files import make_folder
 
 
 class RunFolder:
     """Paths of `<root>/<name>/`; nothing is created before `create()`.
 
-    Raises SettingsError where `name` would leave `root`, the folder of all runs.
+    `name` is what `run_name` takes, which raises SettingsError where it leaves `root`.
     """
 
     def __init__(self, name, root=LOGS):
-        self.path = Path(root) / name
-        if "\0" in name or Path(root).resolve() not in self.path.resolve().parents:
-            raise SettingsError(f"the run folder {name!r} lies outside {root}/: use a plain name")
+        self.path = Path(root) / run_name(name)
         self.log = self.path / "log.txt"
         self.lock = self.path / ".lock"
         self.metrics = self.path / "metrics.jsonl"
         self.hparams = self.path / SETTINGS_FILE
-        self.begun = self.path / BEGUN_FILE
         self.images = self.path / "images"
         self.results = self.path / "results.json"
         self.samples = self.path / "samples"
@@ -54,6 +50,14 @@ class RunFolder:
     def steps(self, name):
         """Steps, ascending, at which `<name>_<step>.th` exists."""
         return steps_in(self.models, re.escape(name) + r"_(\d+)\.th")
+
+    def trained_steps(self):
+        """Steps, ascending, of the models that a training has saved, complete or not."""
+        return steps_in(self.models, r"(?:vqgan|absorbing|autoregressive)_(\d+)\.th")
+
+    def holds_run(self):
+        """Whether a training has left its settings or models here."""
+        return self.hparams.exists() or bool(self.trained_steps())
 
     def last_saved(self):
         """Which checkpoint there is to go back to, in words."""

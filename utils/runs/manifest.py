@@ -58,15 +58,32 @@ def damage(folder, step):
     return None
 
 
+def place_of(path):
+    """(run folder, name, step) of one file of a checkpoint."""
+    folder = RunFolder(path.parent.parent.name, root=path.parent.parent.parent)
+    name, _, step = path.name.removesuffix(".th").rpartition("_")
+    return folder, name, int(step)
+
+
+def is_saved(path):
+    """Whether a checkpoint has a file: it is there, or the manifest promises it or is damaged, and
+    loading it says so."""
+    folder, _, step = place_of(path)
+    try:
+        promised = folder.manifest(step).exists() and path.name in read_manifest(folder, step)
+    except ValueError:
+        promised = True
+    return promised or path.exists()
+
+
 def load_checkpoint(path):
     """Load one file of a checkpoint, checked against its manifest where there is one.
 
     Raises UserError that names a damaged file and the step before it that is whole, or the steps
     that are there where the file is missing.
     """
-    folder = RunFolder(path.parent.parent.name, root=path.parent.parent.parent)
-    name, _, step = path.name.removesuffix(".th").rpartition("_")
-    step, entry, problem = int(step), None, None
+    folder, name, step = place_of(path)
+    entry = problem = None
     if folder.manifest(step).exists():
         try:
             entry = read_manifest(folder, step).get(path.name)
@@ -99,3 +116,20 @@ def load_stats(folder, step):
     if not isinstance(stats, dict):
         raise UserError(f"{folder.stats(step)} holds no dict of values")
     return stats
+
+
+def read_stats(folder, step, log):
+    """The stats saved beside a checkpoint, a dict; {} where there are none.
+
+    A file that is refused is an error where a manifest says that it is ours; without one it is
+    another program's, as the published ones with their numpy arrays, and {} is given for it.
+    """
+    if not is_saved(folder.stats(step)):
+        return {}
+    try:
+        return load_stats(folder, step)
+    except UserError as error:
+        if folder.manifest(step).exists():
+            raise
+        log.warning(f"{error}; it is passed over, since no manifest says that it is this program's")
+        return {}

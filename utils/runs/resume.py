@@ -1,36 +1,39 @@
-"""Chooses the checkpoint that a run goes on from (--resume), and records the run's settings."""
+"""Which checkpoint a training goes on from, what it may not overwrite, and its record."""
 
 import dataclasses
-import shutil
+import os
 import time
 
 from hparams.parser import read_settings
+from hparams.scripts import COMMAND
 from hparams.settings import show
-from utils.errors import SettingsError, UserError
+from utils.errors import UserError
 from utils.files import remove_leftovers, whole_file
 from utils.runs.folder import RunFolder
 from utils.runs.manifest import damage
-from utils.runs.script import without_credentials
+from utils.runs.script import hold_lock, without_credentials
 
 
 def choose_checkpoint(H, log, processes):
     """With --resume, set `load_dir` and `load_step` to the newest whole checkpoint of the run.
 
-    Rank 0 chooses for all. Raises UserError where every checkpoint is damaged. Without --resume,
-    writes a marker until hparams.yaml exists, so that --resume restarts a run killed before that.
+    Rank 0 chooses for all. Raises UserError where every checkpoint is damaged, or where this
+    command would overwrite what another one has trained.
     """
-    if H.resume:
-        step = processes.broadcast(newest_whole_step(log) if processes.is_first else None)
-        if step is not None:
-            H.load_dir, H.load_step, H.load_optim = H.log_dir, step, True
-    elif processes.is_first and not continues_itself(H):
-        log.folder.begun.touch()
+    step = None
+    if processes.is_first:
+        step = newest_whole_step(H, log) if H.resume else check_nothing_is_overwritten(H, log)
+    step = processes.broadcast(step)
+    if step is not None:
+        H.load_dir, H.load_step, H.load_optim = H.log_dir, step, True
+    if processes.is_first and H.load_step:
+        log_changed_settings(H, log)
 
 
-def newest_whole_step(log):
+def newest_whole_step(H, log):
     """The step that --resume takes in the log's run folder; None where there is none."""
     folder = log.folder
-    steps = [] if folder.begun.exists() else folder.complete_steps()
+    steps = folder.complete_steps()
     for step in reversed(steps):
         problem = damage(folder, step)
         if problem is None:
@@ -38,9 +41,34 @@ def newest_whole_step(log):
             return step
         log.warning(f"{problem}: --resume takes the checkpoint before step {step}")
     if steps:
-        raise UserError(f"every checkpoint of {folder.path} is damaged: give another --log_dir")
+        raise UserError(f"every checkpoint of {folder.path} is damaged: give another --log_dir, or "
+                        f"move it aside by --overwrite instead of --resume")
+    trained = folder.trained_steps()
+    if trained and not folder.hparams.exists():
+        raise UserError(f"{folder.path} holds models without manifests, as other programs write "
+                        f"them: go on with --load_dir {H.log_dir} --load_step {trained[-1]}")
+    for step in reversed(trained):
+        if folder.stats(step).exists():  # the last file but for the manifest
+            log.warning(f"{folder.manifest(step)} is not there: step {step} is taken as it is")
+            return step
     log.info(f"--resume: {folder.path} has no complete checkpoint, training begins")
     return None
+
+
+def check_nothing_is_overwritten(H, log):
+    """Raise UserError where a run without --resume would overwrite another one's checkpoints."""
+    folder = log.folder
+    if continues_itself(H):
+        later = [step for step in folder.trained_steps() if step > H.load_step]
+        if folder.hparams.exists():  # a run of this program: what is cut off or damaged is no loss
+            later = [s for s in later if s in folder.complete_steps() and not damage(folder, s)]
+        if later:
+            steps = " ".join(map(str, later))
+            raise UserError(f"{folder.path} holds checkpoints after step {H.load_step} ({steps}), "
+                            f"which this run would overwrite: give another --log_dir")
+    elif folder.holds_run() and not H.overwrite:
+        raise UserError(f"{folder.path} holds a run ({folder.last_saved()}): go on with it by "
+                        f"--resume, move it aside by --overwrite, or give another --log_dir")
 
 
 def continues_itself(H):
@@ -51,47 +79,41 @@ def continues_itself(H):
 def record_settings(H, log):
     """Save H as the run's hparams.yaml, show it, and drop metrics after the step loaded.
 
-    Called once everything is loaded, so that a command that fails leaves the run as it was. Also
-    removes half-written files, and the manifests of later checkpoints, which are another run's.
+    Called once a step has been trained, so that a command that fails before leaves the run as it
+    was. Also moves aside what --overwrite replaces, and removes half-written files and the
+    manifests of later checkpoints, which are damaged.
     """
     H = without_credentials(H)
-    if H.load_step:
-        log_changed_settings(H, log)
     folder, start = log.folder, H.load_step if continues_itself(H) else 0
-    if not start and not was_begun_alike(H, folder):
-        keep_earlier_records(log)
+    if H.overwrite and folder.holds_run():
+        move_aside(log)
     for path in (folder.path, folder.images, folder.models, folder.saved_stats):
         remove_leftovers(path)
-    if dropped := [step for step in folder.complete_steps() if step > start]:
-        for step in dropped:
+    for step in folder.complete_steps():
+        if step > start:
             folder.manifest(step).unlink()
-        steps = " ".join(map(str, dropped))
-        log.info(f"this run goes on from step {start}: --resume will not take the checkpoints that "
-                 f"were here of steps {steps}, whose files stay")
+            log.info(f"the damaged checkpoint of step {step} counts no more")
     log.rewind(start or -1)
     with whole_file(folder.hparams) as file:
         file.write(H.as_yaml().encode())
-    folder.begun.unlink(missing_ok=True)
     log.table("hyperparameters", dataclasses.asdict(H))
 
 
-def was_begun_alike(H, folder):
-    """Whether the folder holds the record of the same run, killed before its first checkpoint."""
+def move_aside(log):
+    """Rename the folder of a log, with all that is in it, and go on in a new one of its name.
+
+    What the log said since it was opened goes along. Raises UserError where it cannot be renamed.
+    """
+    folder = log.folder
+    here = folder.path.resolve()  # where it is a link, that stays
+    aside = here.with_name(f"{here.name}_until_{time.strftime('%Y%m%d-%H%M%S')}")
     try:
-        before = read_settings(folder.hparams)
-    except SettingsError:
-        return False
-    return H.resume and before | {"resume": True} == dataclasses.asdict(H)
-
-
-def keep_earlier_records(log):
-    """Copy the metrics and settings of an earlier run in this folder, with their date."""
-    for path in (log.folder.metrics, log.folder.hparams):
-        if path.exists() and path.stat().st_size:
-            date = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-            copy = path.with_name(f"{path.stem}_until_{date}{path.suffix}")
-            shutil.copyfile(path, copy)
-            log.warning(f"this run begins in a folder that holds another: its record is {copy}")
+        os.rename(here, aside)
+        here.mkdir()
+    except OSError as error:
+        raise UserError(f"cannot move {here} aside to {aside}: {error.strerror}") from None
+    log.begin_again(aside / folder.log.name, hold_lock(folder.create()))
+    log.info(f"the run that was here is now {aside}")
 
 
 def log_changed_settings(H, log):
@@ -101,13 +123,6 @@ def log_changed_settings(H, log):
         log.warning(f"{path} is not there: the settings are those of this command")
         return
     before = read_settings(path)
-    ignored = {"load_dir", "load_step", "load_optim", "log_dir", "resume", "train_steps"}
-    for name, value in dataclasses.asdict(H).items():
-        if name in before and name not in ignored and before[name] != value:
+    for name, value in dataclasses.asdict(without_credentials(H)).items():
+        if name in before and name not in COMMAND and before[name] != value:
             log.info(f"{name} is now {show(value)}, was {show(before[name])}")
-
-
-def was_validation_held_out(run):
-    """Whether a run was trained without the validation images; None without a hparams.yaml."""
-    path = RunFolder(run).hparams
-    return bool(read_settings(path).get("steps_per_eval")) if path.exists() else None

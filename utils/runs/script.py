@@ -1,31 +1,44 @@
 """How every script starts and ends: its run folder, its lock and log, errors as one sentence."""
 
+import atexit
 import contextlib
 import dataclasses
-import fcntl
+import multiprocessing
 import os
 import platform
-import shlex
 import sys
 import time
+import traceback
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
-from hparams.environment import is_first_process
+from hparams.environment import incomplete_launch, is_first_process
 from utils.errors import UserError
 from utils.logging.logger import NoLogger, RunLogger, one_line
 from utils.logging.visdom_board import VisdomBoard
 from utils.runs.folder import RunFolder
+from utils.signals import Stopped, handle_signals, stop_at_once
 
 LOCK_SECONDS = 10
 OUT_OF_MEMORY = "there is not enough memory: lower --batch_size or the sizes of the model"
 
 
 def run_script(main):
-    """Run `main()` and end the process: 0, or the status of a UserError after one sentence."""
+    """Run `main()` and end the process: 0, or another status after one sentence.
+
+    1 and 2 are those of UserErrors, 128 + n that of signal n.
+    """
+    atexit.register(kill_workers)  # when those that do not hang have ended
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # of a stream that is none of Python's own
+            stream.reconfigure(errors="backslashreplace")  # a console may know only ASCII
     try:
-        main()
+        check_packages()
+        with handle_signals(stop_at_once):
+            main()
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
@@ -44,6 +57,24 @@ def run_script(main):
         raise
     except KeyboardInterrupt:
         end("interrupted; the same command uses what is kept so far", 130, "")
+    except Stopped as stopped:
+        end(str(stopped), stopped.exit_status, "")
+
+
+def kill_workers():
+    """End the processes that hang in reading images: they ignore the signals that ask to end."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def check_packages():
+    """Raise UserError where a script is run with the packages of another checkout."""
+    ours, script = Path(__file__).resolve(), Path(sys.argv[0]).resolve()
+    for root in script.parents[:2]:
+        theirs = root / "utils" / "runs" / "script.py"
+        if theirs.exists() and theirs != ours:
+            raise UserError(f"{script} would run with the packages of {ours.parents[2]}: run it "
+                            f"with the environment that `make install` makes in {root}")
 
 
 def end(message, status, kind="error: "):
@@ -71,41 +102,39 @@ def start_run(H, processes):
         yield NoLogger(folder)
         return
     board = None if H.no_visdom else VisdomBoard(H.visdom_server, H.visdom_port, env=H.log_dir)
-    with locked(folder.create()), RunLogger(folder, board) as log:
+    with RunLogger(folder, board, hold_lock(folder.create())) as log:
         log.info("command: " + command_of(H))
         log.info(
             f"python {platform.python_version()}, torch {torch.__version__}, {device}"
             + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "")
         )
+        if remark := incomplete_launch():
+            log.warning(remark)
         try:
             yield log
+        except UserError as error:
+            log.to_file("ERROR", str(error))
+            raise
         except Exception as error:
-            folder.begun.unlink(missing_ok=True)  # an earlier run in this folder is as it was
-            if isinstance(error, UserError):
-                log.error_to_file(str(error))
+            log.to_file("ERROR", f"unexpected {type(error).__name__}", traceback.format_exc())
             raise
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Hold the lock of a run folder; UserError where another program holds it for LOCK_SECONDS.
+def hold_lock(folder):
+    """The lock of a run folder, acquired; UserError where another program holds it.
 
-    One that was killed lets go once it has finished a step. A file system without locks does
-    without.
+    One that was killed lets go once its workers have ended, for which LOCK_SECONDS are given. A
+    file system without locks does without.
     """
-    with open(folder.lock, "a") as file:
-        for _ in range(LOCK_SECONDS):
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except (BlockingIOError, PermissionError):
-                time.sleep(1)
-            except OSError:
-                break
-        else:
-            raise UserError(f"another program is using {folder.path}: let it end, or give another "
-                            f"--log_dir")
-        yield
+    lock = FileLock(folder.lock, thread_local=False)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise UserError(f"another program is using {folder.path}: let it end, or give another "
+                        f"--log_dir") from None
+    except (OSError, NotImplementedError):
+        pass
+    return lock
 
 
 def without_credentials(H):
@@ -117,4 +146,4 @@ def without_credentials(H):
 def command_of(H):
     """The command line as it may be written down, without credentials."""
     address = without_credentials(H).visdom_server
-    return shlex.join(argument.replace(H.visdom_server, address) for argument in sys.argv)
+    return H.command.replace(H.visdom_server, address)

@@ -11,8 +11,8 @@ from models.autoencoder.vqgan import VQGAN
 from utils.errors import SettingsError, UserError
 from utils.files import load_file, weights_hash
 from utils.runs.folder import RunFolder
-from utils.runs.manifest import load_checkpoint, load_stats
-from utils.training.checkpoints import check_state_dict, load_weights
+from utils.runs.manifest import is_saved, load_checkpoint, place_of, read_stats
+from utils.training.checkpoints import check_architecture, check_state_dict, load_weights, unwrapped
 
 
 def check_models(H, build):
@@ -56,7 +56,7 @@ def build_vqgan(H, log):
 
 def lpips_weights(path):
     """{LPIPS' own key: weight} of those in a VQGAN's file; {} where it holds none."""
-    state = check_state_dict(load_checkpoint(path), path)
+    state = check_state_dict(unwrapped(load_checkpoint(path), path), path)
     prefix = "perceptual."
     return {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
 
@@ -79,7 +79,8 @@ def fill_trunk(perceptual, vgg_weights, log, alternative):
     UserError names `alternative`, the flag that does without LPIPS."""
     if vgg_weights:
         try:
-            load_vgg16(perceptual, check_state_dict(load_file(vgg_weights), vgg_weights))
+            state = unwrapped(load_file(vgg_weights), vgg_weights, log)
+            load_vgg16(perceptual, check_state_dict(state, vgg_weights))
         except ValueError as error:
             raise UserError(f"--vgg_weights {vgg_weights}: {error}") from None
         log.info(f"LPIPS: {vgg_weights}")
@@ -108,7 +109,7 @@ def autoencoder_path(H):
     """
     folder, step = RunFolder(H.ae_load_dir), H.ae_load_step
     average = folder.model("vqgan_ema", step)
-    return average if average.exists() else folder.model("vqgan", step)
+    return average if is_saved(average) else folder.model("vqgan", step)
 
 
 def load_autoencoder(H, device, log, path=None):
@@ -117,14 +118,21 @@ def load_autoencoder(H, device, log, path=None):
     Its attribute `weights_hash` is the hash of its weights, by which ids are tied to it.
     """
     path = path or autoencoder_path(H)
-    state = check_state_dict(load_checkpoint(path), path)
+    state = check_state_dict(unwrapped(load_checkpoint(path), path, log), path)
     others = ("disc.", "perceptual.")
     state = {k.removeprefix("ae."): v for k, v in state.items() if not k.startswith(others)}
     autoencoder = VQAutoEncoder(H)
     load_weights(autoencoder, state, path)
+    check_architecture(H, stats_beside(path, log), path)
     autoencoder.weights_hash = weights_hash(autoencoder)
     log.info(f"autoencoder: {path}")
     return autoencoder.requires_grad_(False).eval().to(device)
+
+
+def stats_beside(path, log):
+    """The stats of the checkpoint that a model's file belongs to."""
+    folder, _, step = place_of(path)
+    return read_stats(folder, step, log)
 
 
 def check_autoencoder(autoencoder, stats, path):
@@ -141,10 +149,11 @@ def sampler_path(H):
 
 def load_sampler(H, autoencoder, device, log):
     """The trained sampler of `--load_dir`: its EMA with `--ema`, which must then be there."""
-    folder, path = RunFolder(H.load_dir), sampler_path(H)
+    path = sampler_path(H)
     sampler = build_sampler(H, autoencoder.codebook)
-    load_weights(sampler, load_checkpoint(path), path)
-    if folder.stats(H.load_step).exists():
-        check_autoencoder(autoencoder, load_stats(folder, H.load_step), path)
+    load_weights(sampler, unwrapped(load_checkpoint(path), path, log), path)
+    stats = stats_beside(path, log)
+    check_architecture(H, stats, path)
+    check_autoencoder(autoencoder, stats, path)
     log.info(f"sampler: {path}")
     return sampler.requires_grad_(False).eval().to(device)

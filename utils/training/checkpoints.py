@@ -2,11 +2,13 @@
 
 import torch
 
+from hparams.parser import agrees
+from hparams.settings import show
 from utils.errors import DiskError, UserError
 from utils.files import save_file, sync_folder
 from utils.runs.folder import RunFolder
 from utils.runs.manifest import (
-    checkpoint_file, damage, load_checkpoint, load_stats, read_manifest, write_manifest,
+    checkpoint_file, damage, is_saved, load_checkpoint, read_manifest, read_stats, write_manifest,
 )
 
 
@@ -89,21 +91,22 @@ class Checkpoints:
         first = next(iter(self.models))
         for name, model in self.models.items():
             path = folder.model(name, step)
-            if name != first and not path.exists():
+            if name != first and not is_saved(path):
                 log.warning(f"{path} is not there: {name} starts from {first}")
                 path = folder.model(first, step)
-            load_weights(model, load_checkpoint(path), path, optional)
+            load_weights(model, unwrapped(load_checkpoint(path), path, log), path, optional)
         for name, optimizer in self.optimizers.items() if H.load_optim else ():
             path = folder.model(name, step)
-            if path.exists():
+            if is_saved(path):
                 load_optimizer(optimizer, load_checkpoint(path), path)
             else:
                 log.warning(f"{path} is not there: {name} starts afresh")
         stats_path = folder.stats(step)
-        if not stats_path.exists():
+        if not is_saved(stats_path):
             log.warning(f"{stats_path} is not there: gradient scaler starts afresh")
             return {}
-        stats = load_stats(folder, step)
+        stats = read_stats(folder, step, log)
+        check_architecture(H, stats, stats_path)
         if stats.get("scaler"):
             try:
                 self.scaler.load_state_dict(stats["scaler"])
@@ -111,6 +114,38 @@ class Checkpoints:
                 raise UserError(f"{stats_path} holds no gradient scaler's state") from None
         log.info(f"restored step {step} of {folder.path}")
         return stats
+
+
+# What other programs lay around a state dict: a dict that holds it, a prefix of all its names.
+STATE_KEYS = ("state_dict", "model_state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, of torch.compile
+LAYERS = 4  # at most, as a file may hold a dict that holds itself
+
+
+def unwrapped(state, path, log=None):
+    """The state dict in the content `state` of a model's file, without what is laid around it,
+    which the log says; anything else is given back as it is, for `check_state_dict` to judge."""
+    removed = []
+    while len(removed) < LAYERS and (layer := outer_layer(state)):
+        state, how = layer
+        removed.append(how)
+    if removed and log is not None:
+        log.info(f"{path} was wrapped by another program: it is read {', '.join(removed)}")
+    return state
+
+
+def outer_layer(state):
+    """(what the outermost layer around a state dict holds, how that is read), or None."""
+    if not isinstance(state, dict):
+        return None
+    keys = [key for key in STATE_KEYS if isinstance(state.get(key), dict)]
+    if len(keys) == 1:
+        return state[keys[0]], f"from below the key {keys[0]!r}"
+    for prefix in PREFIXES:
+        if state and all(isinstance(key, str) and key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+            return state, f"without the prefix {prefix!r}"
+    return None
 
 
 def load_weights(module, state, path, optional=()):
@@ -169,6 +204,23 @@ def flag_hint(own, state):
         if in_file != in_model and (part != ".attn.key." or all(have(".attn."))):
             return f" (it was trained {there if in_file else absent})"
     return ""
+
+
+def architecture_of(H, names):
+    """The settings called `names`, kept with a checkpoint: its shapes do not show all of them."""
+    return {name: getattr(H, name) for name in sorted(names)}
+
+
+def check_architecture(H, stats, path):
+    """Raise UserError where the checkpoint of `path` was trained with another architecture than H
+    has, which a hparams.yaml that somebody has changed may give."""
+    kept = stats.get("architecture")
+    for name, value in kept.items() if isinstance(kept, dict) else ():
+        if name in H.__dataclass_fields__ and not agrees(
+            H.__dataclass_fields__[name], getattr(H, name), value
+        ):
+            raise UserError(f"{path} was trained with {name} {show(value)}, not "
+                            f"{show(getattr(H, name))}: give --{name}, or mend its hparams.yaml")
 
 
 def load_optimizer(optimizer, content, path):

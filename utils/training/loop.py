@@ -4,9 +4,11 @@ import contextlib
 import signal
 import time
 
+from hparams.groups import ENDLESS
 from utils.data.batches import stream_positions
 from utils.errors import DiskError, UserError
 from utils.logging.logger import ProgressBar
+from utils.signals import Stopped, handle_signals, stop_at_once
 from utils.training.optimizers import NotFinite
 from utils.training.precision import seed_step
 
@@ -27,43 +29,57 @@ def tolerate_full_disk(log, unless=False):
         log.warning(f"{error}; training goes on, and the next time will be another attempt")
 
 
+def in_words(figures):
+    """Figures, a dict of numbers, in one line."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
 class TrainingLoop:
     """Context and iterator of the steps after `start`, up to `H.train_steps`.
 
-    Every step is seeded by its number. Its body is an `attempt` that `count`s its stats; after
-    `end_step`, `must_validate`, `must_show`, `must_save_images` and `must_save` say what is due.
-    They are true on rank 0 only, and, but for `must_save` where the loop `ends`, after finite steps
-    only. It ends after the last step, or after a Ctrl-C or SIGTERM to any rank. `images` is the
-    size of the training set, `seconds` what training took before `start`, and `hint` how an
+    Every step is seeded by its number. Its body is an `attempt` that `count`s its stats; then
+    `must_record` says whether it was the first that trained, and after `end_step`, `must_validate`,
+    `must_show`, `must_save_images` and `must_save` say what is due. They are true on rank 0 only,
+    and, but for `must_save` where the loop `ends`, after finite steps only. The loop ends after the
+    last step, or raises Stopped after the step in which any rank gets one of SIGNALS. `images` is
+    the size of the training set, `seconds` what training took before `start`, and `hint` how an
     interrupted run goes on.
     """
+
+    PATIENCE = 30  # seconds after which a second signal ends the run amid a step
 
     def __init__(self, H, log, processes, images, start, seconds=0.0, hint=None):
         self.H, self.log, self.processes = H, log, processes
         self.images, self.start, self.step, self.hint = images, start, start, hint
-        self.interrupted = False
+        self.signal, self.finite_steps, self.validation = None, 0, ""
         self.bar = ProgressBar(
-            total=H.train_steps, initial=start, desc=H.log_dir, unit="step", dynamic_ncols=True,
-            mininterval=0.5, disable=not processes.is_first,
+            total=H.train_steps if H.train_steps < ENDLESS else None, initial=start,
+            desc=H.log_dir, unit="step", dynamic_ncols=True, mininterval=0.5,
+            disable=not processes.is_first,
         )
         self.started = time.perf_counter() - seconds
         self.sums, self.counts, self.training_time = {}, {}, 0.0
         self.bad_steps = 0  # in a row
 
     def __enter__(self):
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self.handlers = {number: signal.signal(number, self.interrupt) for number in signals}
+        self.handlers = handle_signals(self.interrupt)
+        self.handlers.__enter__()
         return self
 
     def interrupt(self, number, frame):
-        """Signal handler; a second Ctrl-C is a KeyboardInterrupt as usual, except in torchrun."""
-        self.interrupted = True
-        if self.processes.size == 1:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        """Signal handler: the step ends first, unless a person repeats Ctrl-C, or it takes long.
+
+        torchrun repeats signals itself, and a closing terminal does.
+        """
+        if self.signal is None:
+            self.signal, self.signalled = number, time.monotonic()
+        elif self.processes.size == 1 and (
+            number == signal.SIGINT or time.monotonic() - self.signalled > self.PATIENCE
+        ):
+            stop_at_once(number, frame)
 
     def __exit__(self, *exception):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.handlers.__exit__(*exception)
         self.bar.close()
 
     def __iter__(self):
@@ -77,8 +93,9 @@ class TrainingLoop:
                 hint = self.hint or (
                     f"go on with --resume, or with --load_dir {H.log_dir} --load_step {self.step}"
                 )
-                log.info(f"interrupted: saved step {self.step}; {hint}")
-                return
+                message = f"interrupted: saved step {self.step}; {hint}"
+                log.to_file("INFO", message)
+                raise Stopped(self.signal or signal.SIGTERM, message)
         if self.start >= H.train_steps:
             log.info(f"step {self.start} leaves nothing to train: train_steps is {H.train_steps}")
         log.info(f"trained to step {self.step}: checkpoints are in {log.folder.models}")
@@ -93,6 +110,7 @@ class TrainingLoop:
         try:
             yield
             self.bad_steps = 0
+            self.finite_steps += 1
         except NotFinite as error:
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -110,6 +128,11 @@ class TrainingLoop:
                     f"rate, or clip gradients ({self.log.folder.last_saved()})"
                 ) from None
 
+    @property
+    def must_record(self):
+        """Whether the step was the first that has trained anything."""
+        return self.processes.is_first and self.finite_steps == 1 and not self.bad_steps
+
     def count(self, **stats):
         """Add 0-d tensors or floats, among them `loss`, to the means that are logged."""
         for name, value in stats.items():
@@ -124,7 +147,7 @@ class TrainingLoop:
             self.log_means()
         else:
             self.training_time += time.perf_counter() - self.began_step
-        interrupted = self.interrupted or self.processes.is_orphan
+        interrupted = self.signal is not None or self.processes.is_orphan
         self.ends = self.processes.any(interrupted) or self.is_last
         finite = self.processes.is_first and not self.bad_steps
         validates = due(step, H.steps_per_eval) or (H.steps_per_eval > 0 and self.is_last)
@@ -140,11 +163,20 @@ class TrainingLoop:
         means = self.processes.mean(means)
         images = self.counts["loss"] * self.H.batch_size * self.processes.size
         speed = images / (self.training_time + time.perf_counter() - self.began_step)
-        self.log.metrics(
-            self.step, {**means, "images_per_second": speed, "seconds": self.seconds}
+        metrics = {**means, "images_per_second": speed, "seconds": self.seconds}
+        self.log.metrics(self.step, metrics)
+        if self.step // 100 > (self.step - self.H.steps_per_log) // 100:
+            self.log.to_file("INFO", f"step {self.step}: {in_words(means)}")
+        self.bar.set_postfix_str(
+            f"loss {means['loss']:.4f}, {speed:.0f} images/s{self.validation}"
         )
-        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {speed:.0f} images/s")
         self.sums, self.counts, self.training_time = {}, {}, 0.0
+
+    def report_validation(self, figures):
+        """Log figures of the held-out images, a dict, and keep them on the progress bar."""
+        self.log.metrics(self.step, figures, group="validation")
+        self.log.info(f"step {self.step}, validation: {in_words(figures)}")
+        self.validation = f"; validation: {in_words(figures)}"
 
     @property
     def seconds(self):

@@ -14,6 +14,7 @@ from utils.data.cache import Parts, cached, read_cached
 from utils.data.images import ImageDataset
 from utils.data.latents import load_latents
 from utils.data.pixels import UnreadableImage
+from utils.files import HOST
 from utils.training.processes import Processes
 
 
@@ -59,7 +60,7 @@ def test_an_interrupted_loop_goes_on_after_the_last_part(tmp_path):
     assert first.made == [0] and [p.name for p in tmp_path.iterdir()] == [path.name]
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()
-    (tmp_path / f".4_4.pt.{process.pid}.tmp").write_bytes(b"half of it")
+    (tmp_path / f".4_4.pt.{HOST}.{process.pid}.tmp").write_bytes(b"half of it")
     second = Numbers(tmp_path)
     assert second.all() == [*range(10)] and second.made == [4, 8]
     assert second.log.infos == ["numbers: 4 of 10 are there already"]

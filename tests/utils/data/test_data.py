@@ -5,6 +5,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from utils.data.datasets import DATASETS_YAML, load_dataset
 from utils.data.pixels import UnreadableImage, to_float
 from utils.data.split import Subset, part_of, sample_of, train_validation_split
 from utils.errors import SettingsError, UserError
+from utils.signals import SIGNALS
 from utils.training.processes import Processes
 
 CPU = torch.device("cpu")
@@ -47,7 +49,7 @@ def registered(tmp_path, name, path, **shape):
     """The dataset `name` by a datasets.yaml of its own that says `path`."""
     registry = tmp_path / "datasets.yaml"
     registry.write_text(f"{name}: {path}\n")
-    return load_dataset(settings_for(name, **shape), registry)
+    return load_dataset(settings_for(name, **shape), registry=registry)
 
 
 def save(path, value=0, size=(8, 8), mode="RGB"):
@@ -318,7 +320,7 @@ def test_broken_values_of_lsun_are_unreadable_and_missing_databases_are_errors(t
     with pytest.raises(UserError, match="bedroom_train_lmdb is cut short"):
         registered(tmp_path, "bedrooms", root)
     database.write_bytes(b"text")
-    with pytest.raises(UserError, match="cannot read the LSUN database .*bedroom_train_lmdb"):
+    with pytest.raises(UserError, match="cannot read the lmdb folder .*bedroom_train_lmdb"):
         registered(tmp_path, "bedrooms", root)
 
 
@@ -352,9 +354,9 @@ def test_errors_are_one_sentence_that_names_the_path_and_where_to_change_it(tmp_
                           ("ffhq:", "no path for ffhq"), ("a: [", "no valid YAML")]:
         registry.write_text(text)
         with pytest.raises(UserError, match=message):
-            load_dataset(settings_for("ffhq"), registry)
+            load_dataset(settings_for("ffhq"), registry=registry)
     with pytest.raises(UserError, match="cannot read .*absent.yaml"):
-        load_dataset(settings_for("ffhq"), tmp_path / "absent.yaml")
+        load_dataset(settings_for("ffhq"), registry=tmp_path / "absent.yaml")
 
 
 # --- fingerprint and split ---------------------------------------------------------------------
@@ -426,8 +428,13 @@ class Fake:
     def __len__(self):
         return self.n
 
+    root_name = "fake"
+
     def path(self, index):
         return f"file {index}"
+
+    def identifier(self, index):
+        return str(index)
 
     def pixels(self, index):
         if index in self.broken:
@@ -580,7 +587,7 @@ def test_workers_hand_over_bytes_of_which_the_floats_are_made(tmp_path, monkeypa
     for batch, images in enumerate(batches):
         indices = stream_positions(6, 4, 0, batch)[0].tolist()
         assert torch.equal(images, torch.stack([dataset.load(index) for index in indices]))
-    assert set(travelled) == {torch.uint8}
+    assert set(travelled) == {np.dtype("uint8")}
 
 
 def test_the_batches_of_all_ranks_are_the_batches_of_one_process(tmp_path):
@@ -789,7 +796,7 @@ def worker_processes():
     return set(multiprocessing.active_children())
 
 
-def test_workers_ignore_interrupts_and_end_with_their_iterator(capfd):
+def test_workers_ignore_signals_and_end_with_their_iterator(capfd):
     others = worker_processes()
     H = loading_of(workers=2)
     batches = training_batches(Fake(5), H, 0, Processes(), fail_on_unreadable)
@@ -797,8 +804,8 @@ def test_workers_ignore_interrupts_and_end_with_their_iterator(capfd):
     workers = worker_processes() - others
     assert len(workers) == 2
     next(batches)  # by now both have started up
-    for worker in workers:
-        os.kill(worker.pid, signal.SIGINT)
+    for worker, number in itertools.product(workers, SIGNALS):
+        os.kill(worker.pid, number)
     expected = train(Fake(5), 30)[2:]
     for images in expected:
         assert torch.equal(next(batches), images)
@@ -814,7 +821,55 @@ def test_workers_ignore_interrupts_and_end_with_their_iterator(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_workers_print_no_traceback_when_the_main_process_closes_their_pipe(capfd):
-    for error in (BrokenPipeError(), ConnectionResetError(), EOFError(), ValueError("told")):
-        loading._pass_over_hang_ups(type(error), error, None)
-    assert capfd.readouterr().err.strip() == "ValueError: told"
+class Failing(Fake):
+    """A dataset whose images cannot be read, for a reason that is no image's fault."""
+
+    def __init__(self, n, fail):
+        super().__init__(n)
+        self.fail = fail
+
+    def pixels(self, index):
+        return self.fail() or super().pixels(index)
+
+
+def out_of_memory():
+    raise MemoryError("256 MiB")
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def bus_error():
+    os.kill(os.getpid(), signal.SIGBUS)
+
+
+@pytest.mark.parametrize("fail, says", [
+    (out_of_memory, "failed (MemoryError: 256 MiB): lower --num_workers"),
+    (killed, "has ended, killed or out of memory: lower --num_workers"),
+    (bus_error, "has ended, killed or out of memory: lower --num_workers"),
+])
+def test_what_fails_in_a_worker_ends_the_run_with_one_sentence(fail, says):
+    batches = training_batches(
+        Failing(5, fail), loading_of(workers=2), 0, Processes(), fail_on_unreadable
+    )
+    with pytest.raises(UserError, match=re.escape(says)):
+        next(batches)
+
+
+def test_a_batch_that_a_worker_cannot_hand_over_ends_the_run(monkeypatch):
+    """Its thread fails after the batch was read: the main process would wait for ever."""
+    monkeypatch.setattr(loading._Batches, "read", lambda *plan: lambda: "cannot be pickled")
+    batches = training_batches(Fake(5), loading_of(workers=1), 0, Processes(), fail_on_unreadable)
+    with pytest.raises(UserError, match="has ended"):
+        next(batches)
+
+
+def test_workers_need_no_shared_memory(monkeypatch):
+    """A container's /dev/shm may be small."""
+    def full(*arguments, **options):
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    monkeypatch.setattr(torch.UntypedStorage, "_new_using_fd_cpu", full)
+    assert len(train(Fake(5), 3, workers=2)) == 3

@@ -206,6 +206,9 @@ def test_stored_features_are_computed_again_where_their_record_differs(tiny, tmp
         path.write_bytes(content)
         with pytest.raises(UserError, match="f.npy is no .npy file"):
             features_by("b", b)
+    np.save(path, np.array([[0.0, np.nan]]))
+    with pytest.raises(UserError, match="f.npy holds features that are not finite"):
+        features_by("b", b)
     np.save(path, np.zeros(3))
     with pytest.raises(UserError, match=r"not features \[n, D\]"):
         features_by("b", b)
@@ -233,6 +236,40 @@ def test_chunks_of_unreadable_images_are_passed_over(tiny, tmp_path, monkeypatch
     real = ImageFiles("real", 10, 3, tmp_path / "real", scan(tmp_path / "real"))
     with pytest.raises(UserError, match="none of the 21 real images can be read.*000000.png"):
         figures(real, random_images(1, 20))
+
+
+def broken_folder(folder, readable, broken):
+    """A dataset whose first images cannot be read."""
+    folder_of(random_images(0, readable + broken), folder)
+    for index in range(broken):
+        (folder / f"{index:06d}.png").write_bytes(b"no image")
+    return ImageFiles("real", 10, 3, folder, scan(folder))
+
+
+@pytest.mark.parametrize("readable, flags, says", [
+    (1, {}, "FID needs 2 real images or more, not 1"),
+    (3, {"prc": True}, "--prc, with 3 neighbours .* needs 4 real images or more, not 3"),
+    (5, {"kid": True, "kid_subset_size": 6}, "--kid_subset_size 6 needs 6 real images .* not 5"),
+])
+def test_counts_are_checked_again_without_unreadable_images(tiny, tmp_path, readable, flags, says):
+    """Before anything is drawn, and from the cache of a second command as well."""
+    real = broken_folder(tmp_path / "real", readable, 20)
+    run = Experiment(settings(**flags), "FID", Processes(device=CPU), Log())
+    names = ["fid", *(name for name in flags if name in ("kid", "prc"))]
+    drawn = []
+    stream = ImageStream(21 + readable, 11, lambda *span: drawn.append(span), "samples", "samples")
+    for _ in range(2):
+        with pytest.raises(UserError, match=says):
+            measure(run, real, stream, names)
+    assert not drawn
+
+
+def test_generated_images_that_cannot_be_read_are_not_counted(tiny, tmp_path):
+    real = folder_of(random_images(1, 30), tmp_path / "real")
+    run = Experiment(settings(isc=True), "FID", Processes(device=CPU), Log())
+    fake = dataset_stream(broken_folder(tmp_path / "fake", 9, 20), run.H, CPU)
+    with pytest.raises(UserError, match="needs 10 generated images or more, not 9"):
+        measure(run, real, fake, ["fid", "isc"])
 
 
 # --- several processes ---------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Measures on features against other people's: numpy, scipy, torch-fidelity, prdc."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import prdc as reference
 import pytest
@@ -7,7 +9,10 @@ import scipy.linalg
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from utils.evaluation.metrics import FeatureStatistics, frechet_distance, kth_distances, prdc
+from utils.errors import UserError
+from utils.evaluation.metrics import (
+    METRICS, FeatureStatistics, frechet_distance, kth_distances, prdc,
+)
 
 
 def random_features(seed, n, width, shift=0.0):
@@ -42,6 +47,57 @@ def test_statistics_are_kept_and_restored():
         assert (left == right).all()
     with pytest.raises(ValueError, match="two vectors"):
         statistics_of(torch.zeros(1, 5), 1).finish()
+
+
+def test_statistics_of_one_vector_are_kept_and_know_how_many_they_are_of():
+    """A folder may have a single readable image, of which the log is to tell."""
+    features = random_features(0, 5, 3)
+    statistics = statistics_of(features[:1], 1)
+    restored = FeatureStatistics.from_state(statistics.state_dict())
+    assert len(FeatureStatistics()) == 0 and len(statistics) == len(restored) == 1
+    restored.update(features[1:])
+    assert len(restored) == 5
+    np.testing.assert_allclose(restored.finish()[0], features.double().mean(0).numpy())
+
+
+def settings(**flags):
+    return SimpleNamespace(**{"n_samples": 50, "kid_subset_size": 20, "nearest_k": 3, **flags})
+
+
+class Log:
+    def warning(self, message):
+        pass
+
+
+def figures_of(name, generated, real):
+    """What a metric gives for as many images; it must have agreed to them."""
+    metric = METRICS[name](settings(), torch.device("cpu"))
+    metric.check(generated, real)
+    metric.update(random_features(0, generated, 6))
+    features = random_features(1, real, 6)
+    of_kind = {"statistics": statistics_of(features, 64), "features": features, None: None}
+    return metric.finish(of_kind[metric.real], Log())
+
+
+@pytest.mark.parametrize("name, least, says", [
+    ("fid", 2, "FID needs 2 {} images or more, not 1: {}"),
+    ("kid", 20, "KID of --kid_subset_size 20 needs 20 {} .*, not 19: {}, or lower --kid_subset"),
+    ("isc", 10, "inception score, .* needs 10 {} .*, not 9: {}, or leave --isc out"),
+    ("prc", 4, "--prc, with 3 neighbours .* needs 4 {} .*, not 3: {}, or leave --prc out"),
+    ("prdc", 4, "PRDC with --nearest_k 3 needs 4 {} .*, not 3: {}, or lower --nearest_k"),
+])
+def test_a_measure_names_how_many_images_it_needs_and_can_do_with_them(name, least, says):
+    assert all(np.isfinite(value) for value in figures_of(name, least, least).values())
+    with pytest.raises(UserError, match=says.format("generated", "raise --n_samples")):
+        figures_of(name, least - 1, 100)
+    metric, more = METRICS[name](settings(), torch.device("cpu")), "add images to the dataset"
+    if metric.real:
+        with pytest.raises(UserError, match=says.format("real", more)):
+            figures_of(name, 100, least - 1)
+    metric.check(None, None)  # as long as the numbers are unknown
+    metric.H = SimpleNamespace()  # without samples, as where reconstructions are measured
+    with pytest.raises(UserError, match=says.format("generated", more)):
+        metric.check(least - 1, 100)
 
 
 def test_frechet_distance_is_the_closed_form_and_torch_fidelitys():

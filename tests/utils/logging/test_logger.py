@@ -149,9 +149,9 @@ def test_control_characters_in_messages_are_escaped(folder, capsys):
 ])
 def test_no_credentials_of_the_visdom_server_are_written(server, shown, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["x.py", "--no_visdom", f"--visdom_server={server}"])
-    flags = f"--dataset digits --log_dir a --visdom_server {server} --visdom_port 1"
-    H = get_vqgan_hparams(flags.split())
+    flags = f"--dataset digits --log_dir a --visdom_server={server} --visdom_port 1"
+    monkeypatch.setattr(sys, "argv", ["x.py", *flags.split()])
+    H = get_vqgan_hparams()
     with start_run(H, Processes()) as log:
         record_settings(H, log)
     written = "".join(path.read_text() for path in Path("logs").rglob("*") if path.is_file())

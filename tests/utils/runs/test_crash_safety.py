@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 import train_sampler
 import train_vqgan
@@ -20,7 +21,7 @@ from test_training import (
 )
 from utils.data import latents
 from utils.errors import DiskError
-from utils.files import is_running, load_file, remove_leftovers, save_file, whole_file
+from utils.files import HOST, is_running, load_file, remove_leftovers, save_file, whole_file
 from utils.logging.logger import NoLogger
 from utils.runs.folder import RunFolder
 from utils.runs.manifest import damage
@@ -62,13 +63,122 @@ def test_resume_prefers_the_runs_own_checkpoint_to_load_dir(two_runs):
     assert_identical(files_of("c", 6), files_of("b", 6))
 
 
-def test_resume_ignores_checkpoints_of_an_earlier_run_in_the_folder():
-    vqgan(f"{EVERY_2} --log_dir a --train_steps 6")
-    vqgan(f"{EVERY_2} --log_dir a --train_steps 3 --seed 1")
-    assert RunFolder("a").complete_steps() == [2, 3]
-    vqgan(f"{EVERY_2} --log_dir a --train_steps 4 --seed 1 --resume")
-    vqgan(f"{EVERY_2} --log_dir b --train_steps 4 --seed 1")
+def content_of(run):
+    """{path: bytes} of a run's folder, but for what every command writes into it."""
+    return {str(path.relative_to(run.path)): path.read_bytes() for path in run.path.rglob("*")
+            if path.is_file() and path.name not in ("log.txt", ".lock")}
+
+
+def test_a_resumed_runs_settings_are_its_defaults(two_runs):
+    flags = "--lr 0.01 --ema --ema_beta 0.9 --seed 3 --clip_grad_norm 2 --steps_per_checkpoint 2"
+    vqgan(f"{flags} --log_dir a --train_steps 4")
+    vqgan(f"{flags} --log_dir b --train_steps 2")
+    train_vqgan.main("--log_dir b --resume --train_steps 4".split())
+    assert_identical(files_of("a", 4), files_of("b", 4))
+    settings = [yaml.safe_load(RunFolder(run).hparams.read_text()) for run in "ab"]
+    assert settings[0] | {"log_dir": "b", "resume": True, "load_dir": "b", "load_step": 2} \
+        == settings[1]
+    train_vqgan.main("--log_dir b --resume --train_steps 5 --lr 0.02".split())
+    assert yaml.safe_load(RunFolder("b").hparams.read_text())["lr"] == 0.02
+    assert "lr is now 0.02, was 0.01" in RunFolder("b").log.read_text()
+    sampler("--log_dir c --train_steps 2 --optimizer muon --lr 0.01")
+    train_sampler.main("--log_dir c --resume --train_steps 3".split())
+    settings = yaml.safe_load(RunFolder("c").hparams.read_text())
+    assert (settings["optimizer"], settings["lr"], settings["ae_load_dir"]) == ("muon", 0.01, "ae")
+
+
+@pytest.mark.parametrize("flags", [
+    "--resume --train_steps 4", "--resume --train_steps 2", "--resume --train_steps 4 --lr 1",
+    "--load_dir a --load_step 4 --train_steps 4 --resume",
+])
+def test_a_command_that_trains_nothing_writes_nothing(flags):
+    vqgan(f"{EVERY_2} --log_dir a --train_steps 4")
+    before = content_of(RunFolder("a"))
+    vqgan(f"{EVERY_2} --log_dir a {flags}")
+    assert content_of(RunFolder("a")) == before
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--seed 9", "holds a run (the last checkpoint is that of step 4): go on with it by --resume"),
+    ("--load_dir ae --load_step 2", "logs/a holds a run"),
+    ("--load_dir a --load_step 2", "holds checkpoints after step 2 (4), which this run would over"),
+])
+def test_a_run_is_not_overwritten_by_another_one(flags, says, two_runs, capsys, monkeypatch):
+    vqgan(f"{EVERY_2} --log_dir a --train_steps 4")
+    before = content_of(RunFolder("a"))
+    command = f"{VQGAN} {EVERY_2} --log_dir a --train_steps 6 {flags}"
+    assert says in sentence(train_vqgan.main, command, capsys, monkeypatch)
+    assert content_of(RunFolder("a")) == before
+
+
+def test_published_models_are_not_overwritten(capsys, monkeypatch):
+    """Models without settings and manifests, as the original programs leave them."""
+    vqgan(f"{EVERY_2} --log_dir a --train_steps 4")
+    run = RunFolder("a")
+    for path in (run.hparams, run.metrics, *run.saved_stats.iterdir()):
+        path.unlink()
+    before = content_of(run)
+    for flags, says in (
+        ("", "logs/a holds a run"), ("--resume", "go on with --load_dir a --load_step 4"),
+        ("--load_dir a --load_step 2", "holds checkpoints after step 2 (4)"),
+    ):
+        command = f"{VQGAN} --log_dir a --train_steps 6 {flags}"
+        assert says in sentence(train_vqgan.main, command, capsys, monkeypatch)
+        assert content_of(run) == before | {"metrics.jsonl": b""}
+    vqgan("--log_dir a --load_dir a --load_step 4 --train_steps 5")
+    assert run.trained_steps() == [2, 4, 5]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_overwrite_moves_the_old_run_aside_whole(linked, workplace):
+    if linked:  # to another disk
+        (workplace / "disk" / "a").mkdir(parents=True)
+        (workplace / "logs").mkdir()
+        (workplace / "logs" / "a").symlink_to(workplace / "disk" / "a")
+    vqgan(f"{EVERY_2} --log_dir a --train_steps 4")
+    run = RunFolder("a")
+    before, log = content_of(run), run.log.read_text()
+    vqgan(f"{EVERY_2} --log_dir a --train_steps 3 --seed 1 --overwrite")
+    assert run.path.is_symlink() == linked
+    [aside] = (workplace / ("disk" if linked else "logs")).glob("a_until_*")
+    assert content_of(SimpleNamespace(path=aside)) == before
+    assert (aside / "log.txt").read_text() == log
+    text = run.log.read_text()
+    assert "command: " in text and f"the run that was here is now {aside}" in text
+    vqgan(f"{EVERY_2} --log_dir b --train_steps 3 --seed 1")
+    assert run.complete_steps() == [2, 3]
+    assert_identical(files_of("b", 3), files_of("a", 3))
+    steps = [line["step"] for line in lines_of("a") if line["group"] == "train"]
+    assert steps == [1, 2, 3]
+    vqgan("--log_dir a --resume --train_steps 4")  # the lock of the new folder was released
+
+
+def test_overwrite_moves_nothing_before_a_step_is_trained(capsys, monkeypatch, workplace):
+    vqgan(f"{EVERY_2} --log_dir a --train_steps 2")
+    before = content_of(RunFolder("a"))
+    flags = f"{VQGAN} --log_dir a --train_steps 4 --overwrite --load_dir nowhere --load_step 3"
+    assert "nowhere" in sentence(train_vqgan.main, flags, capsys, monkeypatch)
+    assert content_of(RunFolder("a")) == before and len([*(workplace / "logs").iterdir()]) == 1
+    vqgan(f"{EVERY_2} --log_dir a --train_steps 4 --resume")
+    vqgan(f"{EVERY_2} --log_dir b --train_steps 4")
     assert_identical(files_of("b", 4), files_of("a", 4))
+
+
+@pytest.mark.parametrize("flags", ["--resume", "--load_dir a --load_step 2"])
+def test_overwrite_does_not_go_with_going_on(flags, capsys, monkeypatch):
+    line = sentence(train_vqgan.main, f"{VQGAN} --log_dir a --overwrite {flags}", capsys,
+                    monkeypatch)
+    assert "--overwrite begins a run anew" in line
+
+
+def test_a_checkpoint_without_its_manifest_is_resumed_and_not_trained_over():
+    """The manifest is written last: a kill may come just before."""
+    vqgan(f"{EVERY_2} --log_dir a --train_steps 2")
+    RunFolder("a").manifest(2).unlink()
+    vqgan(f"{EVERY_2} --log_dir a --train_steps 4 --resume")
+    vqgan(f"{EVERY_2} --log_dir b --train_steps 4")
+    assert_identical(files_of("b", 4), files_of("a", 4))
+    assert "manifest_2.json is not there: step 2 is taken" in RunFolder("a").log.read_text()
 
 
 def test_resume_restarts_a_run_killed_before_its_first_checkpoint():
@@ -82,45 +192,17 @@ def test_resume_restarts_a_run_killed_before_its_first_checkpoint():
     assert "holds another" not in RunFolder("a").log.read_text()
 
 
-@pytest.mark.parametrize("steps", [6, 2])
-def test_resume_restarts_a_run_killed_before_it_wrote_hparams_yaml(steps, two_runs, monkeypatch):
-    """Killed while it caches, in a folder where an earlier run has checkpoints, then resumed."""
-    sampler(f"{EVERY_2} --log_dir a --train_steps {steps} --bert_n_layers 1")
-    flags = f"{EVERY_2} --log_dir a --train_steps 4 --seed 1"
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(train_sampler, "load_latents", lambda *arguments: interrupt())
-        sampler(flags)
-    sampler(f"{flags} --resume")  # with the default of two layers, as the command says
-    sampler(f"{EVERY_2} --log_dir b --train_steps 4 --seed 1")
-    assert_identical(files_of("b", 4), files_of("a", 4))
-    assert RunFolder("a").complete_steps() == [2, 4]
-    assert len(list(RunFolder("a").path.glob("hparams_until_*"))) == 1
-
-
-def test_a_run_can_be_resumed_after_a_command_that_failed(capsys, monkeypatch):
-    vqgan(f"{EVERY_2} --log_dir a --train_steps 2")
-    flags = f"{VQGAN} --log_dir a --train_steps 4 --load_dir nowhere --load_step 3"
-    assert "nowhere" in sentence(train_vqgan.main, flags, capsys, monkeypatch)
-    vqgan(f"{EVERY_2} --log_dir a --train_steps 4 --resume")
-    vqgan(f"{EVERY_2} --log_dir b --train_steps 4")
-    assert_identical(files_of("b", 4), files_of("a", 4))
-
-
-def test_loading_another_run_drops_the_folders_old_manifests(two_runs):
-    vqgan(f"{EVERY_2} --log_dir a --train_steps 4 --seed 1")
-    vqgan("--log_dir a --load_dir ae --load_step 2 --train_steps 3")
-    assert RunFolder("a").complete_steps() == [3]
-
-
 def interrupt():
     raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("moment", ["after", "amid"])
-def test_saving_removes_an_earlier_runs_files_of_the_same_step(moment, monkeypatch):
-    """A run with an EMA, then in the same folder one without, which saves or is killed doing so."""
-    vqgan(f"{EVERY_2} --log_dir a --train_steps 2 --seed 1")
-    run, flags = RunFolder("a"), f"{EVERY_2} --no_ema --log_dir a --train_steps 2"
+def test_saving_removes_older_files_of_the_same_step(moment, monkeypatch):
+    """A run with an EMA whose last checkpoint is damaged goes on without one, and saves that step
+    again or is killed doing so."""
+    vqgan(f"{EVERY_2} --log_dir a --train_steps 4")
+    run, flags = RunFolder("a"), "--no_ema --log_dir a --train_steps 4 --resume"
+    flip_a_bit(run.model("vqgan", 4))
     if moment == "after":
         vqgan(flags)
     else:
@@ -135,17 +217,17 @@ def test_saving_removes_an_earlier_runs_files_of_the_same_step(moment, monkeypat
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr("utils.training.checkpoints.save_file", save)
             vqgan(flags)
-    names = {path.name for path in run.models.iterdir()}
-    assert names == {"vqgan_2.th"} | ({"ae_optim_2.th", "disc_optim_2.th"} if moment == "after"
+    names = {path.name for path in run.models.glob("*_4.th")}
+    assert names == {"vqgan_4.th"} | ({"ae_optim_4.th", "disc_optim_4.th"} if moment == "after"
                                       else set())
-    assert run.stats(2).exists() == (moment == "after")
+    assert run.stats(4).exists() == (moment == "after")
 
 
 def test_a_locked_run_folder_is_refused(capsys, monkeypatch):
     monkeypatch.setattr("utils.runs.script.LOCK_SECONDS", 1)
     folder = RunFolder("a").create()
-    code = (f"import fcntl, time; f = open({str(folder.lock)!r}, 'a'); fcntl.lockf(f, "
-            "fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)")
+    code = (f"import filelock, time; lock = filelock.FileLock({str(folder.lock)!r}); "
+            "lock.acquire(); print('locked', flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         other.stdout.readline()
@@ -304,15 +386,18 @@ def test_whole_file_replaces_all_or_nothing(tmp_path):
             pass
 
 
-def test_remove_leftovers_spares_files_of_running_processes(tmp_path):
+def test_remove_leftovers_spares_files_of_running_processes_and_other_machines(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()
     assert is_running(os.getpid()) and not is_running(process.pid)
-    names = [f".a.th.{process.pid}.tmp", f".a.th.{os.getpid()}.tmp", ".mine.tmp", "a.1.tmp"]
+    names = [f".a.th.{HOST}.{process.pid}.tmp", f".b.th.elsewhere.{process.pid}.tmp",
+             f".a.th.{HOST}.{os.getpid()}.tmp", f".a.th.elsewhere.{process.pid}.tmp", ".mine.tmp",
+             "a.1.tmp"]
     for name in names:
         (tmp_path / name).touch()
+    os.utime(tmp_path / names[1], (0, 0))  # of another machine, given up long ago
     remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
+    assert {path.name for path in tmp_path.iterdir()} == set(names[2:])
 
 
 # --- a full disk -------------------------------------------------------------------------------

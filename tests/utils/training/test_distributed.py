@@ -120,7 +120,8 @@ def test_several_processes_leave_together_and_go_on(sign, two_runs, monkeypatch)
     flags = f"{SAMPLER} --ema --batch_size 4 --train_steps 6 --steps_per_checkpoint 100"
     with monkeypatch.context() as patched:
         at_the_end_of_steps(patched, interrupt)
-        assert on_processes(2, train_sampler.main, f"{flags} --log_dir parts") == [0, 0]
+        statuses = on_processes(2, train_sampler.main, f"{flags} --log_dir parts")
+    assert statuses == [128 + signal.SIGTERM] * 2
     assert RunFolder("parts").complete_steps() == [3]
     assert on_processes(2, train_sampler.main, f"{flags} --log_dir parts --resume") == [0, 0]
     assert on_processes(2, train_sampler.main, f"{flags} --log_dir through") == [0, 0]

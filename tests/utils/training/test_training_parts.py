@@ -132,10 +132,7 @@ class Images:
 
 
 class Log:
-    """Keeps what validation logs."""
-
-    def metrics(self, step, values, group):
-        self.values = values
+    """Keeps what validation shows."""
 
     def bars(self, step, name, values):
         self.usage = values
@@ -155,8 +152,7 @@ def test_validation_of_the_autoencoder_is_the_mean_over_images():
     training = training_of(
         train_vqgan.VQGANTraining, H=H, best=vqgan, validation_set=Images(), on_unreadable=None
     )
-    training.validate(1)
-    values, usage = training.log.values, training.log.usage
+    values, usage = training.validate(1), training.log.usage
     images = torch.stack([Images().pixels(index) for index in range(7)]) / 255
     with torch.no_grad():
         reconstructions, _, _, ids = vqgan.ae(images)
@@ -179,8 +175,7 @@ def test_validation_of_the_sampler_is_repeatable_and_ignores_the_mask_schedule()
             train_sampler.SamplerTraining, H=H, best=model, held_out=ids,
             precision=Precision(False, CPU),
         )
-        training.validate(1)
-        return training.log.values
+        return training.validate()
 
     H, model = prior()
     ids = torch.randint(H.codebook_size, (10, 64))

@@ -1,0 +1,217 @@
+"""How scripts start and end: signals, threads, launchers, consoles, other checkouts."""
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import train_vqgan
+from helpers import ROOT, as_torchrun, wait_until
+from test_training import VQGAN, lines_of, sentence, trained, two_runs, vqgan, workplace
+from utils.runs.folder import RunFolder
+from utils.runs.script import run_script
+from utils.signals import SIGNALS, Stopped, handle_signals
+from utils.training.loop import TrainingLoop
+
+__all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
+
+SCRIPT = [sys.executable, str(ROOT / "train_vqgan.py"), *VQGAN.split()]
+
+
+def started(command, **options):
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, **options)
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", SIGNALS[1:])
+def test_a_signal_before_training_ends_the_script_with_one_sentence(
+    number, capsys, monkeypatch, workplace
+):
+    def interrupted(*arguments):
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train_vqgan, "load_dataset", interrupted)
+    monkeypatch.setattr(sys, "argv", ["script.py", *VQGAN.split()])
+    with pytest.raises(SystemExit) as stop:
+        run_script(train_vqgan.main)
+    assert stop.value.code == 128 + number
+    assert f"script.py: stopped by {number.name}" in capsys.readouterr().err
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_nohup_is_respected():
+    """A signal that is ignored when the program starts stays ignored."""
+    process = started([*SCRIPT, "--log_dir", "a", "--steps_per_log", "1"],
+                      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_until(lambda: lines_of("a") or process.poll() is not None, seconds=120)
+    process.send_signal(signal.SIGHUP)
+    steps = len(lines_of("a"))
+    wait_until(lambda: len(lines_of("a")) > steps + 5 or process.poll() is not None)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_shell_does_not_go_on_after_an_interrupted_run(workplace):
+    command = " ".join([*SCRIPT, "--log_dir", "a", "--steps_per_log", "1"])
+    process = started(["bash", "-c", f"{command} && touch went_on"])
+    wait_until(lambda: lines_of("a") or process.poll() is not None, seconds=120)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert not (workplace / "went_on").exists() and RunFolder("a").complete_steps()
+
+
+def test_a_repeated_signal_does_not_cut_a_save_but_a_repeated_ctrl_c_does(workplace, monkeypatch):
+    numbers = []
+
+    def twice(loop):
+        loop.interrupt(numbers[0], None)
+        loop.interrupt(numbers[0], None)
+
+    end_step = TrainingLoop.end_step
+    monkeypatch.setattr(TrainingLoop, "end_step", lambda loop: (twice(loop), end_step(loop)))
+    numbers[:] = [signal.SIGHUP]  # as a closing terminal sends it
+    with pytest.raises(Stopped, match="interrupted: saved step 1"):
+        vqgan("--log_dir a --train_steps 5")
+    numbers[:] = [signal.SIGINT]
+    with pytest.raises(KeyboardInterrupt):
+        vqgan("--log_dir b --train_steps 5")
+    monkeypatch.setattr(TrainingLoop, "PATIENCE", -1)
+    numbers[:] = [signal.SIGTERM]
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        vqgan("--log_dir c --train_steps 5")
+
+
+def test_a_finished_run_has_status_0_though_it_is_interrupted_in_its_last_step(monkeypatch):
+    end_step = TrainingLoop.end_step
+    monkeypatch.setattr(
+        TrainingLoop, "end_step", lambda loop: (loop.interrupt(signal.SIGTERM, None),
+                                                end_step(loop)),
+    )
+    vqgan("--log_dir a --train_steps 1")
+    assert RunFolder("a").complete_steps() == [1]
+
+
+def test_training_runs_in_a_thread(workplace):
+    """As in a web application: only the main thread may handle signals."""
+    thread = threading.Thread(target=vqgan, args=["--log_dir a --train_steps 2"])
+    thread.start()
+    thread.join()
+    assert RunFolder("a").complete_steps() == [2]
+
+
+def test_handlers_are_as_before_after_the_block():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with handle_signals(lambda number, frame: None):
+        assert signal.getsignal(signal.SIGTERM) not in before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+# --- launchers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variables, says", [
+    ({"RANK": "2"}, "RANK=2, LOCAL_RANK=0, WORLD_SIZE=2 in the environment are no process"),
+    ({"RANK": "-1"}, "RANK=-1"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+    ({"LOCAL_RANK": ""}, "LOCAL_RANK="),
+])
+def test_launchers_variables_that_make_no_sense_are_named(
+    variables, says, capsys, monkeypatch, workplace
+):
+    for name, value in {**as_torchrun(0, 2), **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert says in sentence(train_vqgan.main, f"{VQGAN} --log_dir a", capsys, monkeypatch)
+
+
+def test_an_incomplete_launch_is_one_process_and_said(monkeypatch, workplace):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    vqgan("--log_dir a --train_steps 1")
+    assert RunFolder("a").complete_steps() == [1]
+    assert ("RANK, WORLD_SIZE set in the environment without LOCAL_RANK, MASTER_ADDR, MASTER_PORT: "
+            "this runs as one process") in RunFolder("a").log.read_text()
+
+
+# --- surroundings --------------------------------------------------------------------------------
+
+
+def test_the_log_holds_the_arguments_that_a_notebook_gives(workplace, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    vqgan("--log_dir a --train_steps 1")
+    text = RunFolder("a").log.read_text()
+    assert "kernel" not in text and f"command: train_vqgan.py {VQGAN} --log_dir a" in text
+
+
+def test_an_unexpected_error_leaves_its_traceback_in_the_log(monkeypatch, workplace):
+    def fail(*arguments):
+        raise ZeroDivisionError("a fault of the program")
+
+    monkeypatch.setattr(train_vqgan.VQGANTraining, "validate", fail)
+    with pytest.raises(ZeroDivisionError):
+        vqgan("--log_dir a --train_steps 4")
+    text = RunFolder("a").log.read_text()
+    assert "ERROR unexpected ZeroDivisionError" in text and "a fault of the program" in text
+
+
+def test_a_script_refuses_the_packages_of_another_checkout(workplace):
+    clone = workplace / "clone"
+    shutil.copytree(ROOT / "experiments", clone / "experiments")
+    shutil.copytree(ROOT / "utils", clone / "utils")
+    script = clone / "experiments" / "get_samples.py"
+    run = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1
+    assert f"{script} would run with the packages of {ROOT}" in run.stderr
+
+
+def test_a_console_that_knows_only_ascii_is_no_error(monkeypatch):
+    for name in ("stdout", "stderr"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, name, stream)
+    run_script(lambda: print("Fréchet"))
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == rb"Fr\xe9chet" + b"\n"
+
+
+@pytest.mark.parametrize("name", ["a", "a/", "./a", "logs/a", "logs/a/", "{logs}/a", "b/../a"])
+def test_names_of_runs_are_what_people_type(name, workplace):
+    vqgan(f"--log_dir {name.format(logs=workplace / 'logs')} --train_steps 1")
+    assert RunFolder("a").complete_steps() == [1]
+    assert [path.name for path in (workplace / "logs").iterdir()] == ["a"]
+
+
+def test_a_run_may_be_a_link_to_another_disk(workplace):
+    (workplace / "disk").mkdir()
+    (workplace / "logs").mkdir()
+    (workplace / "logs" / "a").symlink_to(workplace / "disk")
+    vqgan("--log_dir a --train_steps 1")
+    vqgan("--log_dir b --load_dir a --load_step 1 --train_steps 2")
+    assert (workplace / "disk" / "saved_models" / "vqgan_1.th").exists()
+
+
+@pytest.mark.parametrize("name", ["..", "../a", "/tmp", ".", "a/../..", "logs/../.."])
+@pytest.mark.parametrize("flag", ["log_dir", "load_dir"])
+def test_names_that_leave_the_folder_of_runs_are_refused(
+    name, flag, workplace, capsys, monkeypatch
+):
+    line = sentence(train_vqgan.main, f"{VQGAN} --{flag} {name}", capsys, monkeypatch)
+    assert "lies outside logs/" in line and not (workplace / "logs").exists()
+
+
+def test_log_txt_tells_losses_every_hundred_steps_and_each_validation(workplace):
+    flags = "--train_steps 210 --steps_per_log 7 --steps_per_eval 100 --log_dir a"
+    torch.set_num_threads(1)
+    vqgan(flags)
+    lines = RunFolder("a").log.read_text().splitlines()
+    told = [line.split(" INFO ")[1].split(":")[0] for line in lines if " INFO step " in line]
+    assert told == ["step 100, validation", "step 105", "step 200, validation", "step 203",
+                    "step 210, validation"]
+    assert "psnr" in [line for line in lines if "validation" in line][-1]
