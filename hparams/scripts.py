@@ -178,8 +178,7 @@ get_vqgan_hparams = partial(
 )
 get_sampler_hparams = partial(
     get_hparams, SamplerSettings, SAMPLER_DEFAULTS,
-    [*runs_to_train_on(SAMPLER_ARCHITECTURE, names_of(SamplerSettings) - names_of(Autoencoder)),
-     AUTOENCODER_RUN],
+    [*runs_to_train_on(SAMPLER_ARCHITECTURE, names_of(SamplerSettings)), AUTOENCODER_RUN],
 )
 get_vqgan_fid_hparams = partial(
     get_hparams, VQGANFIDSettings, VQGAN_DEFAULTS, [VQGAN_RUN], must_load=True
