@@ -31,7 +31,7 @@ def run_name(text):
     Raises SettingsError where that lies outside logs/.
     """
     path = Path(os.path.normpath(text))
-    if not (LOGS / path).exists():
+    if path.is_absolute() or not (LOGS / path).exists():
         for root in (LOGS, LOGS.absolute(), LOGS.resolve()):
             if path.is_relative_to(root):
                 path = path.relative_to(root)

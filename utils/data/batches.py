@@ -6,6 +6,7 @@ would have seen without the interruption. Workers hand over uint8; the device ma
 Shapes: n = size of the dataset, B = batch size, [B, C, S, S] = images.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -228,20 +229,33 @@ def _as_it_is(batch):
     return batch
 
 
+REMEDY = "lower --num_workers (0 reads in this process) or --batch_size"
+
+
 def _from_workers(loader):
     """The items of a loader; UserError, which says what to change, where a worker fails."""
-    remedy = "lower --num_workers (0 reads in this process) or --batch_size"
     try:
-        for batch in loader:
-            if isinstance(batch, _Failure):
-                raise UserError(f"a process that reads images failed ({batch.kind}: "
-                                f"{batch.message}): {remedy}")
-            yield batch
+        batches = iter(loader)
+    except OSError as error:  # no process, or no shared memory for the locks of their queues
+        raise UserError(f"processes that read images do not start ({error.strerror}): {REMEDY}"
+                        ) from None
+    for batch in batches:
+        if isinstance(batch, _Failure):
+            raise UserError(f"a process that reads images failed ({batch.kind}: {batch.message}): "
+                            f"{REMEDY}")
+        yield batch
+
+
+@contextlib.contextmanager
+def ends_with_its_workers():
+    """Raise UserError for what torch raises, wherever this process is, when a worker ends."""
+    try:
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(f"a process that reads images has ended, killed or out of memory: "
-                        f"{remedy}") from None
+        raise UserError(f"a process that reads images has ended, killed or out of memory: {REMEDY}"
+                        ) from None
 
 
 def usable_cpus():

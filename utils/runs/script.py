@@ -16,6 +16,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from hparams.environment import incomplete_launch, is_first_process
+from utils.data.batches import ends_with_its_workers
 from utils.errors import UserError
 from utils.logging.logger import NoLogger, RunLogger, one_line
 from utils.logging.visdom_board import VisdomBoard
@@ -99,7 +100,8 @@ def start_run(H, processes):
     folder, device = RunFolder(H.log_dir), processes.device
     RunFolder(H.load_dir)  # a name that leaves logs/ is refused before anything is written
     if not processes.is_first:
-        yield NoLogger(folder)
+        with ends_with_its_workers():
+            yield NoLogger(folder)
         return
     board = None if H.no_visdom else VisdomBoard(H.visdom_server, H.visdom_port, env=H.log_dir)
     with RunLogger(folder, board, hold_lock(folder.create())) as log:
@@ -111,7 +113,8 @@ def start_run(H, processes):
         if remark := incomplete_launch():
             log.warning(remark)
         try:
-            yield log
+            with ends_with_its_workers():
+                yield log
         except UserError as error:
             log.to_file("ERROR", str(error))
             raise

@@ -853,7 +853,7 @@ def test_what_fails_in_a_worker_ends_the_run_with_one_sentence(fail, says):
     batches = training_batches(
         Failing(5, fail), loading_of(workers=2), 0, Processes(), fail_on_unreadable
     )
-    with pytest.raises(UserError, match=re.escape(says)):
+    with pytest.raises(UserError, match=re.escape(says)), loading.ends_with_its_workers():
         next(batches)
 
 
@@ -861,7 +861,7 @@ def test_a_batch_that_a_worker_cannot_hand_over_ends_the_run(monkeypatch):
     """Its thread fails after the batch was read: the main process would wait for ever."""
     monkeypatch.setattr(loading._Batches, "read", lambda *plan: lambda: "cannot be pickled")
     batches = training_batches(Fake(5), loading_of(workers=1), 0, Processes(), fail_on_unreadable)
-    with pytest.raises(UserError, match="has ended"):
+    with pytest.raises(UserError, match="has ended"), loading.ends_with_its_workers():
         next(batches)
 
 

@@ -91,6 +91,18 @@ def test_a_repeated_signal_does_not_cut_a_save_but_a_repeated_ctrl_c_does(workpl
         vqgan("--log_dir c --train_steps 5")
 
 
+def test_a_worker_that_is_killed_ends_the_run_with_one_sentence(workplace):
+    """Wherever the main process is at that moment."""
+    process = started([*SCRIPT, "--log_dir", "a", "--steps_per_log", "1", "--num_workers", "2"])
+    wait_until(lambda: lines_of("a") or process.poll() is not None, seconds=120)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "Traceback" not in output
+    sentence = "a process that reads images has ended, killed or out of memory: lower --num_workers"
+    assert sentence in output.splitlines()[-1] and sentence in RunFolder("a").log.read_text()
+
+
 def test_a_finished_run_has_status_0_though_it_is_interrupted_in_its_last_step(monkeypatch):
     end_step = TrainingLoop.end_step
     monkeypatch.setattr(
@@ -183,8 +195,9 @@ def test_a_console_that_knows_only_ascii_is_no_error(monkeypatch):
 
 @pytest.mark.parametrize("name", ["a", "a/", "./a", "logs/a", "logs/a/", "{logs}/a", "b/../a"])
 def test_names_of_runs_are_what_people_type(name, workplace):
-    vqgan(f"--log_dir {name.format(logs=workplace / 'logs')} --train_steps 1")
-    assert RunFolder("a").complete_steps() == [1]
+    for steps in (1, 2):  # a new one, and one that is there
+        vqgan(f"--log_dir {name.format(logs=workplace / 'logs')} --train_steps {steps} --resume")
+    assert RunFolder("a").complete_steps() == [1, 2]
     assert [path.name for path in (workplace / "logs").iterdir()] == ["a"]
 
 
