@@ -158,7 +158,8 @@ SAMPLER_RUN = LoadedRun(
 
 
 # What a command says of itself, which a run that goes on does not take from its own record.
-COMMAND = {"load_dir", "load_step", "load_optim", "log_dir", "resume", "overwrite", "device"}
+COMMAND = {"load_dir", "load_step", "load_optim", "log_dir", "resume", "overwrite", "device",
+           "visdom_server", "visdom_port", "no_visdom"}
 
 
 def runs_to_train_on(architecture, training):

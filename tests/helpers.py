@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+import zlib
 from pathlib import Path
 
 import torch
@@ -34,6 +35,14 @@ def assert_close(actual, expected, tolerance=1e-5):
     scale = expected.double().abs().max().clamp(min=1e-30)
     error = (actual.double() - expected.double()).abs().max() / scale
     assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def name_transparent(path, grey):
+    """Name one value of a grey PNG as transparent, which Pillow 10 does not write for 16 bits."""
+    chunk = b"tRNS" + grey.to_bytes(2, "big")
+    chunk = (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    png = path.read_bytes()
+    path.write_bytes(png[:33] + chunk + png[33:])  # after the signature and IHDR
 
 
 def free_port():

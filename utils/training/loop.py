@@ -40,10 +40,10 @@ class TrainingLoop:
     Every step is seeded by its number. Its body is an `attempt` that `count`s its stats; then
     `must_record` says whether it was the first that trained, and after `end_step`, `must_validate`,
     `must_show`, `must_save_images` and `must_save` say what is due. They are true on rank 0 only,
-    and, but for `must_save` where the loop `ends`, after finite steps only. The loop ends after the
-    last step, or raises Stopped after the step in which any rank gets one of SIGNALS. `images` is
-    the size of the training set, `seconds` what training took before `start`, and `hint` how an
-    interrupted run goes on.
+    and after finite steps only, but for `must_save` where the loop `ends` and has trained anything.
+    The loop ends after the last step, or raises Stopped after the step in which any rank gets one
+    of SIGNALS, or UserError where no step was finite. `images` is the size of the training set,
+    `seconds` what training took before `start`, and `hint` how an interrupted run goes on.
     """
 
     PATIENCE = 30  # seconds after which a second signal ends the run amid a step
@@ -94,8 +94,13 @@ class TrainingLoop:
                     f"go on with --resume, or with --load_dir {H.log_dir} --load_step {self.step}"
                 )
                 message = f"interrupted: saved step {self.step}; {hint}"
+                if not self.finite_steps:
+                    message = f"interrupted before a step was trained: {log.folder.last_saved()}"
                 log.to_file("INFO", message)
                 raise Stopped(self.signal or signal.SIGTERM, message)
+        if self.step > self.start and not self.finite_steps:
+            raise UserError(f"none of the steps was finite, so nothing is saved: lower the "
+                            f"learning rate, or clip gradients ({log.folder.last_saved()})")
         if self.start >= H.train_steps:
             log.info(f"step {self.start} leaves nothing to train: train_steps is {H.train_steps}")
         log.info(f"trained to step {self.step}: checkpoints are in {log.folder.models}")
@@ -155,7 +160,8 @@ class TrainingLoop:
         self.must_show = finite and due(step, H.steps_per_display_output) and not H.no_visdom
         self.must_save_images = finite and due(step, H.steps_per_save_output)
         periodic = finite and due(step, H.steps_per_checkpoint)
-        self.must_save = self.processes.is_first and (self.ends or periodic)
+        trained = self.processes.is_first and self.finite_steps > 0
+        self.must_save = trained and (self.ends or periodic)
 
     def log_means(self):
         """Log the means since the last time, images/s of training alone, and seconds in all."""

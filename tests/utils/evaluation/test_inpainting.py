@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import name_transparent
 from hparams import UserError
 from utils.evaluation.inpainting import (
     as_png_holds, central_square, lay_back, mask_square, open_image, read_mask, scaled,
@@ -70,7 +71,8 @@ def test_a_grey_value_named_as_transparent_is_kept(kind, tmp_path):
     white = np.iinfo(kind).max
     values = np.full((6, 8), white, dtype=kind)
     values[1:3, 2:5] = white - 1
-    Image.fromarray(values).save(tmp_path / "mask.png", transparency=int(white))
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    name_transparent(tmp_path / "mask.png", int(white))
     assert np.array_equal(read_mask(tmp_path / "mask.png"), hidden_in((8, 6), BOX))
 
 

@@ -1,11 +1,13 @@
 """Losses and gradients that are not finite: the step is passed over and leaves no trace."""
 
 import contextlib
+import signal
 
 import pytest
 import torch
 
 import train_vqgan
+from helpers import at_the_end_of_steps
 from models import AbsorbingDiffusion
 from models.autoencoder.vqgan import VQGAN
 from test_training import VQGAN as VQGAN_FLAGS
@@ -14,6 +16,7 @@ from test_training import (
 )
 from utils.data.batches import stream_positions
 from utils.runs.folder import RunFolder
+from utils.signals import Stopped
 from utils.training.loop import TrainingLoop
 from utils.training.precision import step_seed
 
@@ -157,3 +160,22 @@ def test_the_deterministic_flag_reaches_torch(nondeterministic_again, workplace)
     torch.use_deterministic_algorithms(False)
     vqgan("--log_dir b --train_steps 2")
     assert_identical(files_of("a", 2), files_of("b", 2))
+
+
+@pytest.mark.parametrize("end", ["the last step", "an interrupt"])
+def test_a_run_none_of_whose_steps_is_finite_saves_nothing(end, monkeypatch, capsys):
+    """Nor does it move the run aside that it was to replace."""
+    vqgan(f"{FLAGS} --log_dir a --train_steps 2")
+    before = {path: path.read_bytes() for path in RunFolder("a").path.rglob("*.th")}
+    spoil(monkeypatch, VQGAN, "generator_losses", range(1, 9), "nan")
+    if end == "an interrupt":
+        at_the_end_of_steps(monkeypatch, lambda loop: loop.interrupt(signal.SIGTERM, None))
+    flags = f"{FLAGS} --log_dir a --train_steps 3 --overwrite"
+    if end == "an interrupt":
+        with pytest.raises(Stopped, match="before a step was trained: the last checkpoint is that"):
+            vqgan(flags)
+    else:
+        line = sentence(train_vqgan.main, f"{VQGAN_FLAGS} {flags}", capsys, monkeypatch)
+        assert "none of the steps was finite, so nothing is saved" in line
+    assert {path: path.read_bytes() for path in RunFolder("a").path.rglob("*.th")} == before
+    assert RunFolder("a").complete_steps() == [2]
