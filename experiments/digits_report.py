@@ -15,13 +15,13 @@ from sklearn.svm import SVC
 from hparams import SettingsError, UserError, get_digits_report_hparams
 from utils.data.datasets import load_dataset
 from utils.data.pixels import to_float, to_uint8
-from utils.data.split import train_validation_split
 from utils.evaluation.experiment import experiment
 from utils.evaluation.metrics import psnr
 from utils.logging.images import image_grid, save_image
 from utils.logging.logger import read_metrics
 from utils.runs.folder import RunFolder
 from utils.runs.script import run_script
+from utils.runs.trained_on import images_held_out
 
 SIDE = 8  # the pixels of scikit-learn's digits, to which images are reduced again
 CONFIDENT = 0.8
@@ -116,7 +116,7 @@ def main(argv=None):
                             f"give 2 or more")
     with experiment(H, "digits") as run:
         dataset = load_dataset(H, run.log)
-        train_set, validation_set = train_validation_split(dataset)
+        train_set, validation_set, known = images_held_out(H, dataset, run.log)
         targets = load_digits().target
         labels = [targets[part.indices] for part in (train_set, validation_set)]
         real, held_out = all_images(train_set), all_images(validation_set)
@@ -125,7 +125,8 @@ def main(argv=None):
         with torch.no_grad():
             reconstructions = run.autoencoder(held_out.to(run.device))[0].clamp(0, 1).cpu()
         samples = to_float(torch.cat(list(run.samples())))
-        run.report(measure(H, real, held_out, labels, reconstructions, samples))
+        figures = measure(H, real, held_out, labels, reconstructions, samples)
+        run.report(figures, held_out=known)
         path = run.log.folder.images / f"report_{H.load_step}.png"
         save_image(picture(*map(to_uint8, (held_out, reconstructions, samples))), path)
         run.log.info(f"real digits | reconstructions | samples: {path}")

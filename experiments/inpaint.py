@@ -63,12 +63,12 @@ def photograph_of(H, log):
 
 
 def save_at_full_size(run, photograph, images, hidden):
-    """Write completions [n, C, S, S] into the photograph where its square is larger than they are;
-    `hidden` bool [m, m]."""
+    """Write completions [n, C, S, S] into the photograph where it is larger than they are; `hidden`
+    bool [m, m]."""
     H, log, (width, height) = run.H, run.log, photograph.size
     folder = log.folder.images / f"inpaint_{H.load_step}_full"
     remove_images(folder)  # or those of an earlier command would be counted as this one's
-    if min(width, height) <= H.img_size:
+    if max(width, height) <= H.img_size:
         with contextlib.suppress(OSError):
             folder.rmdir()
         return

@@ -17,11 +17,11 @@ def process_count():
         return 1
     try:
         rank, local_rank, count = (int(os.environ[name]) for name in TORCHRUN[:3])
-        if 0 <= rank < count and local_rank >= 0:
+        if 0 <= rank < count and local_rank >= 0 and 0 <= int(os.environ["MASTER_PORT"]) < 2**16:
             return count
     except ValueError:
         pass
-    values = ", ".join(f"{name}={os.environ[name]}" for name in TORCHRUN[:3])
+    values = ", ".join(f"{name}={os.environ[name]}" for name in TORCHRUN)
     raise SettingsError(f"{values} in the environment are no process of torchrun's: start with "
                         f"torchrun, or unset them")
 

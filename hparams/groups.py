@@ -30,14 +30,18 @@ class Data(Settings):
 
     def validate(self):
         super().validate()
-        if self.dataset not in DATASETS:
-            check_registered(self.dataset)
         if self.dataset == "custom" and not self.custom_dataset_path:
             raise SettingsError("--dataset custom needs --custom_dataset_path, a folder of images")
         if self.custom_dataset_path and self.dataset != "custom":
             raise SettingsError(
                 f"--custom_dataset_path is for --dataset custom, not {self.dataset}"
             )
+
+
+    def check_flags(self, given):
+        super().check_flags(given)
+        if "dataset" in given and self.dataset not in DATASETS:
+            check_registered(self.dataset)
 
 
 def check_registered(name):
@@ -85,9 +89,9 @@ class Training(Settings):
 
     def validate(self):
         super().validate()
-        if self.overwrite and (self.resume or self.load_step and self.load_dir == self.log_dir):
-            raise SettingsError("--overwrite begins a run anew, and this command goes on with it: "
-                                "leave --overwrite out, or give another --log_dir")
+        if self.overwrite and self.resume:
+            raise SettingsError("--overwrite begins a run anew and --resume goes on with it: leave "
+                                "one of them out")
 
 
 class Logging(Settings):

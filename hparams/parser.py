@@ -189,7 +189,7 @@ class LoadedRun:
             return None
         folder = LOGS / name
         if self.when == "resume" and not (
-            (folder / SETTINGS_FILE).exists() and any(folder.glob("saved_stats/*_*"))
+            (folder / SETTINGS_FILE).exists() and any(folder.glob("saved_stats/[!.]*_*"))
         ):
             return None  # there is nothing to resume: training begins
         return folder / SETTINGS_FILE
@@ -254,18 +254,6 @@ def check_required(settings_class, chosen, paths):
             raise SettingsError(f"--{field.name} is required{hint}: {field.metadata['help']}")
 
 
-def check_used(H, given):
-    """Raise SettingsError for a flag that would do nothing beside the other settings."""
-    for name in given:
-        only_with = H.__dataclass_fields__[name].metadata["only_with"]
-        if only_with and getattr(H, only_with[0]) != only_with[1]:
-            other, value = only_with
-            raise SettingsError(
-                f"--{name} would do nothing: it is for --{other} {value}, not "
-                f"{show(getattr(H, other))}"
-            )
-
-
 def get_hparams(settings_class, defaults, sources, argv=None, must_load=False):
     """The hyperparameters that `argv` (None: the command line) asks for; a wrong setting ends the
     program with status 2.
@@ -296,7 +284,7 @@ def get_hparams(settings_class, defaults, sources, argv=None, must_load=False):
             if name in settings_class.__dataclass_fields__:
                 setattr(H, name, value)
         H.validate()
-        check_used(H, given)
+        H.check_flags(given)
         H.command = shlex.join(sys.argv if argv is None else [settings_class.script(), *argv])
     except SettingsError as error:
         parser.error(str(error))

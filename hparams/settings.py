@@ -71,6 +71,15 @@ class Settings:
         for field in dataclasses.fields(self):
             check_setting(field, getattr(self, field.name))
 
+    def check_flags(self, given):
+        """Raise SettingsError where one of the flags `given` does nothing beside the others."""
+        for name in given:
+            only_with = self.__dataclass_fields__[name].metadata["only_with"]
+            if only_with and getattr(self, only_with[0]) != only_with[1]:
+                other, value = only_with
+                raise SettingsError(f"--{name} would do nothing: it is for --{other} {value}, not "
+                                    f"{show(getattr(self, other))}")
+
     @classmethod
     def script(cls):
         """The script that these are the hyperparameters of, as its docstring says."""

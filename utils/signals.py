@@ -4,8 +4,8 @@ import contextlib
 import signal
 import threading
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-           if hasattr(signal, name)]
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class Stopped(BaseException):
@@ -21,7 +21,7 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def handle_signals(handler):
-    """Let `handler(number, frame)` handle SIGNALS within the block.
+    """Let `handler(number, frame)`, or signal.SIG_DFL, handle SIGNALS within the block.
 
     A signal that is ignored stays so, as nohup wants it. Only the main thread has handlers: others
     do without.
@@ -36,6 +36,11 @@ def handle_signals(handler):
     finally:
         for number, handler_before in before.items():
             signal.signal(number, handler_before)
+
+
+def default_signals():
+    """A block in which SIGNALS end the process without a word, as they do without Python."""
+    return handle_signals(signal.SIG_DFL)
 
 
 def stop_at_once(number, frame):

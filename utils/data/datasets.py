@@ -48,7 +48,7 @@ def remarks_on_registry(name, registry):
 
 
 def remarks_on_values(dataset):
-    """A sentence where the images of a dataset are nearly black, since their values use less than
+    """A sentence where most images of a dataset are nearly black, since their values use less than
     a quarter of what their files can hold; judged by some of them, spread evenly."""
     looks = []
     if not dataset.embedded:
@@ -57,14 +57,14 @@ def remarks_on_values(dataset):
                 looks.append((*value_range(dataset.open(int(index))), dataset.path(int(index))))
             except UnreadableImage:
                 pass  # reported when it is to be learned from
-    if not looks:
+    dark = [look for look in looks if look[1] * 4 < look[2]]
+    if 2 * len(dark) <= len(looks):
         return []
-    _, highest, largest, path = max(looks, key=lambda look: look[1] / look[2])
-    if highest * 4 >= largest:
-        return []
-    lowest = min(look[0] for look in looks if look[2] == largest)
-    return [f"the images are nearly black: those looked at have values from {lowest} to {highest} "
-            f"of {largest} (such as {path}); scale the values to the whole range first"]
+    _, highest, largest, path = max(dark, key=lambda look: look[1] / look[2])
+    lowest = min(look[0] for look in dark if look[2] == largest)
+    return [f"{len(dark)} of {len(looks)} images that were looked at are nearly black: they have "
+            f"values from {lowest} to {highest} of {largest} (such as {path}); scale the values to "
+            f"the whole range first"]
 
 
 # --- datasets on disk ----------------------------------------------------------------------------

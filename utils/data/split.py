@@ -3,7 +3,8 @@
 A split is a dict that is kept with every checkpoint:
 
     {"dataset", "root": which images, "by", "share": the rule,
-     "trained_on", "held_out": how many there were, "examples": names of some trained on}
+     "trained_on", "held_out": how many there were, "examples": names of some trained on,
+     "seen_before": True where the run goes on from weights that may have seen those held out}
 
 By "name" an image is held out where the number in [0, 1) that its name stands for is below
 `share`: its side depends on its name alone, whatever images come and go. By "order", the rule of
@@ -128,11 +129,11 @@ def train_validation_split(dataset):
 
 
 def is_same_data(dataset, split):
-    """Whether a dataset is that of a split, as far as names tell."""
-    if dataset.name != split["dataset"]:
-        return False
-    if dataset.root_name == split["root"]:
-        return True
+    """Whether a dataset is that of a split: most images that were trained on are there by name,
+    wherever the folder lies. Of splits without examples, which earlier versions leave, only the
+    place tells."""
+    if dataset.embedded or not split["examples"]:
+        return (dataset.name, dataset.root_name) == (split["dataset"], split["root"])
     names = {dataset.identifier(index) for index in range(len(dataset))}
     return 2 * sum(name in names for name in split["examples"]) > len(split["examples"])
 
@@ -142,7 +143,7 @@ def is_held_out(dataset, split):
     cannot be told, as where there is no split."""
     if split is None or split["by"] is None:
         return None if split is None else False
-    if not is_same_data(dataset, split):
+    if split.get("seen_before") or not is_same_data(dataset, split):
         return None
     unchanged = dataset.embedded or len(dataset) == split["trained_on"] + split["held_out"]
     return True if split["by"] == "name" or unchanged else None

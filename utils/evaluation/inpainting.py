@@ -44,7 +44,12 @@ def read_mask(path):
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, "black")
         image = Image.alpha_composite(black, image.convert("RGBA"))
-    return np.asarray(image.convert("L")) > 127
+    values = np.asarray(image.convert("L"))
+    # some grey is the soft edge of a brush
+    if ((values > 32) & (values < 223)).mean() > 0.1 and len(np.unique(values)) > 64:
+        raise UserError(f"--mask {path} is no picture in black and white: paint what is to be "
+                        f"filled in white, on black or on transparent")
+    return values > 127
 
 
 def mask_square(hidden, path, size, log):

@@ -14,7 +14,7 @@ class RunFolder:
     """
 
     def __init__(self, name, root=LOGS):
-        self.path = Path(root) / run_name(name)
+        self.path = Path(root) / (run_name(name) if root == LOGS else name)
         self.log = self.path / "log.txt"
         self.lock = self.path / ".lock"
         self.metrics = self.path / "metrics.jsonl"

@@ -10,6 +10,8 @@ from utils.errors import UserError
 from utils.files import file_hash, load_file, whole_file
 from utils.runs.folder import RunFolder
 
+PASSED_OVER = set()  # files of stats that a warning has named
+
 
 def checkpoint_file(folder, name):
     """Path of the file that a manifest calls `name`: a plain name, which leaves no folder."""
@@ -131,5 +133,8 @@ def read_stats(folder, step, log):
     except UserError as error:
         if folder.manifest(step).exists():
             raise
-        log.warning(f"{error}; it is passed over, since no manifest says that it is this program's")
+        if (path := folder.stats(step).resolve()) not in PASSED_OVER:
+            PASSED_OVER.add(path)
+            log.warning(f"{error}; it is passed over, since no manifest says that it is this "
+                        f"program's")
         return {}

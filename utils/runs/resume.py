@@ -25,7 +25,9 @@ def choose_checkpoint(H, log, processes):
         step = newest_whole_step(H, log) if H.resume else check_nothing_is_overwritten(H, log)
     step = processes.broadcast(step)
     if step is not None:
-        H.load_dir, H.load_step, H.load_optim = H.log_dir, step, True
+        # beside another run to begin from, --no_load_optim is about that run's
+        H.load_optim = H.load_optim or H.load_step > 0
+        H.load_dir, H.load_step = H.log_dir, step
     if processes.is_first and H.load_step:
         log_changed_settings(H, log)
 
@@ -37,6 +39,9 @@ def newest_whole_step(H, log):
     for step in reversed(steps):
         problem = damage(folder, step)
         if problem is None:
+            name = getattr(H, "sampler", "vqgan")
+            if not folder.model(name, step).exists():
+                raise UserError(f"{folder.path} holds no {name}: it is a run of another kind")
             log.info(f"--resume: going on from step {step} of {folder.path}")
             return step
         log.warning(f"{problem}: --resume takes the checkpoint before step {step}")
@@ -58,7 +63,13 @@ def newest_whole_step(H, log):
 def check_nothing_is_overwritten(H, log):
     """Raise UserError where a run without --resume would overwrite another one's checkpoints."""
     folder = log.folder
-    if continues_itself(H):
+    if H.overwrite:
+        needed = [H.load_dir] if H.load_step else []
+        for run in (*needed, getattr(H, "ae_load_dir", "")):
+            if run and RunFolder(run).path.resolve() == folder.path.resolve():
+                raise UserError(f"--overwrite would move {run} aside, from which this run loads: "
+                                f"leave --overwrite out, or give another --log_dir")
+    elif continues_itself(H):
         later = [step for step in folder.trained_steps() if step > H.load_step]
         if folder.hparams.exists():  # a run of this program: what is cut off or damaged is no loss
             later = [s for s in later if s in folder.complete_steps() and not damage(folder, s)]
@@ -66,7 +77,7 @@ def check_nothing_is_overwritten(H, log):
             steps = " ".join(map(str, later))
             raise UserError(f"{folder.path} holds checkpoints after step {H.load_step} ({steps}), "
                             f"which this run would overwrite: give another --log_dir")
-    elif folder.holds_run() and not H.overwrite:
+    elif folder.holds_run():
         raise UserError(f"{folder.path} holds a run ({folder.last_saved()}): go on with it by "
                         f"--resume, move it aside by --overwrite, or give another --log_dir")
 
@@ -106,10 +117,13 @@ def move_aside(log):
     """
     folder = log.folder
     here = folder.path.resolve()  # where it is a link, that stays
-    aside = here.with_name(f"{here.name}_until_{time.strftime('%Y%m%d-%H%M%S')}")
+    until = f"_until_{time.strftime('%Y%m%d-%H%M%S')}"
+    aside = here.with_name(here.name + until)
     try:
         os.rename(here, aside)
-        here.mkdir()
+        here.mkdir(exist_ok=True)
+        if folder.path.is_symlink():
+            folder.path.with_name(folder.path.name + until).symlink_to(aside)
     except OSError as error:
         raise UserError(f"cannot move {here} aside to {aside}: {error.strerror}") from None
     log.begin_again(aside / folder.log.name, hold_lock(folder.create()))

@@ -81,6 +81,8 @@ def check_packages():
 def end(message, status, kind="error: "):
     """End the process after one sentence."""
     if not is_first_process():
+        if not kind:  # a signal, which rank 0 tells of
+            sys.exit(status)
         time.sleep(10)  # rank 0 says it, and torchrun ends the others before they do
     print(f"{sys.argv[0]}: {kind}{one_line(message)}", file=sys.stderr)
     sys.exit(status)
@@ -117,6 +119,9 @@ def start_run(H, processes):
                 yield log
         except UserError as error:
             log.to_file("ERROR", str(error))
+            raise
+        except (Stopped, KeyboardInterrupt) as error:
+            log.to_file("INFO", str(error) or "interrupted")
             raise
         except Exception as error:
             log.to_file("ERROR", f"unexpected {type(error).__name__}", traceback.format_exc())

@@ -40,12 +40,16 @@ def choose_split(H, dataset, log, autoencoder=False):
 
     Raises UserError where the run was trained on all of them.
     """
-    runs = [(H.load_dir, H.load_step)] if H.load_step else []
+    runs, seen_before = [(H.load_dir, H.load_step)] if H.load_step else [], {}
     if autoencoder:
         runs.append((H.ae_load_dir, H.ae_load_step))
     for run, step in runs if H.steps_per_eval else ():
         split = split_of(run, step, log)
         if split is None or not is_same_data(dataset, split):
+            if run == H.load_dir:
+                log.warning(f"what this run holds out may be among what {run} was trained on "
+                            f"({describe(split)})")
+                seen_before = {"seen_before": True}
             continue
         if split["by"] is None:
             trained = f"{run} was trained on all images of {dataset.name}"
@@ -56,8 +60,9 @@ def choose_split(H, dataset, log, autoencoder=False):
         if is_held_out(dataset, split) is None:
             log.warning(f"images of {dataset.name} may have come or gone since {run} was trained, "
                         f"which held some out by their order: it may have seen the others")
-        return {name: split[name] for name in ("by", "share") if name in split}
-    return new_split(dataset) if H.steps_per_eval else {"by": None}
+        rule = {name: split[name] for name in ("by", "share", "seen_before") if name in split}
+        return {**rule, **seen_before}
+    return {**new_split(dataset), **seen_before} if H.steps_per_eval else {"by": None}
 
 
 def is_of_other_images(H, dataset, log):

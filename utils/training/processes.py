@@ -8,6 +8,8 @@ here is a no-op.
 import datetime
 import inspect
 import os
+import sys
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hparams.environment import process_count
 from utils.errors import SettingsError, UserError
+from utils.signals import default_signals
 
 # Rank 0 may encode a dataset for hours while the others wait. One that ends is noticed at once all
 # the same: its connections close, and torchrun ends the others.
@@ -136,7 +139,15 @@ def init_processes(name):
     device = resolve_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    message = (f"waiting for {process_count()} processes at {place}, as RANK and WORLD_SIZE in the "
+               f"environment say: without torchrun, unset them")
+    waiting = threading.Timer(10, print, [message], {"file": sys.stderr, "flush": True})
+    waiting.daemon = True
+    waiting.start()
+    with default_signals():  # torch waits without letting Python handle any
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    waiting.cancel()
     return Processes(dist.get_rank(), dist.get_world_size(), device, os.getppid())
 
 

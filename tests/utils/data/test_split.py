@@ -70,7 +70,9 @@ def test_what_a_split_says_of_images_that_it_knows_and_does_not_know():
     nested = images([f"photos/{index}.png" for index in range(50)], root="above")
     assert is_held_out(nested, kept) is None  # the same images under other names
     assert is_held_out(dataset, None) is None
-    assert is_held_out(dataset, {**kept, "dataset": "ffhq"}) is None
+    renamed = images([f"img_{index}.png" for index in range(50)])
+    assert is_held_out(renamed, kept) is None
+    assert is_held_out(dataset, {**kept, "seen_before": True}) is None
     assert is_held_out(dataset, apply_split(dataset, {"by": None})[2]) is False
 
 

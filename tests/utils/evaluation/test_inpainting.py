@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from helpers import name_transparent
 from hparams import UserError
@@ -64,6 +64,18 @@ WHITE, BLACK, CLEAR, CLEAR_WHITE = (255,) * 4, (0, 0, 0, 255), (0,) * 4, (255, 2
 def test_opaque_white_is_hidden_and_transparency_is_kept(mask, tmp_path):
     mask.save(tmp_path / "mask.png")
     assert np.array_equal(read_mask(tmp_path / "mask.png"), hidden_in((8, 6), BOX))
+
+
+def test_a_photograph_with_a_hole_is_no_mask(tmp_path):
+    """Elsewhere the hole is what is filled in; here its bright parts would be."""
+    photograph = random_photograph("RGB", (60, 40)).convert("RGBA")
+    photograph.paste(CLEAR, (10, 10, 30, 30))
+    photograph.save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match="is no picture in black and white"):
+        read_mask(tmp_path / "mask.png")
+    brush = painted((60, 40), (10, 10, 30, 30)).convert("L").filter(ImageFilter.GaussianBlur(2))
+    brush.save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png").sum() == pytest.approx(400, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])

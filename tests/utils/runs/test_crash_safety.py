@@ -76,8 +76,8 @@ def test_a_resumed_runs_settings_are_its_defaults(two_runs):
     train_vqgan.main("--log_dir b --resume --train_steps 4".split())
     assert_identical(files_of("a", 4), files_of("b", 4))
     settings = [yaml.safe_load(RunFolder(run).hparams.read_text()) for run in "ab"]
-    assert settings[0] | {"log_dir": "b", "resume": True, "load_dir": "b", "load_step": 2} \
-        == settings[1]
+    assert settings[0] | {"log_dir": "b", "resume": True, "load_dir": "b", "load_step": 2,
+                          "no_visdom": False} == settings[1]
     train_vqgan.main("--log_dir b --resume --train_steps 5 --lr 0.02".split())
     assert yaml.safe_load(RunFolder("b").hparams.read_text())["lr"] == 0.02
     assert "lr is now 0.02, was 0.01" in RunFolder("b").log.read_text()
@@ -141,6 +141,8 @@ def test_overwrite_moves_the_old_run_aside_whole(linked, workplace):
     vqgan(f"{EVERY_2} --log_dir a --train_steps 3 --seed 1 --overwrite")
     assert run.path.is_symlink() == linked
     [aside] = (workplace / ("disk" if linked else "logs")).glob("a_until_*")
+    [known] = (workplace / "logs").glob("a_until_*")  # a link where the run was one
+    assert known.is_symlink() == linked and known.resolve() == aside
     assert content_of(SimpleNamespace(path=aside)) == before
     assert (aside / "log.txt").read_text() == log
     text = run.log.read_text()
@@ -164,11 +166,47 @@ def test_overwrite_moves_nothing_before_a_step_is_trained(capsys, monkeypatch, w
     assert_identical(files_of("b", 4), files_of("a", 4))
 
 
-@pytest.mark.parametrize("flags", ["--resume", "--load_dir a --load_step 2"])
-def test_overwrite_does_not_go_with_going_on(flags, capsys, monkeypatch):
-    line = sentence(train_vqgan.main, f"{VQGAN} --log_dir a --overwrite {flags}", capsys,
-                    monkeypatch)
-    assert "--overwrite begins a run anew" in line
+def test_overwrite_does_not_go_with_resume(capsys, monkeypatch):
+    line = sentence(train_vqgan.main, f"{VQGAN} --overwrite --resume", capsys, monkeypatch)
+    assert "--overwrite begins a run anew and --resume goes on with it" in line
+
+
+@pytest.mark.parametrize("train, flags", [
+    (train_vqgan, f"{VQGAN} --load_dir ae --load_step 2"), (train_sampler, SAMPLER),
+])
+@pytest.mark.parametrize("run", ["ae", "alias"])
+def test_overwrite_does_not_move_aside_what_the_run_loads(
+    train, flags, run, two_runs, workplace, capsys, monkeypatch
+):
+    (workplace / "logs" / "alias").symlink_to("ae")
+    before = content_of(RunFolder("ae"))
+    command = f"{flags} --log_dir {run} --train_steps 3 --overwrite"
+    line = sentence(train.main, command, capsys, monkeypatch)
+    assert "--overwrite would move ae aside, from which this run loads" in line
+    assert content_of(RunFolder("ae")) == before
+
+
+def test_resume_in_the_folder_of_another_kind_of_run_is_refused(two_runs, capsys, monkeypatch):
+    line = sentence(train_sampler.main, f"{SAMPLER} --log_dir ae --resume", capsys, monkeypatch)
+    assert "logs/ae holds no absorbing: it is a run of another kind" in line
+
+
+def test_resume_may_start_the_optimiser_afresh(two_runs, capsys, monkeypatch):
+    sampler("--log_dir a --train_steps 2 --optimizer adam")
+    flags = "--log_dir a --resume --train_steps 3 --optimizer muon --no_visdom"
+    assert "--no_load_optim" in sentence(train_sampler.main, flags, capsys, monkeypatch)
+    train_sampler.main(f"{flags} --no_load_optim".split())
+    assert RunFolder("a").complete_steps() == [2, 3]
+
+
+def test_a_half_written_first_checkpoint_is_none(two_runs):
+    """A kill in the first save leaves a file without its name; the command's settings count."""
+    vqgan("--log_dir a --train_steps 2")
+    run = RunFolder("a")
+    run.manifest(2).unlink()
+    run.stats(2).rename(run.saved_stats / ".stats_2.host.99999.tmp")
+    vqgan("--log_dir a --train_steps 2 --resume --emb_dim 16")
+    assert yaml.safe_load(run.hparams.read_text())["emb_dim"] == 16
 
 
 def test_a_checkpoint_without_its_manifest_is_resumed_and_not_trained_over():

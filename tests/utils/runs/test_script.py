@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train_vqgan
-from helpers import ROOT, as_torchrun, wait_until
+from helpers import ROOT, as_torchrun, free_port, wait_until
 from test_training import VQGAN, lines_of, sentence, trained, two_runs, vqgan, workplace
 from utils.runs.folder import RunFolder
 from utils.runs.script import run_script
@@ -132,7 +132,8 @@ def test_handlers_are_as_before_after_the_block():
 
 
 @pytest.mark.parametrize("variables, says", [
-    ({"RANK": "2"}, "RANK=2, LOCAL_RANK=0, WORLD_SIZE=2 in the environment are no process"),
+    ({"RANK": "2"}, "RANK=2, LOCAL_RANK=0, WORLD_SIZE=2, MASTER_ADDR=127.0.0.1, MASTER_PORT=0 in"),
+    ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc"),
     ({"RANK": "-1"}, "RANK=-1"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
     ({"LOCAL_RANK": ""}, "LOCAL_RANK="),
 ])
@@ -151,6 +152,16 @@ def test_an_incomplete_launch_is_one_process_and_said(monkeypatch, workplace):
     assert RunFolder("a").complete_steps() == [1]
     assert ("RANK, WORLD_SIZE set in the environment without LOCAL_RANK, MASTER_ADDR, MASTER_PORT: "
             "this runs as one process") in RunFolder("a").log.read_text()
+
+
+def test_processes_that_do_not_come_are_waited_for_aloud_and_interruptibly(workplace):
+    variables = as_torchrun(0, 2, str(free_port()))
+    process = started([*SCRIPT, "--log_dir", "a"], env={**os.environ, **variables})
+    line = process.stdout.readline()
+    assert "waiting for 2 processes at 127.0.0.1:" in line and "unset them" in line
+    process.terminate()
+    assert process.wait(timeout=10) == -signal.SIGTERM
+    process.stdout.close()
 
 
 # --- surroundings --------------------------------------------------------------------------------
@@ -208,6 +219,12 @@ def test_a_run_may_be_a_link_to_another_disk(workplace):
     vqgan("--log_dir a --train_steps 1")
     vqgan("--log_dir b --load_dir a --load_step 1 --train_steps 2")
     assert (workplace / "disk" / "saved_models" / "vqgan_1.th").exists()
+
+
+def test_a_run_below_a_folder_that_is_called_logs(workplace):
+    vqgan("--log_dir group/logs --train_steps 2")
+    vqgan("--log_dir b --load_dir group/logs --load_step 2 --train_steps 3")
+    assert RunFolder("b").complete_steps() == [3]
 
 
 @pytest.mark.parametrize("name", ["..", "../a", "/tmp", ".", "a/../..", "logs/../.."])

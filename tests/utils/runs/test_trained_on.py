@@ -9,7 +9,7 @@ from PIL import Image
 
 import train_sampler
 import train_vqgan
-from experiments import calc_approximate_ELBO
+from experiments import calc_approximate_ELBO, digits_report
 from test_training import SAMPLER, VQGAN, sentence, trained, two_runs, workplace
 from utils.runs.folder import RunFolder
 
@@ -120,3 +120,34 @@ def test_a_changed_hparams_yaml_cannot_make_another_model_of_the_weights(
     flags = f"{SAMPLER} --load_dir prior --load_step 2 --train_steps 3"
     line = sentence(train_sampler.main, flags, capsys, monkeypatch)
     assert "was trained with dilations 1 1, not 2 1" in line
+
+
+def test_renamed_images_are_not_called_held_out(photos):
+    train("--log_dir ae --train_steps 2")
+    train("--log_dir prior --train_steps 2", train_sampler, SAMPLES)
+    for path in sorted(photos.iterdir()):
+        path.rename(photos / f"img_{path.name}")
+    result = elbo("", "ae may have been trained on the validation images too")
+    assert result["held_out"] == {"ae": None, "prior": None}
+
+
+def test_images_that_an_earlier_run_of_a_chain_may_have_seen_are_not_called_held_out(photos):
+    train("--log_dir first --train_steps 2")
+    shutil.copytree("photos", "nested/photos")  # the same images under other names
+    nested = PHOTOS.replace("path photos", "path nested")
+    train("--log_dir ae --load_dir first --load_step 2 --train_steps 3", data=nested)
+    assert "may be among what first was trained on" in RunFolder("ae").log.read_text()
+    train_vqgan.main("--log_dir ae --resume --train_steps 4".split())  # which does not forget
+    samples = SAMPLES.replace("path photos", "path nested")
+    train("--log_dir prior --train_steps 2 --ae_load_step 4", train_sampler, samples)
+    result = elbo("", "ae may have been trained on the validation images too")
+    assert result["held_out"]["ae"] is None
+
+
+def test_the_digits_report_says_whether_its_digits_were_held_out(workplace):
+    train("--log_dir ae --train_steps 2 --steps_per_eval 0", data=VQGAN)
+    train("--log_dir prior --train_steps 2", train_sampler, SAMPLER)
+    flags = "--load_dir prior --load_step 2 --n_samples 12 --no_visdom --log_dir report"
+    digits_report.main(flags.split())
+    [result] = json.loads(RunFolder("report").results.read_text()).values()
+    assert result["held_out"] == {"ae": False, "prior": True}
