@@ -276,6 +276,8 @@ def get_hparams(settings_class, defaults, sources, argv=None, must_load=False):
                          f"name of a run below {LOGS}/ of the folder you are in")
     try:
         loaded, paths = loaded_settings(settings_class, given, sources)
+        if given.get("dataset", "custom") != "custom":
+            loaded.pop("custom_dataset_path", None)  # that of the loaded run's dataset
         chosen = {**loaded, **given}
         check_required(settings_class, chosen, paths)
         H = settings_class()

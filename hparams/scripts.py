@@ -30,6 +30,13 @@ class VQGANSettings(Data, Autoencoder, Training, Logging):
         if self.lr is None:
             self.lr = self.base_lr * self.batch_size * process_count()  # each has a batch
 
+    def check_flags(self, given):
+        super().check_flags(given)
+        derived = self.base_lr * self.batch_size * process_count()
+        if "base_lr" in given and "lr" not in given and self.lr != derived:
+            raise SettingsError(f"--base_lr would do nothing: lr is {self.lr} by the dataset's "
+                                f"defaults or the run, so give --lr")
+
 
 class SamplerSettings(Data, Sampler, Training, Logging, Autoencoder):
     """train_sampler.py: train a prior over the ids of a trained VQGAN."""

@@ -320,3 +320,21 @@ def test_textures_default_to_relative_positions_where_the_attention_has_them():
         ("autoregressive", ["absolute"]),
     ):
         assert get_sampler_hparams(f"{flags} {rest}".split()).position == position
+
+
+def test_base_lr_is_refused_where_it_would_do_nothing(capsys):
+    says = "--base_lr would do nothing: lr is"
+    assert says in refusal(capsys, get_vqgan_hparams, [*VQGAN, "--lr", "1e-3"][:-2] + [
+        "--dataset", "digits", "--base_lr", "1e-3"])
+    flags = ["--dataset", "ffhq", "--base_lr", "1e-3", "--batch_size", "4"]
+    assert get_vqgan_hparams(flags).lr == pytest.approx(4e-3)
+    assert get_vqgan_hparams([*flags, "--lr", "1"]).lr == 1
+
+
+def test_a_run_on_custom_images_may_be_measured_against_another_dataset():
+    photos = ["--dataset", "custom", "--custom_dataset_path", "photos"]
+    save_run(get_vqgan_hparams(photos), "ae")
+    H = get_vqgan_fid_hparams(["--load_dir", "ae", "--load_step", "2", "--dataset", "digits"])
+    assert (H.dataset, H.custom_dataset_path) == ("digits", None)
+    H = get_vqgan_fid_hparams(["--load_dir", "ae", "--load_step", "2"])
+    assert (H.dataset, H.custom_dataset_path) == ("custom", "photos")

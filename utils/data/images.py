@@ -38,6 +38,10 @@ class ImageDataset:
         """The name by which the image at `index` is known, wherever the dataset lies."""
         return str(index)
 
+    def description(self, index):
+        """What tells the image at `index` from others, as far as is known without reading it."""
+        return self.identifier(index)
+
     def path(self, index):
         """Where the image at `index` is found, in words."""
         return f"{self.name}:{index}"
@@ -127,6 +131,10 @@ class ImageFiles(ImageDataset):
 
     def identifier(self, index):
         return self.found[index][0]
+
+    def description(self, index):
+        relative, size, _ = self.found[index]
+        return f"{relative}, {size} bytes"
 
     def path(self, index):
         return str(self.root / self.found[index][0])

@@ -106,18 +106,20 @@ def apply_split(dataset, split):
     """(the images to train on, those that are held out), both Subsets, and the whole `split`, now
     with what is known of the images.
 
-    Raises UserError where nothing is left to train on.
+    Raises UserError where nothing is left to train on, or nothing is held out by the rule.
     """
     held_out = sides(dataset, split)
     train, validation = (Subset(dataset, np.flatnonzero(part)) for part in (~held_out, held_out))
-    if not len(train):
-        raise UserError(f"all {len(dataset)} images of {dataset.name} are held out by their names: "
-                        f"add images")
+    if not len(train) or split["by"] and not len(validation):
+        which = "none" if len(train) else "all"
+        raise UserError(f"{which} of the {len(dataset)} images of {dataset.name} are held out by "
+                        f"the rule of the run that this one goes on from: add images, or train "
+                        f"with --steps_per_eval 0")
     return train, validation, {
         **split, "dataset": dataset.name, "root": dataset.root_name,
         "trained_on": len(train), "held_out": len(validation),
         "examples": [
-            dataset.identifier(int(index))
+            dataset.description(int(index))
             for index in train.indices[:: max(1, len(train) // EXAMPLES)][:EXAMPLES]
         ],
     }
@@ -128,25 +130,33 @@ def train_validation_split(dataset):
     return apply_split(dataset, new_split(dataset))[:2]
 
 
+def examples_there(dataset, split):
+    """Which part of the images that a split names as examples of those trained on is there."""
+    there = {dataset.description(index) for index in range(len(dataset))}
+    return sum(example in there for example in split["examples"]) / len(split["examples"])
+
+
 def is_same_data(dataset, split):
-    """Whether a dataset is that of a split: most images that were trained on are there by name,
-    wherever the folder lies. Of splits without examples, which earlier versions leave, only the
-    place tells."""
+    """Whether a dataset is that of a split: most images that were trained on are there by name and
+    size, wherever the folder lies. Of splits without examples, which earlier versions leave, only
+    the place tells."""
     if dataset.embedded or not split["examples"]:
         return (dataset.name, dataset.root_name) == (split["dataset"], split["root"])
-    names = {dataset.identifier(index) for index in range(len(dataset))}
-    return 2 * sum(name in names for name in split["examples"]) > len(split["examples"])
+    return examples_there(dataset, split) > 0.5
 
 
 def is_held_out(dataset, split):
     """Whether the images that `split` holds out of a dataset were not trained on; None where that
-    cannot be told, as where there is no split."""
+    cannot be told: where there is no split, or images that were trained on are gone, which may be
+    there under other names."""
     if split is None or split["by"] is None:
         return None if split is None else False
     if split.get("seen_before") or not is_same_data(dataset, split):
         return None
+    if split["by"] == "name":
+        return True if examples_there(dataset, split) == 1 else None
     unchanged = dataset.embedded or len(dataset) == split["trained_on"] + split["held_out"]
-    return True if split["by"] == "name" or unchanged else None
+    return True if unchanged else None
 
 
 def describe(split):

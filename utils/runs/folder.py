@@ -53,7 +53,8 @@ class RunFolder:
 
     def trained_steps(self):
         """Steps, ascending, of the models that a training has saved, complete or not."""
-        return steps_in(self.models, r"(?:vqgan|absorbing|autoregressive)_(\d+)\.th")
+        names = r"(?:vqgan|absorbing|autoregressive)(?:_ema)?"
+        return sorted(set(steps_in(self.models, names + r"_(\d+)\.th")))
 
     def holds_run(self):
         """Whether a training has left its settings or models here."""

@@ -72,7 +72,10 @@ def check_nothing_is_overwritten(H, log):
     elif continues_itself(H):
         later = [step for step in folder.trained_steps() if step > H.load_step]
         if folder.hparams.exists():  # a run of this program: what is cut off or damaged is no loss
-            later = [s for s in later if s in folder.complete_steps() and not damage(folder, s)]
+            listed = folder.complete_steps()
+            later = [step for step in later if (
+                not damage(folder, step) if step in listed else folder.stats(step).exists()
+            )]
         if later:
             steps = " ".join(map(str, later))
             raise UserError(f"{folder.path} holds checkpoints after step {H.load_step} ({steps}), "
@@ -104,7 +107,8 @@ def record_settings(H, log):
         if step > start:
             folder.manifest(step).unlink()
             log.info(f"the damaged checkpoint of step {step} counts no more")
-    log.rewind(start or -1)
+    if folder.hparams.exists():  # else the metrics are those of an experiment
+        log.rewind(start or -1)
     with whole_file(folder.hparams) as file:
         file.write(H.as_yaml().encode())
     log.table("hyperparameters", dataclasses.asdict(H))
@@ -118,7 +122,11 @@ def move_aside(log):
     folder = log.folder
     here = folder.path.resolve()  # where it is a link, that stays
     until = f"_until_{time.strftime('%Y%m%d-%H%M%S')}"
+    while os.path.lexists(here.with_name(here.name + until)):
+        until += "_"  # another one of the same second
     aside = here.with_name(here.name + until)
+    if os.name == "nt":  # Windows moves no folder that holds an open file
+        log.lock.release()
     try:
         os.rename(here, aside)
         here.mkdir(exist_ok=True)

@@ -59,7 +59,8 @@ def choose_split(H, dataset, log, autoencoder=False):
             continue
         if is_held_out(dataset, split) is None:
             log.warning(f"images of {dataset.name} may have come or gone since {run} was trained, "
-                        f"which held some out by their order: it may have seen the others")
+                        f"which it may have seen though this run holds them out")
+            seen_before = {"seen_before": True}
         rule = {name: split[name] for name in ("by", "share", "seen_before") if name in split}
         return {**rule, **seen_before}
     return {**new_split(dataset), **seen_before} if H.steps_per_eval else {"by": None}

@@ -96,6 +96,7 @@ class TrainingLoop:
                 message = f"interrupted: saved step {self.step}; {hint}"
                 if not self.finite_steps:
                     message = f"interrupted before a step was trained: {log.folder.last_saved()}"
+                self.processes.wait()  # for rank 0 to save: torchrun ends all where one has left
                 raise Stopped(self.signal or signal.SIGTERM, message)
         if self.step > self.start and not self.finite_steps:
             raise UserError(f"none of the steps was finite, so nothing is saved: lower the "

@@ -145,9 +145,11 @@ def init_processes(name):
     waiting = threading.Timer(10, print, [message], {"file": sys.stderr, "flush": True})
     waiting.daemon = True
     waiting.start()
-    with default_signals():  # torch waits without letting Python handle any
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    waiting.cancel()
+    try:
+        with default_signals():  # torch waits without letting Python handle any
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    finally:
+        waiting.cancel()
     return Processes(dist.get_rank(), dist.get_world_size(), device, os.getppid())
 
 

@@ -435,6 +435,8 @@ class Fake:
     def identifier(self, index):
         return str(index)
 
+    description = identifier
+
     def pixels(self, index):
         if index in self.broken:
             raise UnreadableImage(f"file {index}", "broken")

@@ -67,6 +67,10 @@ def test_what_a_split_says_of_images_that_it_knows_and_does_not_know():
     assert is_held_out(images([f"{index}.png" for index in range(60)]), kept) is True
     moved = images([f"{index}.png" for index in range(50)], root="elsewhere")
     assert is_held_out(moved, kept) is True  # known by their names
+    same_names = ImageFiles("custom", 8, 3, "others", [(f"{i}.png", 2, 1) for i in range(50)])
+    assert is_held_out(same_names, kept) is None  # numbered alike, but of other sizes
+    fewer = images([f"{index}.png" for index in range(5, 50)] + ["renamed.png"])
+    assert is_held_out(fewer, kept) is None  # what is gone may be there under another name
     nested = images([f"photos/{index}.png" for index in range(50)], root="above")
     assert is_held_out(nested, kept) is None  # the same images under other names
     assert is_held_out(dataset, None) is None
@@ -98,5 +102,8 @@ def test_a_split_is_told_in_words():
 def test_images_that_are_all_held_out_by_a_kept_split_are_an_error():
     dataset = images(f"{index}.png" for index in range(50))
     held = names_of(dataset, sides(dataset, split(dataset)))
-    with pytest.raises(UserError, match="are held out by their names"):
+    with pytest.raises(UserError, match="all of the .* images of custom are held out by the rule"):
         apply_split(images(held), split(dataset))
+    others = [name for name in (f"{index}.png" for index in range(50)) if name not in held]
+    with pytest.raises(UserError, match="none of the .* images of custom are held out"):
+        apply_split(images(others), split(dataset))
