@@ -113,6 +113,21 @@ def on_processes(count, main, flags=""):
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
+class Log:
+    """A logger that keeps what is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def info(self, message):
+        self.lines.append(message)
+
+    warning = info
+
+    def passed_over(self, path, reason):
+        self.lines.append(f"passed over {path}: {reason}")
+
+
 class VisdomServer:
     """A visdom server in a process of its own, without memory of an earlier one."""
 

@@ -132,8 +132,9 @@ def train_validation_split(dataset):
 
 def examples_there(dataset, split):
     """Which part of the images that a split names as examples of those trained on is there."""
-    there = {dataset.description(index) for index in range(len(dataset))}
-    return sum(example in there for example in split["examples"]) / len(split["examples"])
+    examples = set(split["examples"])
+    there = {name for name in map(dataset.description, range(len(dataset))) if name in examples}
+    return len(there) / len(examples)
 
 
 def is_same_data(dataset, split):

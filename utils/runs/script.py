@@ -100,7 +100,6 @@ def start_run(H, processes):
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     folder, device = RunFolder(H.log_dir), processes.device
-    RunFolder(H.load_dir)  # a name that leaves logs/ is refused before anything is written
     if not processes.is_first:
         with ends_with_its_workers():
             yield NoLogger(folder)

@@ -25,8 +25,10 @@ def split_of(run, step, log):
     folder = RunFolder(run) if isinstance(run, str) else run
     stats = read_stats(folder, step, log)
     split = stats.get("split")
-    if isinstance(split, dict) and FACTS <= split.keys() or not folder.hparams.exists():
+    if isinstance(split, dict) and FACTS <= split.keys():
         return split
+    if not folder.hparams.exists():
+        return None
     settings = read_settings(folder.hparams)
     path, by = settings.get("custom_dataset_path"), settings.get("steps_per_eval")
     root = str(Path(path).resolve()) if path else settings.get("dataset")
@@ -40,30 +42,36 @@ def choose_split(H, dataset, log, autoencoder=False):
 
     Raises UserError where the run was trained on all of them.
     """
-    runs, seen_before = [(H.load_dir, H.load_step)] if H.load_step else [], {}
-    if autoencoder:
-        runs.append((H.ae_load_dir, H.ae_load_step))
-    for run, step in runs if H.steps_per_eval else ():
-        split = split_of(run, step, log)
-        if split is None or not is_same_data(dataset, split):
-            if run == H.load_dir:
-                log.warning(f"what this run holds out may be among what {run} was trained on "
-                            f"({describe(split)})")
-                seen_before = {"seen_before": True}
-            continue
-        if split["by"] is None:
-            trained = f"{run} was trained on all images of {dataset.name}"
-            if run == H.load_dir:
-                raise UserError(f"{trained}, so none can be held out: leave --steps_per_eval 0")
-            log.warning(f"{trained}, on those too that this run holds out")
-            continue
+    if not H.steps_per_eval:
+        return {"by": None}
+    seen_before = {}  # where the weights may have seen what this run holds out
+    if H.load_step:
+        split = split_of(H.load_dir, H.load_step, log)
+        known = split is not None and is_same_data(dataset, split)
+        if known and split["by"] is None:
+            raise UserError(f"{H.load_dir} was trained on all images of {dataset.name}, so none "
+                            f"can be held out: leave --steps_per_eval 0")
         if is_held_out(dataset, split) is None:
-            log.warning(f"images of {dataset.name} may have come or gone since {run} was trained, "
-                        f"which it may have seen though this run holds them out")
+            change = (f"images of {dataset.name} may have come or gone since {H.load_dir} was "
+                      f"trained: " if known else "")
+            log.warning(f"{change}what this run holds out may be among what {H.load_dir} was "
+                        f"trained on ({describe(split)})")
             seen_before = {"seen_before": True}
-        rule = {name: split[name] for name in ("by", "share", "seen_before") if name in split}
-        return {**rule, **seen_before}
-    return {**new_split(dataset), **seen_before} if H.steps_per_eval else {"by": None}
+        if known:
+            return {**rule_of(split), **seen_before}
+    if autoencoder:
+        split = split_of(H.ae_load_dir, H.ae_load_step, log)
+        if split is not None and is_same_data(dataset, split):
+            if split["by"] is not None:
+                return {**rule_of(split), **seen_before}
+            log.warning(f"{H.ae_load_dir} was trained on all images of {dataset.name}, on those "
+                        f"too that this run holds out")
+    return {**new_split(dataset), **seen_before}
+
+
+def rule_of(split):
+    """The rule of a split, without what it says of the images that there were."""
+    return {name: split[name] for name in ("by", "share") if name in split}
 
 
 def is_of_other_images(H, dataset, log):

@@ -12,7 +12,7 @@ import torch_fidelity
 from skimage import data
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
-from helpers import OneOfMany, TinyExtractor, on_processes
+from helpers import Log, OneOfMany, TinyExtractor, on_processes
 from hparams import UserError
 from utils.data.batches import UnreadableFiles
 from utils.data.folders import scan
@@ -27,21 +27,6 @@ from utils.logging.images import save_images_individually
 from utils.training.processes import Processes, init_processes
 
 CPU = torch.device("cpu")
-
-
-class Log:
-    """Keeps what is said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def info(self, message):
-        self.lines.append(message)
-
-    warning = info
-
-    def passed_over(self, path, reason):
-        self.lines.append(f"passed over {path}: {reason}")
 
 
 def settings(**flags):

@@ -5,23 +5,11 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from helpers import name_transparent
+from helpers import Log, name_transparent
 from hparams import UserError
 from utils.evaluation.inpainting import (
     as_png_holds, central_square, lay_back, mask_square, open_image, read_mask, scaled,
 )
-
-
-class Log:
-    """Keeps what is said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def info(self, message):
-        self.lines.append(message)
-
-    warning = info
 
 
 def painted(size, box, mode="L", ground=0, colour=255):

@@ -151,3 +151,17 @@ def test_the_digits_report_says_whether_its_digits_were_held_out(workplace):
     digits_report.main(flags.split())
     [result] = json.loads(RunFolder("report").results.read_text()).values()
     assert result["held_out"] == {"ae": False, "prior": True}
+
+
+def test_an_autoencoder_in_the_default_folder_is_not_taken_for_the_run_that_goes_on(photos):
+    """`test` is the default of --load_dir too."""
+    train("--log_dir test --train_steps 2 --steps_per_eval 0")
+    train("--log_dir prior --ae_load_dir test --train_steps 2", train_sampler, SAMPLES)
+    assert "test was trained on all images of custom" in RunFolder("prior").log.read_text()
+
+
+def test_a_new_sampler_has_seen_nothing_though_its_autoencoder_may_have(photos):
+    train("--log_dir ae --train_steps 2")
+    (photos / "000.png").rename(photos / "renamed.png")
+    train("--log_dir prior --train_steps 2", train_sampler, SAMPLES)
+    assert elbo("")["held_out"] == {"ae": None, "prior": True}
