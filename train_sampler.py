@@ -4,14 +4,17 @@
         --ae_load_dir vqgan_digits --ae_load_step 500 --train_steps 1500 --ema
 """
 
+from functools import partial
+
 import torch
 
 from hparams import get_sampler_hparams
 from hparams.scripts import SAMPLER_ARCHITECTURE
 from utils.data.batches import evaluation_batches
 from utils.data.datasets import load_dataset
+from utils.data.images import augmented
 from utils.data.latents import latent_batches, load_latents
-from utils.data.split import apply_split, describe, sample_of
+from utils.data.split import apply_split, describe, sample_of, shuffled
 from utils.evaluation.metrics import psnr
 from utils.evaluation.samples import decode
 from utils.runs.resume import choose_checkpoint, record_settings
@@ -22,9 +25,10 @@ from utils.training.build import (
 )
 from utils.training.checkpoints import Checkpoints, architecture_of
 from utils.training.ema import EMA
-from utils.training.loop import TrainingLoop, due, tolerate_full_disk
+from utils.training.health import sampler_health
+from utils.training.loop import Means, TrainingLoop, due, tolerate_full_disk
 from utils.training.optimizers import (
-    MuonWithAdamW, backward, learning_rate, set_learning_rate, take_step,
+    backward, build_optimizer, is_matrix_of_block, learning_rate, set_learning_rate, take_step,
 )
 from utils.training.precision import Precision, seed_step, step_seed
 from utils.training.processes import init_processes
@@ -50,20 +54,21 @@ class SamplerTraining:
         if is_of_other_images(H, dataset, log):
             self.log_reconstruction(sample_of(dataset, 16))
         self.ids = load_latents(
-            train_set, self.autoencoder, H, H.horizontal_flip, processes, log
+            augmented(train_set, H), self.autoencoder, H, H.horizontal_flip, processes, log
         )  # [n, orientations, N]
         if validation_set:
             held_out = load_latents(validation_set, self.autoencoder, H, False, processes, log)
-            self.held_out = held_out[:, 0].long()  # [n, N]
+            chosen = shuffled(len(held_out))[: H.validation_images or len(held_out)]
+            self.looked_at = held_out[chosen, 0].long()  # [n, N]
 
         seed_step(H.seed, 0, "weights")
         self.sampler = build_sampler(H, self.autoencoder.codebook).to(processes.device)
         self.best, self.ema = self.sampler, None
         models = {H.sampler: self.sampler}
         if H.ema and processes.is_first:
-            self.ema = EMA(self.sampler, H.ema_beta, shared=["embedding_weight"])
+            self.ema = EMA(self.sampler, H.ema_beta, ["embedding_weight"], H.ema_warmup)
             self.best = models[f"{H.sampler}_ema"] = self.ema.model
-        self.optimizer = build_optimizer(self.sampler, H)
+        self.optimizer = build_optimizer(self.sampler, H, is_matrix_of_block)
         self.precision = Precision(H.amp, processes.device)
         log.info(f"precision: {self.precision.description}")
         self.checkpoints = Checkpoints(
@@ -104,18 +109,23 @@ class SamplerTraining:
                     take_step([stats["loss"]], [self.optimizer], self.precision, processes,
                               H.clip_grad_norm)
                     if self.ema and due(step, H.steps_per_update_ema):
-                        self.ema.update(sampler)
+                        self.ema.update(sampler, step // H.steps_per_update_ema)
                     loop.count(**{name: value.detach() for name, value in stats.items()})
                 if loop.must_record:
                     record_settings(H, self.log)
                 loop.end_step()
+                best = None  # the record of the best step, if it is this one
                 if loop.must_validate:
-                    loop.report_validation(self.validate())
+                    figures, known = self.validate()
+                    loop.report_validation(figures, partial(sampler_health, known))
+                    best = self.checkpoints.better(step, figures, "bits_per_token")
                 if loop.must_show or loop.must_save_images:
                     self.show_samples(step, loop.must_save_images, loop.must_show)
-                if loop.must_save:
+                if loop.must_save or best:
                     with tolerate_full_disk(self.log, unless=loop.ends):
-                        self.checkpoints.save(step, {"seconds": loop.seconds, **self.facts})
+                        stats = {"seconds": loop.seconds, **self.facts}
+                        best = best and {**best, "extra": not loop.must_save}
+                        self.checkpoints.save(step, stats, best)
 
     def noise_of(self, step):
         """Arguments with which ranks draw the whole batch's noise and each takes its part."""
@@ -127,16 +137,23 @@ class SamplerTraining:
 
     @torch.no_grad()
     def validate(self):
-        """Bits per token of the held-out ids, each seen VALIDATION_DRAWS times, with times spread
-        evenly over 1..T and always the same noise."""
-        bits = []
-        self.best.eval()
-        seed_step(0, 0, "validation")
-        with self.precision.autocast():
-            draws = self.held_out.repeat(VALIDATION_DRAWS, 1)
-            for ids in draws.split(max(self.H.batch_size, 64)):
-                bits.append(self.best.bits_per_token(ids.to(self.processes.device)))
-        return {"bits_per_token": float(torch.cat(bits).double().mean())}
+        """({"bits_per_token"} of held-out ids, what `sampler_health` must know).
+
+        Each grid is seen VALIDATION_DRAWS times, with times spread evenly over 1..T and always the
+        same noise.
+        """
+        bits, of_weights = Means(), Means()
+        draws = self.looked_at.repeat(VALIDATION_DRAWS, 1)
+        for model, means in {self.sampler: of_weights, self.best: bits}.items():
+            model.eval()
+            seed_step(0, 0, "validation")
+            with self.precision.autocast():
+                for ids in draws.split(max(self.H.batch_size, 64)):
+                    values = model.bits_per_token(ids.to(self.processes.device)).double()
+                    means.add({"bits_per_token": values.mean()}, len(values))
+        figures = bits.take()
+        of_weights = (of_weights.take() or figures)["bits_per_token"]
+        return figures, dict(figures, of_weights=of_weights)
 
     @torch.no_grad()
     def show_samples(self, step, save, display):
@@ -152,13 +169,6 @@ class SamplerTraining:
                             individually=H.save_individually)
         if H.sampler == "absorbing" and display:
             self.log.bars(step, "loss_per_timestep", self.sampler.loss_history[1:])
-
-
-def build_optimizer(sampler, H):
-    """Adam over all parameters, as published, or Muon with AdamW."""
-    if H.optimizer == "muon":
-        return MuonWithAdamW(sampler, H.lr, H.weight_decay)
-    return torch.optim.Adam(sampler.parameters(), lr=H.lr)
 
 
 def main(argv=None):

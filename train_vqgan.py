@@ -3,6 +3,8 @@
     python train_vqgan.py --dataset digits --log_dir vqgan_digits --train_steps 500 --ema
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -12,16 +14,22 @@ from models import VQGAN
 from models.autoencoder.quantizers import gumbel_temperature
 from utils.data.batches import UnreadableFiles, evaluation_batches, training_batches
 from utils.data.datasets import load_dataset
-from utils.data.split import apply_split, describe
+from utils.data.images import augmented
+from utils.data.split import apply_split, describe, sample_of
 from utils.evaluation.metrics import psnr
+from utils.evaluation.reconstruction import ReconstructionDistance
 from utils.runs.resume import choose_checkpoint, record_settings
 from utils.runs.script import run_script, start_run
 from utils.runs.trained_on import choose_split
 from utils.training.build import build_vqgan, check_models
 from utils.training.checkpoints import Checkpoints, architecture_of
+from utils.training.codebook import CodebookCare
 from utils.training.ema import EMA
-from utils.training.loop import TrainingLoop, due, tolerate_full_disk
-from utils.training.optimizers import backward, take_step
+from utils.training.health import autoencoder_health
+from utils.training.loop import Means, TrainingLoop, due, tolerate_full_disk
+from utils.training.optimizers import (
+    backward, build_optimizer, is_inner_convolution, learning_rate, set_learning_rate, take_step,
+)
 from utils.training.precision import Precision, seed_step
 from utils.training.processes import init_processes
 
@@ -48,6 +56,7 @@ class VQGANTraining:
             dataset, choose_split(H, dataset, log)
         )
         log.info(describe(split))
+        self.train_set = augmented(self.train_set, H)
         self.facts = {  # kept with every checkpoint
             "split": split, "architecture": architecture_of(H, AUTOENCODER_ARCHITECTURE),
         }
@@ -56,12 +65,16 @@ class VQGANTraining:
         self.best, self.ema = self.vqgan, None
         models = {"vqgan": self.vqgan}
         if H.ema and processes.is_first:
-            self.ema = EMA(self.vqgan, H.ema_beta, shared=["perceptual"])
+            self.ema = EMA(self.vqgan, H.ema_beta, ["perceptual"], H.ema_warmup)
             self.best = models["vqgan_ema"] = self.ema.model
         self.optimizers = {
-            "ae_optim": torch.optim.Adam(self.vqgan.ae.parameters(), lr=H.lr),
-            "disc_optim": torch.optim.Adam(self.vqgan.disc.parameters(), lr=H.lr),
+            "ae_optim": build_optimizer(self.vqgan.ae, H, is_inner_convolution),
+            "disc_optim": build_optimizer(self.vqgan.disc, H, is_inner_convolution),
         }
+        self.codebook = CodebookCare(
+            H, self.vqgan, self.ema and self.ema.model, self.train_set, processes,
+            self.on_unreadable,
+        )
         self.precision = Precision(H.amp, processes.device)
         log.info(f"precision: {self.precision.description}")
         self.checkpoints = Checkpoints(
@@ -73,8 +86,12 @@ class VQGANTraining:
         self.ae_loss = processes.wrap(
             Objective(self.vqgan.ae, self.vqgan.generator_losses), find_unused_parameters=True
         )
-        self.disc_loss = processes.wrap(Objective(self.vqgan.disc, self.vqgan.discriminator_loss))
+        self.disc_loss = processes.wrap(Objective(self.vqgan.disc, self.vqgan.discriminator_losses))
         if processes.is_first:
+            self.looked_at = sample_of(
+                self.validation_set, H.validation_images or len(self.validation_set)
+            )
+            self.distance = ReconstructionDistance(processes.device)
             images = self.validation_set or self.train_set
             batches = evaluation_batches(images, 16, 0, processes.device, self.on_unreadable)
             self.shown, _ = next(batches)
@@ -92,8 +109,11 @@ class VQGANTraining:
             for step in loop:
                 images = next(batches)
                 vqgan.train()
+                set_learning_rate(ae_optim, learning_rate(H, step))
+                set_learning_rate(disc_optim, learning_rate(H, step, H.disc_lr))
                 if H.quantizer == "gumbel":
                     vqgan.ae.quantize.temperature = gumbel_temperature(step)
+                self.codebook.before(step)
                 with loop.attempt(vqgan):
                     with precision.autocast():
                         loss, reconstructions, stats = self.ae_loss(
@@ -103,47 +123,58 @@ class VQGANTraining:
                     losses, optimizers = [loss], [ae_optim]
                     if step >= H.disc_start_step:
                         with precision.autocast():
-                            d_loss = self.disc_loss(images, reconstructions.detach())
+                            d_loss, d_stats = self.disc_loss(images, reconstructions.detach())
                         backward(d_loss, disc_optim, precision)
                         losses, optimizers = [loss, d_loss], [ae_optim, disc_optim]
-                        stats["d_loss"] = d_loss.detach()
+                        stats |= {"d_loss": d_loss.detach(), **d_stats}
                     take_step(losses, optimizers, precision, self.processes, H.clip_grad_norm)
                     if self.ema and due(step, H.steps_per_update_ema):
-                        self.ema.update(vqgan)
+                        self.ema.update(vqgan, step // H.steps_per_update_ema)
+                    self.codebook.after(step)
                     loop.count(loss=loss.detach(), **stats)
                 if loop.must_record:
                     record_settings(H, self.log)
                 loop.end_step()
+                best = None  # the record of the best step, if it is this one
                 if loop.must_validate:
-                    loop.report_validation(self.validate(step))
+                    figures, known = self.validate(step)
+                    loop.report_validation(figures, partial(autoencoder_health, H, step, known))
+                    if step >= (H.codebook_start_step or 0):
+                        best = self.checkpoints.better(step, figures, "frechet", "loss")
                 if loop.must_show or loop.must_save_images:
                     self.show_reconstructions(step, loop.must_save_images, loop.must_show)
-                if loop.must_save:
+                if loop.must_save or best:
                     with tolerate_full_disk(self.log, unless=loop.ends):
-                        self.checkpoints.save(step, {"seconds": loop.seconds, **self.facts})
+                        stats = {"seconds": loop.seconds, **self.facts}
+                        best = best and {**best, "extra": not loop.must_save}
+                        self.checkpoints.save(step, stats, best)
         batches.close()
 
     @torch.no_grad()
     def validate(self, step):
-        """Means over the held-out images: losses, PSNR in dB, how many codes are used."""
-        H, device, sums, count = self.H, self.processes.device, {}, 0
-        usage = torch.zeros(H.codebook_size, device=device)
+        """(figures of images that are held out, always the same ones, what `autoencoder_health`
+        must know): means of losses and PSNR in dB, how many codes are used, and the Fréchet
+        distance of the features of reconstructions, as FID has it."""
+        H, means, usage, distance = self.H, Means(), 0, self.distance
         self.best.eval()
+        self.vqgan.eval()
         for images, _ in evaluation_batches(
-            self.validation_set, H.batch_size, H.num_workers, device, self.on_unreadable
+            self.looked_at, H.batch_size, H.num_workers, self.processes.device, self.on_unreadable
         ):
             reconstructions, _, stats, _ = self.best.ae(images)
             nll, l1, perceptual = self.best.reconstruction_losses(images, reconstructions)
             values = dict(loss=nll, l1=l1, perceptual=perceptual)
             values["psnr"] = psnr(images, reconstructions.clamp(0, 1)).mean()
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0) + value * len(images)
-            usage += stats["usage"]
-            count += len(images)
-        means = {name: float(value) / count for name, value in sums.items()}
-        means["codes_used"] = int((usage > 0).sum())
+            means.add(values, len(images))
+            usage = usage + stats["usage"]
+            distance.add(images, reconstructions)
+            if self.ema:
+                of_weights = self.vqgan.ae(images)[0]
+                means.add({"of_weights": (images - of_weights).abs().mean()}, len(images))
         self.log.bars(step, "codebook_use", usage / usage.sum())
-        return means
+        figures = {**means.take(), "codes_used": int((usage > 0).sum()), **distance.take()}
+        of_weights = figures.pop("of_weights", figures["l1"])
+        return figures, dict(figures, ids_seen=int(usage.sum()), of_weights=of_weights)
 
     @torch.no_grad()
     def show_reconstructions(self, step, save, display):

@@ -7,6 +7,8 @@ Writes logs/<log_dir>/images/report_<step>.png (real digits, reconstructions of 
 samples), prints a table of measured figures and keeps it as logs/<log_dir>/results.json.
 """
 
+import warnings
+
 import torch
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
@@ -16,7 +18,7 @@ from hparams import SettingsError, UserError, get_digits_report_hparams
 from utils.data.datasets import load_dataset
 from utils.data.pixels import to_float, to_uint8
 from utils.evaluation.experiment import experiment
-from utils.evaluation.metrics import psnr
+from utils.evaluation.metrics import frechet_distance_of_features, psnr
 from utils.logging.images import image_grid, save_image
 from utils.logging.logger import read_metrics
 from utils.runs.folder import RunFolder
@@ -36,6 +38,25 @@ def recognise(classifier, images):
     """(classes [n], confidences [n]) that the classifier gives digits [n, 64]."""
     confidence, classes = torch.from_numpy(classifier.predict_proba(images.numpy())).max(1)
     return classes, confidence
+
+
+def strict_figures(training, labels, parts):
+    """The figures of a second, stricter classifier, SVC(probability=True), and the Fréchet distance
+    of the 64 pixels to all real digits; `parts` names digits [n, 64] that are judged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions would calibrate it
+        classifier = SVC(probability=True, random_state=0).fit(training.numpy(), labels)
+    real, figures = torch.cat((training, parts["held-out digits"])), {}
+    for name, digits in parts.items():
+        _, confidence = recognise(classifier, digits)
+        figures[f"strict classifier: {name} with confidence >= {CONFIDENT}"] = (
+            (confidence >= CONFIDENT).double().mean().item()
+        )
+    for name, digits in parts.items():
+        figures[f"Fréchet distance of 8x8 pixels to real digits: {name}"] = (
+            frechet_distance_of_features(digits, real)
+        )
+    return figures
 
 
 def all_images(dataset):
@@ -61,6 +82,8 @@ def nearest_other(images):
 def measure(H, real, held_out, labels, reconstructions, samples):
     """The table: name -> value. `labels` are (those of real, those of held_out)."""
     training, validation, drawn = map(reduce, (real, held_out, samples))  # [n, 64] each
+    parts = {"held-out digits": validation, "reconstructions": reduce(reconstructions),
+             "samples": drawn}
     # a support vector machine, its confidence calibrated on folds
     classifier = CalibratedClassifierCV(SVC(C=10), method="isotonic", cv=10, ensemble=False)
     classifier.fit(training.numpy(), labels[0])
@@ -86,6 +109,7 @@ def measure(H, real, held_out, labels, reconstructions, samples):
         f"classifier: held-out digits with confidence >= {CONFIDENT}":
             (confidence >= CONFIDENT).double().mean().item(),
         f"classifier: samples with confidence >= {CONFIDENT}": recognised.double().mean().item(),
+        **strict_figures(training, labels[0], parts),
         "classifier: share of the rarest class among samples": shares.min().item(),
         "classifier: share of the commonest class among samples": shares.max().item(),
         "distance to nearest training digit, held-out (median)": real_distance.median().item(),

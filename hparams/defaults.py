@@ -1,4 +1,103 @@
-"""What each dataset changes of the declared defaults, for each of the two stages."""
+"""What datasets, recipes and presets change of the declared defaults, for each of the two stages.
+
+Later layers win: the declared default, that of the stage, the recipe, the preset, the dataset; a
+preset that a flag names comes after the dataset. What is None at the end follows from
+`--train_steps`, by `follow_steps`.
+"""
+
+import dataclasses
+
+ENDLESS = 100000000  # train_steps that no run reaches
+LIKE = 200000  # steps of a run of which the defaults of an endless one are taken
+
+RECIPES = ("published", "modern")
+PRESETS = ("small", "medium", "published")
+
+# Datasets that the published programs know keep the settings that their commands mean, and the
+# embedded ones have settings of their own.
+PUBLISHED_DATASETS = {"ffhq", "churches", "bedrooms", "digits", "textures"}
+
+# Where a thing stands says nothing in these images: hydra attention has no absolute positions by
+# default, and runs on larger canvases as it is.
+UNALIGNED = {"textures"}
+
+
+@dataclasses.dataclass
+class Defaults:
+    """Defaults of one stage, and what recipes, presets and datasets change: dicts of settings."""
+
+    everywhere: dict
+    datasets: dict
+    recipes: dict = dataclasses.field(default_factory=dict)
+    presets: dict = dataclasses.field(default_factory=dict)
+
+    def of(self, chosen, preset_given):
+        """The defaults beside the settings `chosen`, among them `dataset`; sizes of a preset that
+        is given come after those of the dataset."""
+        dataset = chosen["dataset"]
+        published = dataset in PUBLISHED_DATASETS
+        recipe = chosen.get("recipe", "published" if published else "modern")
+        preset = chosen.get("preset", "small" if recipe == "modern" else "published")
+        sizes, own = self.presets.get(preset, {}), self.datasets.get(dataset, {})
+        return {
+            **self.everywhere, **self.recipes.get(recipe, {}), **sizes, **own,
+            **(sizes if preset_given else {}), "recipe": recipe, "preset": preset,
+        }
+
+    def layers(self):
+        """(name, the settings that it changes), in the order in which help shows them."""
+        for layers in (self.recipes, self.presets, self.datasets):
+            yield from layers.items()
+
+
+# --- what follows from other settings ------------------------------------------------------------
+
+
+def follow_steps(H):
+    """Set what is None and follows from `train_steps`: warm-up, EMA, intervals, and what the
+    autoencoder's training begins later."""
+    steps = H.train_steps if H.train_steps < ENDLESS else LIKE
+    horizon = min(max(0.03 * steps, 10), 5000)  # steps that the EMA averages over
+    values = {
+        "warmup_iters": min(steps // 20, 1000),
+        "ema_beta": round(1 - 1 / horizon, 6),
+        "steps_per_eval": max(steps // 10, 1),
+        "steps_per_display_output": max(steps // 10, 1),
+        "steps_per_save_output": max(steps // 10, 1),
+        "steps_per_checkpoint": max(steps // 10, 1),
+        "codebook_start_step": min(steps // 20, 1000),
+        "codebook_revival": min(max(steps // 40, 5), 50),
+        "disc_start_step": steps // 2,
+        "disc_lead_steps": steps // 20,
+        "disc_fade_steps": steps // 10,
+    }
+    for name, value in values.items():
+        if name in H.__dataclass_fields__ and getattr(H, name) is None:
+            setattr(H, name, value)
+    if H.validation_images is None:
+        H.validation_images = max(64, H.batch_size * H.steps_per_eval // 4)
+
+
+def levels(img_size):
+    """`ch_mult` for images of a size: a grid of 8x8 to 16x16 ids for 32 to 256 pixels."""
+    halvings = 2 if img_size <= 64 else 3 if img_size <= 128 else 4
+    while img_size % 2**halvings and halvings > 1:
+        halvings -= 1
+    return {1: [1, 2], 2: [1, 1, 2], 3: [1, 1, 2, 2], 4: [1, 1, 2, 2, 4]}[halvings]
+
+
+# --- the two stages ------------------------------------------------------------------------------
+
+INTERVALS = dict.fromkeys(
+    ("steps_per_eval", "validation_images", "steps_per_display_output", "steps_per_save_output",
+     "steps_per_checkpoint")
+)
+# Both stages: a short warm-up, a learning rate that falls to 0 at the end, an EMA over the last
+# steps, which while there are few is over those.
+MODERN = dict(
+    INTERVALS, lr_schedule="cosine", warmup_iters=None, ema_beta=None, ema_warmup=True,
+    steps_per_update_ema=1, keep_checkpoints=3,
+)
 
 # Small enough to train on two CPU cores in minutes. Without a discriminator: L1 alone draws digits
 # well, and sharper ones would take longer.
@@ -15,28 +114,54 @@ TEXTURES = dict(
     DIGITS, img_size=64, attn_resolutions=[], codebook_size=256, batch_size=8,
 )
 
-# Where a thing stands says nothing in these images: hydra attention has no absolute positions by
-# default, and runs on larger canvases as it is.
-UNALIGNED = {"textures"}
-
-VQGAN_DEFAULTS = {
-    "*": dict(batch_size=3),
-    "digits": dict(DIGITS, lr=1e-3),
-    "textures": dict(TEXTURES, lr=1e-3),
-}
+VQGAN_DEFAULTS = Defaults(
+    everywhere=dict(batch_size=3, warmup_iters=0, lr_schedule="constant", optimizer="adam"),
+    recipes={
+        "modern": dict(
+            MODERN, optimizer="muon", lr=3e-3, perceptual="efficientnet_lite0",
+            perceptual_weight=0.15, codebook_start_step=None, codebook_revival=None,
+            disc_norm="group", disc_lr=1e-3, disc_weight=0.2, disc_start_step=None,
+            disc_lead_steps=None, disc_fade_steps=None,
+        ),
+    },
+    presets={
+        "small": dict(
+            img_size=64, nf=32, ch_mult=None, res_blocks=1, attn_resolutions=[], norm_groups=8,
+            emb_dim=32, codebook_size=256, ndf=32, disc_layers=2, batch_size=8,
+        ),
+        "medium": dict(
+            img_size=128, nf=64, ch_mult=None, res_blocks=2, attn_resolutions=[], norm_groups=16,
+            emb_dim=64, codebook_size=1024, ndf=64, disc_layers=3, batch_size=16,
+        ),
+    },
+    datasets={
+        "digits": dict(DIGITS, lr=1e-3, validation_images=64),
+        "textures": dict(TEXTURES, lr=1e-3, validation_images=64),
+    },
+)
 
 # The denoiser is not told the time, so more steps of sampling than 64 ids cost no more network
 # calls: they make it rarer that two ids are drawn at once.
-SAMPLER_DEFAULTS = {
-    "*": dict(batch_size=20, lr=1e-4, warmup_iters=30000),
-    "churches": dict(lr=2e-4, warmup_iters=10000),
-    "bedrooms": dict(lr=2e-4, warmup_iters=10000),
-    "digits": dict(
-        DIGITS, bert_n_emb=128, bert_n_layers=4, optimizer="muon", lr=3e-3, warmup_iters=50,
-        embd_pdrop=0.1, resid_pdrop=0.1, t_sampling="low_discrepancy", sample_steps=512, temp=0.8,
-    ),
-    "textures": dict(
-        TEXTURES, bert_n_emb=128, bert_n_layers=4, optimizer="muon", lr=3e-3, warmup_iters=50,
-        t_sampling="low_discrepancy", sample_steps=256,
-    ),
-}
+SAMPLER_DEFAULTS = Defaults(
+    everywhere=dict(batch_size=20, lr=1e-4, warmup_iters=30000),
+    recipes={
+        "modern": dict(MODERN, optimizer="muon", lr=3e-3, t_sampling="low_discrepancy"),
+    },
+    presets={
+        "small": dict(bert_n_emb=128, bert_n_layers=4, batch_size=16),
+        "medium": dict(bert_n_emb=384, bert_n_layers=12, batch_size=32),
+    },
+    datasets={
+        "churches": dict(lr=2e-4, warmup_iters=10000),
+        "bedrooms": dict(lr=2e-4, warmup_iters=10000),
+        "digits": dict(
+            DIGITS, bert_n_emb=128, bert_n_layers=4, optimizer="muon", lr=3e-3, warmup_iters=50,
+            embd_pdrop=0.1, resid_pdrop=0.1, t_sampling="low_discrepancy", sample_steps=512,
+            temp=0.8,
+        ),
+        "textures": dict(
+            TEXTURES, bert_n_emb=128, bert_n_layers=4, optimizer="muon", lr=3e-3, warmup_iters=50,
+            t_sampling="low_discrepancy", sample_steps=256,
+        ),
+    },
+)

@@ -1,19 +1,17 @@
 """Every setting of every script, declared once: name, type, default, limits, help; and the rules.
 
-The defaults written here are those of ffhq; `hparams/defaults.py` holds what other datasets change.
+The defaults written here are those of ffhq; `hparams/defaults.py` holds what other datasets,
+recipes and presets change.
 """
 
 import math
 
-from hparams.defaults import UNALIGNED
+from hparams.defaults import ENDLESS, PRESETS, RECIPES, UNALIGNED, follow_steps, levels
 from hparams.registry import DatasetNames, registered_path
 from hparams.settings import Settings, did_you_mean, setting
 from utils.errors import SettingsError
 
 DATASETS = ["digits", "textures", "ffhq", "churches", "bedrooms", "real_fake_faces", "custom"]
-
-
-ENDLESS = 100000000  # train_steps that no run reaches
 
 
 class Data(Settings):
@@ -24,7 +22,15 @@ class Data(Settings):
                            "which you can add any", choices=DatasetNames(DATASETS), required=True)
     custom_dataset_path: str | None = setting(None, "folder of images, nested or flat, or lmdb "
                                               "folder, for --dataset custom")
+    crops: int = setting(0, "how many squares at random places of each image are images of the "
+                         "dataset; 0: one, the whole image's central square", minimum=0)
+    crop_side: int | None = setting(None, "side of these squares in pixels of the file (none: "
+                                    "img_size, so that nothing is resized)", minimum=1)
     horizontal_flip: bool = setting(False, "also learn from mirrored images")
+    distorted_copies: int = setting(0, "also learn from so many copies of each image, shifted, "
+                                    "turned, scaled and sheared at random", minimum=0)
+    distortion: float = setting(0.5, "how strongly these are distorted; 1: by up to 6% of the "
+                                "side, 10 degrees, 8%, 12%", minimum=0)
     num_workers: int | None = setting(None, "processes that read images (none: up to 4, or 0 for "
                                       "embedded data)", minimum=0)
 
@@ -32,6 +38,8 @@ class Data(Settings):
         super().validate()
         if self.dataset == "custom" and not self.custom_dataset_path:
             raise SettingsError("--dataset custom needs --custom_dataset_path, a folder of images")
+        if self.crop_side and not self.crops:
+            raise SettingsError("--crop_side is for --crops, how many squares of each image")
         if self.custom_dataset_path and self.dataset != "custom":
             raise SettingsError(
                 f"--custom_dataset_path is for --dataset custom, not {self.dataset}"
@@ -56,19 +64,39 @@ def check_registered(name):
 class Training(Settings):
     """Training."""
 
+    recipe: str = setting("published", "how it is trained: published as the original programs do, "
+                          "modern with what makes short runs good; every part is a flag too",
+                          choices=list(RECIPES))
+    preset: str = setting("published", "sizes of model, images and batch: small for half an hour "
+                          "on two CPU cores at 64 pixels, medium for a day on a GPU at 128 to 256",
+                          choices=list(PRESETS))
     train_steps: int = setting(ENDLESS, "step to train to; a checkpoint is written there",
                                minimum=1)
     batch_size: int = setting(20, "images a step, of each of torchrun's processes", minimum=1)
     lr: float | None = setting(None, "learning rate (none, autoencoder: base_lr x batch_size)",
                                above=0)
+    optimizer: str = setting("adam", "adam as published, adamw, or muon for the matrices of a "
+                             "sampler's blocks or the autoencoder's convolutions, with AdamW for "
+                             "the rest", choices=["adam", "adamw", "muon"])
+    weight_decay: float = setting(0.0, "decoupled weight decay of adamw and muon", minimum=0,
+                                  only_with=("optimizer", "adamw", "muon"))
+    warmup_iters: int | None = setting(30000, "steps over which the learning rate rises from 0 "
+                                       "(none: a twentieth of train_steps, at most 1000)",
+                                       minimum=0)
+    lr_schedule: str = setting("constant", "after the warm-up: constant, or falling to 0 at "
+                               "train_steps", choices=["constant", "cosine", "linear"])
     amp: bool = setting(False, "mixed precision: bfloat16 on CPUs and on GPUs that have it, "
                         "float16 with a gradient scaler on the others")
     ema: bool = setting(False, "keep an exponential moving average of the weights; display, "
                         "validate, and (experiments) sample with it")
-    ema_beta: float = setting(0.995, "what an EMA update keeps of the average", minimum=0, below=1)
+    ema_beta: float | None = setting(0.995, "what an EMA update keeps of the average (none: an "
+                                     "average over 3% of train_steps)", minimum=0, below=1)
+    ema_warmup: bool = setting(False, "average over at most a tenth of the steps so far, so that "
+                               "the average is not behind while there are few")
     steps_per_update_ema: int = setting(10, "steps between EMA updates", minimum=1)
     load_dir: str = setting("test", "run whose checkpoint is loaded")
-    load_step: int = setting(0, "step of the checkpoint to load; 0 loads none", minimum=0)
+    load_step: int = setting(0, "step of the checkpoint to load, or best, that of the best "
+                             "validation; 0 loads none", minimum=0, step_of="load_dir")
     load_optim: bool = setting(True, "also restore the optimisers; --no_load_optim starts them "
                                "afresh")
     resume: bool = setting(False, "go on from the newest complete checkpoint of --log_dir, where "
@@ -89,6 +117,7 @@ class Training(Settings):
 
     def validate(self):
         super().validate()
+        follow_steps(self)
         if self.overwrite and self.resume:
             raise SettingsError("--overwrite begins a run anew and --resume goes on with it: leave "
                                 "one of them out")
@@ -100,13 +129,20 @@ class Logging(Settings):
     log_dir: str = setting("test", "name of the run: its files go to logs/NAME")
     save_individually: bool = setting(False, "save samples as single images too")
     steps_per_log: int = setting(10, "steps between log entries", minimum=1)
-    steps_per_eval: int = setting(0, "steps between validations; 0 trains on everything, without "
-                                  "a validation split", minimum=0)
-    steps_per_display_output: int = setting(5000, "steps between images on visdom; 0 for none",
-                                            minimum=0)
-    steps_per_save_output: int = setting(5000, "steps between images in logs/NAME/images; 0 for "
-                                         "none", minimum=0)
-    steps_per_checkpoint: int = setting(25000, "steps between checkpoints", minimum=1)
+    steps_per_eval: int | None = setting(0, "steps between validations (none: a tenth of "
+                                         "train_steps); 0 trains on everything, without a "
+                                         "validation split", minimum=0)
+    validation_images: int | None = setting(0, "how many of the images held out a validation looks "
+                                            "at, always the same (none: as long as they are a "
+                                            "quarter of those trained on in between, 64 at "
+                                            "least); 0 for all", minimum=0)
+    steps_per_display_output: int | None = setting(5000, "steps between images on visdom (none: a "
+                                                   "tenth of train_steps); 0 for none", minimum=0)
+    steps_per_save_output: int | None = setting(5000, "steps between images in logs/NAME/images "
+                                                "(none: a tenth of train_steps), the last step's "
+                                                "too; 0 for none", minimum=0)
+    steps_per_checkpoint: int | None = setting(25000, "steps between checkpoints (none: a tenth of "
+                                               "train_steps)", minimum=1)
     visdom_server: str = setting("http://localhost", "address of the visdom server")
     visdom_port: int = setting(8097, "port of the visdom server", minimum=1, maximum=65535)
     no_visdom: bool = setting(False, "do not plot on visdom")
@@ -118,11 +154,14 @@ class AutoencoderArchitecture(Settings):
     img_size: int = setting(256, "side of the square images, pixels", minimum=8)
     n_channels: int = setting(3, "3 for colour, 1 for grey", choices=[1, 3])
     nf: int = setting(128, "channels of the first level", minimum=1)
-    ch_mult: list[int] = setting([1, 1, 2, 2, 4], "channels of each level, as multiples of nf; "
-                                 "each level but the first halves the side", minimum=1)
+    ch_mult: list[int] | None = setting([1, 1, 2, 2, 4], "channels of each level, as multiples of "
+                                        "nf; each level but the first halves the side (none: as "
+                                        "img_size needs for 8x8 to 16x16 ids)", minimum=1)
     res_blocks: int = setting(2, "residual blocks a level", minimum=1)
     attn_resolutions: list[int] = setting([16], "sides at which residual blocks are followed by "
                                           "attention", minimum=1)
+    norm_groups: int = setting(32, "groups of channels that are normalised together; fewer are "
+                               "faster and better in narrow networks", minimum=1)
     emb_dim: int = setting(256, "width of a codebook vector", minimum=1)
     codebook_size: int = setting(1024, "number of codebook vectors", minimum=2)
     latent_shape: list[int] | None = setting(None, "1 H W, the grid of ids (none: what img_size "
@@ -130,9 +169,15 @@ class AutoencoderArchitecture(Settings):
     quantizer: str = setting("nearest", "how vectors become ids", choices=["nearest", "gumbel"])
     ndf: int = setting(64, "channels of the discriminator's first layer", minimum=1)
     disc_layers: int = setting(3, "strided layers of the discriminator", minimum=1)
+    disc_norm: str = setting("batch", "normalisation in the discriminator: batch as published, "
+                             "group, or spectral (1802.05957), which do not mix images",
+                             choices=["batch", "group", "spectral"])
+    disc_blur: bool = setting(False, "discriminator: 3x3 convolutions and a low-pass before the "
+                              "side is halved (1904.11486)")
 
     def validate(self):
         super().validate()
+        self.ch_mult = self.ch_mult or levels(self.img_size)
         side = self.img_size // 2 ** (len(self.ch_mult) - 1)
         self.latent_shape = self.latent_shape or [1, side, side]
 
@@ -144,18 +189,47 @@ class Autoencoder(AutoencoderArchitecture):
     beta: float = setting(0.25, "weight of the codebook term of the nearest quantizer", minimum=0)
     gumbel_kl_weight: float = setting(1e-8, "weight of the gumbel quantizer's KL term", minimum=0)
     gumbel_straight_through: bool = setting(False, "gumbel: one-hot codes in the forward pass")
-    perceptual_weight: float = setting(1.0, "weight of LPIPS; 0 needs and downloads nothing",
-                                       minimum=0)
+    entropy_weight: float = setting(0.0, "weight of the entropy term that makes vectors certain of "
+                                    "their id and all ids as common (2310.05737)", minimum=0,
+                                    only_with=("quantizer", "nearest"))
+    codebook_start_step: int | None = setting(0, "step until which vectors are not quantized; the "
+                                              "codebook then begins as their k-means centres "
+                                              "(none: a twentieth of train_steps, at most 1000)",
+                                              minimum=0, only_with=("quantizer", "nearest"))
+    codebook_revival: int | None = setting(0, "steps after which a codebook vector that was not "
+                                           "used becomes one of the encoder's (none: 5 to 50, by "
+                                           "train_steps); 0 for never", minimum=0,
+                                           only_with=("quantizer", "nearest"))
+    perceptual: str = setting("lpips", "perceptual distance in the loss: lpips, which needs VGG16's"
+                              " weights, efficientnet_lite0, which is installed with its own, or "
+                              "none", choices=["lpips", "efficientnet_lite0", "none"])
+    perceptual_weight: float = setting(1.0, "weight of the perceptual distance; 0 needs and "
+                                       "downloads nothing", minimum=0)
     perceptual_range: str = setting("0_1", "range of the images LPIPS sees: 0_1 as the published "
                                     "models were trained, or, typed --perceptual_range=-1_1, that "
-                                    "on which LPIPS was fitted", choices=["0_1", "-1_1"])
+                                    "on which LPIPS was fitted", choices=["0_1", "-1_1"],
+                                    only_with=("perceptual", "lpips"))
     vgg_weights: str | None = setting(None, "local file of torchvision's VGG16 weights for LPIPS "
                                       "(none: torchvision downloads them once)")
     diff_aug: bool = setting(False, "augment what the discriminator sees (DiffAug: color, "
                              "translation)")
     disc_weight_max: float = setting(1.0, "upper limit of the adversarial weight", minimum=0)
-    disc_start_step: int = setting(30001, "step from which the discriminator takes part",
-                                   minimum=0)
+    disc_weight: float = setting(1.0, "factor of the adversarial weight; at 1 its gradient is as "
+                                 "large as that of the reconstruction", minimum=0)
+    disc_lr: float | None = setting(None, "learning rate of the discriminator, on the schedule of "
+                                    "the autoencoder's (none: that of the autoencoder)", above=0)
+    disc_start_step: int | None = setting(30001, "step from which the discriminator takes part "
+                                          "(none: half of train_steps)", minimum=0)
+    disc_lead_steps: int | None = setting(0, "steps for which the discriminator learns before its "
+                                          "loss counts (none: a twentieth of train_steps)",
+                                          minimum=0)
+    disc_fade_steps: int | None = setting(0, "steps over which its loss comes to count in full "
+                                          "(none: a tenth of train_steps)", minimum=0)
+
+    def validate(self):
+        super().validate()
+        if self.perceptual == "none":
+            self.perceptual_weight = 0.0
 
 
 class SamplerArchitecture(Settings):
@@ -227,8 +301,8 @@ class Sampler(SamplerArchitecture, SamplingMethod):
     """Sampler."""
 
     ae_load_dir: str = setting("", "run of the autoencoder", required=True)
-    ae_load_step: int = setting(0, "step of the autoencoder's checkpoint", minimum=1,
-                                required=True)
+    ae_load_step: int = setting(0, "step of the autoencoder's checkpoint, or best", minimum=1,
+                                required=True, step_of="ae_load_dir")
     attn_pdrop: float = setting(0.0, "dropout of attention (full only)", minimum=0, below=1)
     embd_pdrop: float = setting(0.0, "dropout of embeddings", minimum=0, below=1)
     resid_pdrop: float = setting(0.0, "dropout of residual branches", minimum=0, below=1)
@@ -238,14 +312,6 @@ class Sampler(SamplerArchitecture, SamplingMethod):
                                  "number of them", choices=["random", "fixed"])
     t_sampling: str = setting("uniform", "times of a batch: independent, or spread evenly over "
                               "1..T", choices=["uniform", "low_discrepancy"])
-    optimizer: str = setting("adam", "adam as published, or muon for the blocks' matrices with "
-                             "AdamW for the rest", choices=["adam", "muon"])
-    weight_decay: float = setting(0.0, "decoupled weight decay of muon and its AdamW", minimum=0,
-                                  only_with=("optimizer", "muon"))
-    warmup_iters: int = setting(30000, "steps over which the learning rate rises from 0",
-                                minimum=0)
-    lr_schedule: str = setting("constant", "after the warm-up: constant, or falling to 0 at "
-                               "train_steps", choices=["constant", "cosine", "linear"])
 
 
 class Samples(Settings):

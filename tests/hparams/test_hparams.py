@@ -155,7 +155,7 @@ def test_wrong_flags_of_train_vqgan_are_refused(flags, says, capsys):
     ("--attention full --kernel_sizes 3", "would do nothing: it is for --attention hydra"),
     ("--top_k 5", "--top_k would do nothing: it is for --sampler autoregressive, not absorbing"),
     ("--remask 0.1", "--remask would do nothing: it is for --sample_type remdm, not diffusion"),
-    ("--optimizer adam --weight_decay 1", "it is for --optimizer muon, not adam"),
+    ("--optimizer adam --weight_decay 1", "it is for --optimizer adamw or muon, not adam"),
     ("--temp 0", "temp must be more than 0"),
     ("--ae_load_step 0", "ae_load_step must be at least 1"),
     ("--dataset custom", "needs --custom_dataset_path"),

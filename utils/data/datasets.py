@@ -12,7 +12,7 @@ import numpy as np
 
 from hparams.registry import DATASETS_YAML, read_registry, registered_path
 from utils.data.folders import EXTENSIONS, TABLES, counted, real_faces, scan, survey
-from utils.data.images import Digits, ImageFiles, Textures
+from utils.data.images import Crops, Digits, ImageFiles, Textures
 from utils.data.lsun import LsunImages
 from utils.data.pixels import UnreadableImage, value_range
 from utils.errors import SettingsError, UserError
@@ -29,6 +29,10 @@ def load_dataset(H, log=None, registry=DATASETS_YAML):
     UserError, naming the path and where to change it, where there is no dataset.
     """
     dataset = DATASETS.get(H.dataset, folder_or_lmdb)(H, Path(registry))
+    if getattr(H, "crops", 0):
+        if dataset.embedded:
+            raise SettingsError(f"--crops is for images in files, not for {H.dataset}")
+        dataset = Crops(dataset, H.crops, H.crop_side or H.img_size)
     if log is not None:
         remarks = remarks_on_registry(H.dataset, registry)
         for remark in remarks + dataset.remarks + remarks_on_values(dataset):

@@ -8,9 +8,13 @@ import stat
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
-from utils.data.pixels import TRANSFORM_VERSION, UnreadableImage, decode, to_float, to_square
+from utils.data.pixels import (
+    TRANSFORM_VERSION, UnreadableImage, decode, to_float, to_square, to_uint8,
+)
 
 LARGEST_FILE = 1 << 30  # bytes
 
@@ -155,3 +159,91 @@ class ImageFiles(ImageDataset):
     def identity(self):
         for relative, size, mtime in self.found:
             yield f"{relative}\0{size}\0{mtime}\n".encode("utf-8", "surrogateescape")
+
+
+class Crops(ImageDataset):
+    """`count` squares of `side` pixels of each image of a dataset of files, as images of their own.
+
+    Where a square lies follows from the name of its image and its number alone. An image that is
+    smaller gives its largest square at that place.
+    """
+
+    def __init__(self, dataset, count, side):
+        super().__init__(dataset.name, dataset.img_size, dataset.n_channels)
+        self.dataset, self.count, self.side = dataset, count, side
+        self.remarks = dataset.remarks
+
+    def __len__(self):
+        return len(self.dataset) * self.count
+
+    @property
+    def root_name(self):
+        return self.dataset.root_name
+
+    def identifier(self, index):
+        return self.dataset.identifier(index // self.count)  # a split holds out whole images
+
+    def description(self, index):
+        return self.dataset.description(index // self.count)
+
+    def path(self, index):
+        return self.dataset.path(index // self.count)
+
+    def open(self, index):
+        image = self.dataset.open(index // self.count)
+        name = f"{self.identifier(index)} {index % self.count}".encode("utf-8", "surrogateescape")
+        numbers = np.frombuffer(hashlib.sha256(name).digest()[:8], "<u4") / 2**32  # in [0, 1)
+        side = min(self.side, *image.size)
+        left, top = (numbers * (np.array(image.size) - side + 1)).astype(int).tolist()
+        return image.crop((left, top, left + side, top + side))
+
+    def identity(self):
+        yield f"{self.count} crops of {self.side}\n".encode()
+        yield from self.dataset.identity()
+
+
+class Distorted(ImageDataset):
+    """A dataset and `copies` of each of its images, shifted, turned, scaled and sheared at random
+    by amounts that depend on the copy's number alone, at most `strength` times those below."""
+
+    shift, degrees, scale, shear = 0.06, 10.0, 0.08, 0.12  # the first in sides of the image
+
+    def __init__(self, dataset, copies, strength):
+        super().__init__(dataset.name, dataset.img_size, dataset.n_channels)
+        self.dataset, self.embedded = dataset, dataset.embedded
+        self.copies, self.strength = copies, strength
+
+    def __len__(self):
+        return len(self.dataset) * (1 + self.copies)
+
+    def pixels(self, index):
+        pixels = self.dataset.pixels(index % len(self.dataset))
+        return pixels if index < len(self.dataset) else self.distort(pixels, index)
+
+    def distort(self, pixels, index):
+        """The image uint8 [C, S, S] as the copy of number `index` shows it."""
+        # RandomState, unlike numpy's newer generators, promises the same numbers in every version.
+        amounts = np.random.RandomState(index).uniform(-1, 1, 6) * self.strength
+        angle = np.deg2rad(amounts[0] * self.degrees)
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        skew = np.array([[1.0, amounts[1] * self.shear], [0.0, 1.0]])
+        matrix = turn @ skew @ np.diag(1 + amounts[2:4] * self.scale)
+        # affine_grid has sides of length 2
+        matrix = np.concatenate((matrix, 2 * self.shift * amounts[4:, None]), axis=1)
+        image = to_float(pixels)[None]
+        grid = F.affine_grid(torch.from_numpy(matrix).float()[None], image.shape, False)
+        return to_uint8(F.grid_sample(image, grid, "bicubic", "border", False)[0])
+
+    def path(self, index):
+        return self.dataset.path(index % len(self.dataset))
+
+    def fingerprint(self):
+        amounts = (self.copies, self.strength, self.shift, self.degrees, self.scale, self.shear)
+        return hashlib.sha256(f"{self.dataset.fingerprint()} {amounts}".encode()).hexdigest()
+
+
+def augmented(dataset, H):
+    """The dataset as H wants it to be learned from, with distorted copies or without."""
+    if H.distorted_copies:
+        return Distorted(dataset, H.distorted_copies, H.distortion)
+    return dataset

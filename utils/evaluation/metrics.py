@@ -98,14 +98,38 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
 
     Means [D] and covariances [D, D] are float64 arrays.
     """
-    difference = mean_1 - mean_2
     factors = [covariance_factor(covariance) for covariance in (covariance_1, covariance_2)]
-    # With C = A^T A these sum up to the trace of the root, but unlike the root itself they are well
+    traces = np.trace(covariance_1) + np.trace(covariance_2)
+    return distance_of_factors(mean_1 - mean_2, *factors, traces)
+
+
+def distance_of_factors(difference, factor_1, factor_2, traces):
+    """The Fréchet distance of means that differ by `difference` [D], and of covariances C = A^T A
+    of factors A [r, D], the sum of whose traces is given."""
+    # These sum up to the trace of the root of C1 C2, but unlike the root itself they are well
     # conditioned where covariances are singular.
-    root = scipy.linalg.svdvals(factors[0] @ factors[1].T).sum()
-    return float(
-        difference @ difference + np.trace(covariance_1) + np.trace(covariance_2) - 2 * root
-    )
+    root = scipy.linalg.svdvals(factor_1 @ factor_2.T).sum()
+    return float(difference @ difference + traces - 2 * root)
+
+
+def frechet_distance_of_features(features, others):
+    """`frechet_distance` of the means and covariances of features [n, D] and [m, D], n, m > 1.
+
+    Takes n x m numbers where that is less than the D x D of covariances.
+    """
+    if max(len(features), len(others)) > features.shape[1]:
+        statistics = []
+        for part in (features, others):
+            statistics.append(FeatureStatistics())
+            statistics[-1].update(part)
+        return frechet_distance(*(value for part in statistics for value in part.finish()))
+    means, factors = [], []
+    for part in (features, others):
+        part = part.double().cpu().numpy()
+        means.append(part.mean(0))
+        factors.append((part - means[-1]) / np.sqrt(len(part) - 1))  # A^T A is the covariance
+    traces = sum(np.square(factor).sum() for factor in factors)
+    return distance_of_factors(means[0] - means[1], *factors, traces)
 
 
 # --- precision, recall, density, coverage ------------------------------------------------------

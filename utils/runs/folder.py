@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from hparams.parser import LOGS, SETTINGS_FILE, run_name
+from hparams.parser import BEST_FILE, LOGS, SETTINGS_FILE, run_name
 from utils.files import make_folder
 
 
@@ -19,6 +19,7 @@ class RunFolder:
         self.lock = self.path / ".lock"
         self.metrics = self.path / "metrics.jsonl"
         self.hparams = self.path / SETTINGS_FILE
+        self.best = self.path / BEST_FILE
         self.images = self.path / "images"
         self.results = self.path / "results.json"
         self.samples = self.path / "samples"

@@ -60,6 +60,17 @@ def damage(folder, step):
     return None
 
 
+def read_best(folder, last):
+    """The record of a run's best checkpoint; {} where there is none up to the step `last`."""
+    try:
+        best = json.loads(folder.best.read_bytes())
+        if best["step"] <= last and isinstance(best["value"], float) and best["figure"]:
+            return best
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # it is written again at the next validation
+    return {}
+
+
 def place_of(path):
     """(run folder, name, step) of one file of a checkpoint."""
     folder = RunFolder(path.parent.parent.name, root=path.parent.parent.parent)

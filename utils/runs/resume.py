@@ -10,7 +10,7 @@ from hparams.settings import show
 from utils.errors import UserError
 from utils.files import remove_leftovers, whole_file
 from utils.runs.folder import RunFolder
-from utils.runs.manifest import damage
+from utils.runs.manifest import damage, read_best
 from utils.runs.script import hold_lock, without_credentials
 
 
@@ -107,6 +107,8 @@ def record_settings(H, log):
         if step > start:
             folder.manifest(step).unlink()
             log.info(f"the damaged checkpoint of step {step} counts no more")
+    if not read_best(folder, start):
+        folder.best.unlink(missing_ok=True)  # it is of a step that there will not be
     if folder.hparams.exists():  # else the metrics are those of an experiment
         log.rewind(start or -1)
     with whole_file(folder.hparams) as file:

@@ -6,7 +6,9 @@ import torch
 
 from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
 from models.autoencoder.autoencoder import VQAutoEncoder
-from models.autoencoder.perceptual import PerceptualDistance, load_vgg16
+from models.autoencoder.perceptual import (
+    EfficientNetDistance, PerceptualDistance, lite0_weights, load_vgg16,
+)
 from models.autoencoder.vqgan import VQGAN
 from utils.errors import SettingsError, UserError
 from utils.files import load_file, weights_hash
@@ -40,13 +42,17 @@ def build_both(H):
 
 
 def build_vqgan(H, log):
-    """VQGAN, with LPIPS where `perceptual_weight` asks for it.
+    """VQGAN, with the distance `perceptual` where `perceptual_weight` asks for it.
 
     LPIPS' trunk comes from `--vgg_weights`, else from the checkpoint to be loaded, else from
     torchvision's download; UserError where none of these is to be had.
     """
     if H.perceptual_weight == 0:
         return VQGAN(H)
+    if H.perceptual == "efficientnet_lite0":
+        perceptual = EfficientNetDistance()
+        perceptual.net.load_state_dict(load_file(lite0_weights()))
+        return VQGAN(H, perceptual)
     perceptual = PerceptualDistance()
     path = RunFolder(H.load_dir).model("vqgan", H.load_step)
     if H.vgg_weights or not (H.load_step and lpips_weights(path)):

@@ -1,14 +1,18 @@
 """Checkpoints: the models and optimisers of a run, saved and restored by name."""
 
+import json
+import math
+
 import torch
 
 from hparams.parser import agrees
 from hparams.settings import show
 from utils.errors import DiskError, UserError
-from utils.files import save_file, sync_folder
+from utils.files import save_file, sync_folder, whole_file
 from utils.runs.folder import RunFolder
 from utils.runs.manifest import (
-    checkpoint_file, damage, is_saved, load_checkpoint, read_manifest, read_stats, write_manifest,
+    checkpoint_file, damage, is_saved, load_checkpoint, read_best, read_manifest, read_stats,
+    write_manifest,
 )
 
 
@@ -22,9 +26,20 @@ class Checkpoints:
     def __init__(self, folder, models, optimizers, scaler, keep=0):
         self.folder, self.models, self.optimizers = folder, models, optimizers
         self.scaler, self.keep = scaler, keep
+        self.best = {}  # {"step", "figure", "value", "extra"}, as in its file
 
-    def save(self, step, stats):
-        """Write all files of a step, the manifest last; `stats` is a dict of plain values.
+    def better(self, step, figures, *names):
+        """The record of the best step if it is this one, by the first of the figures `names` that
+        there is, of which less is better; else None."""
+        name = next(name for name in names if name in figures)
+        before = self.best.get("value", math.inf) if self.best.get("figure") == name else math.inf
+        if figures[name] < before:
+            return {"step": step, "figure": name, "value": figures[name], "extra": False}
+
+    def save(self, step, stats, best=None):
+        """Write all files of a step, the manifest last; `stats` is a dict of plain values, `best`
+        the record of the best step if it is this one, `extra` in it whether it is saved only for
+        that and removed once there is a better one.
 
         Raises DiskError, having removed what it has written, and UserError for weights that are
         not finite.
@@ -44,6 +59,12 @@ class Checkpoints:
             for name in files:
                 checkpoint_file(self.folder, name).unlink()
             raise
+        if best:
+            before, self.best = self.best, best
+            with whole_file(self.folder.best) as file:
+                file.write(json.dumps(best).encode())
+            if before.get("extra"):
+                self.remove(before["step"])
         if self.keep:
             self.remove_old(step)
 
@@ -67,17 +88,23 @@ class Checkpoints:
     def remove_old(self, step):
         """Remove all but the last `keep` checkpoints up to `step`, if that one is whole."""
         old = [s for s in self.folder.complete_steps() if s <= step][: -self.keep]
+        old = [s for s in old if s != self.best.get("step")]
         if not old or damage(self.folder, step):
             return
         for step in old:
-            try:
-                files = read_manifest(self.folder, step)
-            except ValueError:
-                continue  # damaged: which files are its own is not known
-            self.folder.manifest(step).unlink()  # first, or it would promise what is not there
-            sync_folder(self.folder.saved_stats)
-            for name in files:
-                checkpoint_file(self.folder, name).unlink(missing_ok=True)
+            self.remove(step)
+
+    def remove(self, step):
+        """Remove a checkpoint, unless its manifest is damaged: which files are its is then not
+        known."""
+        try:
+            files = read_manifest(self.folder, step)
+        except ValueError:
+            return
+        self.folder.manifest(step).unlink()  # first, or it would promise what is not there
+        sync_folder(self.folder.saved_stats)
+        for name in files:
+            checkpoint_file(self.folder, name).unlink(missing_ok=True)
 
     def restore(self, H, log, optional=()):
         """Load step `H.load_step` (0: none) of the run `H.load_dir`; returns its stats, {} without.
@@ -87,6 +114,8 @@ class Checkpoints:
         """
         if not H.load_step:
             return {}
+        if H.load_dir == H.log_dir:
+            self.best = read_best(self.folder, H.load_step)
         folder, step = RunFolder(H.load_dir), H.load_step
         first = next(iter(self.models))
         for name, model in self.models.items():

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import time
 
-from hparams.groups import ENDLESS
+from hparams.defaults import ENDLESS
 from utils.data.batches import stream_positions
 from utils.errors import DiskError, UserError
 from utils.logging.logger import ProgressBar
@@ -34,6 +34,25 @@ def in_words(figures):
     return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 
+class Means:
+    """Means of named numbers over what has them, such as steps or images."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, stats, weight=1):
+        """Add a dict of 0-d tensors or floats, each a mean over `weight` things."""
+        for name, value in stats.items():
+            self.sums[name] = self.sums.get(name, 0) + value * weight
+            self.counts[name] = self.counts.get(name, 0) + weight
+
+    def take(self):
+        """The means, a dict of floats, of all that was added since the last call."""
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return means
+
+
 class TrainingLoop:
     """Context and iterator of the steps after `start`, up to `H.train_steps`.
 
@@ -58,7 +77,8 @@ class TrainingLoop:
             disable=not processes.is_first,
         )
         self.started = time.perf_counter() - seconds
-        self.sums, self.counts, self.training_time = {}, {}, 0.0
+        self.means, self.training_time = Means(), 0.0  # since the last log entry
+        self.recent, self.recent_bad_steps = Means(), 0  # since the last validation
         self.bad_steps = 0  # in a row
 
     def __enter__(self):
@@ -120,6 +140,7 @@ class TrainingLoop:
             for buffer, before in buffers:
                 buffer.copy_(before)
             self.bad_steps += 1
+            self.recent_bad_steps += 1
             batch_size = H.batch_size * self.processes.size
             indices, _ = stream_positions(self.images, batch_size, H.seed, self.step - 1)
             indices = " ".join(map(str, indices))
@@ -140,34 +161,35 @@ class TrainingLoop:
 
     def count(self, **stats):
         """Add 0-d tensors or floats, among them `loss`, to the means that are logged."""
-        for name, value in stats.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
+        self.means.add(stats)
+        self.recent.add(stats)
 
     def end_step(self):
         """Log the means every `steps_per_log`, and find out what is due."""
         H, step = self.H, self.step
         self.bar.update()
-        if due(step, H.steps_per_log) and self.counts:
+        if due(step, H.steps_per_log) and self.means.counts:
             self.log_means()
         else:
             self.training_time += time.perf_counter() - self.began_step
         interrupted = self.signal is not None or self.processes.is_orphan
         self.ends = self.processes.any(interrupted) or self.is_last
         finite = self.processes.is_first and not self.bad_steps
-        validates = due(step, H.steps_per_eval) or (H.steps_per_eval > 0 and self.is_last)
-        self.must_validate = finite and validates
-        self.must_show = finite and due(step, H.steps_per_display_output) and not H.no_visdom
-        self.must_save_images = finite and due(step, H.steps_per_save_output)
+        self.must_validate = finite and self.due(H.steps_per_eval)
+        self.must_show = finite and not H.no_visdom and self.due(H.steps_per_display_output)
+        self.must_save_images = finite and self.due(H.steps_per_save_output)
         periodic = finite and due(step, H.steps_per_checkpoint)
         trained = self.processes.is_first and self.finite_steps > 0
         self.must_save = trained and (self.ends or periodic)
 
+    def due(self, interval):
+        """Whether something done every `interval` steps (0: never), and at the end, is due."""
+        return due(self.step, interval) or (interval > 0 and self.is_last)
+
     def log_means(self):
         """Log the means since the last time, images/s of training alone, and seconds in all."""
-        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
-        means = self.processes.mean(means)
-        images = self.counts["loss"] * self.H.batch_size * self.processes.size
+        images = self.means.counts["loss"] * self.H.batch_size * self.processes.size
+        means = self.processes.mean(self.means.take())
         speed = images / (self.training_time + time.perf_counter() - self.began_step)
         metrics = {**means, "images_per_second": speed, "seconds": self.seconds}
         self.log.metrics(self.step, metrics)
@@ -176,13 +198,24 @@ class TrainingLoop:
         self.bar.set_postfix_str(
             f"loss {means['loss']:.4f}, {speed:.0f} images/s{self.validation}"
         )
-        self.sums, self.counts, self.training_time = {}, {}, 0.0
+        self.training_time = 0.0
 
-    def report_validation(self, figures):
-        """Log figures of the held-out images, a dict, and keep them on the progress bar."""
+    def report_validation(self, figures, diagnose):
+        """Log figures of the held-out images, a dict, and keep them on the progress bar.
+
+        `diagnose(means, bad steps)`, both since the last validation, gives sentences on what does
+        not go well.
+        """
         self.log.metrics(self.step, figures, group="validation")
         self.log.info(f"step {self.step}, validation: {in_words(figures)}")
         self.validation = f"; validation: {in_words(figures)}"
+        sentences = diagnose(self.recent.take(), self.recent_bad_steps)
+        self.recent_bad_steps = 0
+        for sentence in sentences:
+            self.log.warning(f"step {self.step}: {sentence}")
+        if not sentences:
+            self.log.info(f"step {self.step}: training goes well")
+        self.log.table("health", dict(enumerate(sentences or ["training goes well"], start=1)))
 
     @property
     def seconds(self):

@@ -31,7 +31,8 @@ def orthogonalize(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay; ValueError for what is no matrix.
+    """Muon with Nesterov momentum and decoupled weight decay, for parameters of two or more
+    dimensions, of which all but the first count as one; ValueError for others.
 
     A step's root mean square is 0.2 lr, about that of AdamW, so AdamW's learning rate serves.
     """
@@ -40,7 +41,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.dim() != 2:
+                if parameter.dim() < 2:
                     raise ValueError(f"Muon takes matrices, not {list(parameter.shape)}")
 
     @torch.no_grad()
@@ -55,7 +56,7 @@ class Muon(torch.optim.Optimizer):
                 self.update(parameters, group["lr"], group["momentum"], group["weight_decay"])
 
     def update(self, parameters, lr, momentum, weight_decay):
-        """Step parameters of one shape [r, c]."""
+        """Step parameters of one shape [r, ...]."""
         directions = []
         for parameter in parameters:
             state = self.state[parameter]
@@ -63,21 +64,42 @@ class Muon(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
             directions.append(parameter.grad.lerp(buffer, momentum))
-        steps = orthogonalize(torch.stack(directions))  # [n, r, c]
-        scale = 0.2 * max(parameters[0].shape) ** 0.5
+        steps = orthogonalize(torch.stack(directions).flatten(2))  # [n, r, c]
+        scale = 0.2 * max(steps.shape[1:]) ** 0.5
+        steps = steps.reshape(-1, *parameters[0].shape)
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
         torch._foreach_add_(parameters, list(steps.unbind(0)), alpha=-lr * scale)
 
 
-class MuonWithAdamW:
-    """One optimiser: Muon on the matrices of a transformer's blocks, AdamW on everything else."""
+def is_matrix_of_block(name, parameter):
+    """Whether Muon is for a parameter of a transformer: a matrix of its blocks."""
+    return ".blocks." in f".{name}" and parameter.dim() == 2
 
-    def __init__(self, model, lr, weight_decay=0.0):
+
+def is_inner_convolution(name, parameter):
+    """Whether Muon is for a parameter of an autoencoder: a convolution between features, whose
+    shorter side as a matrix [out, in·k·k] is more than a few colours."""
+    return parameter.dim() == 4 and min(len(parameter), parameter.shape[1]) > 3
+
+
+def build_optimizer(model, H, takes_muon):
+    """Adam, as published, AdamW, or Muon on those parameters of which `takes_muon(name, parameter)`
+    says so and AdamW on the others."""
+    if H.optimizer == "muon":
+        return MuonWithAdamW(model, H.lr, H.weight_decay, takes_muon)
+    if H.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), H.lr, weight_decay=H.weight_decay)
+    return torch.optim.Adam(model.parameters(), H.lr)
+
+
+class MuonWithAdamW:
+    """One optimiser: Muon on the parameters that `takes_muon` chooses, AdamW on everything else."""
+
+    def __init__(self, model, lr, weight_decay=0.0, takes_muon=is_matrix_of_block):
         matrices, others = [], []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                is_matrix = ".blocks." in f".{name}" and parameter.dim() == 2
-                (matrices if is_matrix else others).append(parameter)
+                (matrices if takes_muon(name, parameter) else others).append(parameter)
         self.parts = {
             "muon": Muon(matrices, lr, weight_decay=weight_decay),
             "adamw": torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=weight_decay),
@@ -112,9 +134,10 @@ class MuonWithAdamW:
             part.load_state_dict(state[name])
 
 
-def learning_rate(H, step):
-    """The learning rate of a step: linear warm-up over `warmup_iters`, then `lr_schedule`."""
-    rate = H.lr * min(1.0, step / max(H.warmup_iters, 1))
+def learning_rate(H, step, highest=None):
+    """The learning rate of a step: linear warm-up over `warmup_iters` to `highest` (None: `lr`),
+    then `lr_schedule`."""
+    rate = (H.lr if highest is None else highest) * min(1.0, step / max(H.warmup_iters, 1))
     progress = max(0.0, step - H.warmup_iters) / max(H.train_steps - H.warmup_iters, 1)
     if H.lr_schedule == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

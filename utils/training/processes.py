@@ -94,6 +94,11 @@ class Processes:
         dist.broadcast_object_list(values)
         return values[0]
 
+    def copy_from_first(self, tensor):
+        """Make a tensor what it is on rank 0, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor.detach(), 0)
+
     def gather(self, value):
         """The values of all ranks, in their order, on rank 0; None on the others."""
         if self.size == 1:

@@ -136,7 +136,7 @@ def test_objectives_and_gradients_agree_with_golden():
     loss.backward()
     assert_near(model.ae.encoder.blocks[0].weight.grad, golden["grad_encoder_first_conv"])
     assert_near(model.ae.generator.blocks[-1].weight.grad, golden["grad_generator_last_conv"])
-    assert_near(model.discriminator_loss(golden["x"], x_hat).detach(), golden["d_loss"])
+    assert_near(model.discriminator_losses(golden["x"], x_hat)[0].detach(), golden["d_loss"])
 
 
 def test_published_settings_give_the_published_shapes():
@@ -195,7 +195,7 @@ def test_one_channel_model():
     loss, x_hat, _ = model.generator_losses(images(n_channels=1), step=10)
     assert x_hat.shape == (2, 1, 16, 16)
     loss.backward()
-    model.discriminator_loss(images(n_channels=1), x_hat).backward()
+    model.discriminator_losses(images(n_channels=1), x_hat)[0].backward()
     assert model.disc.main[0].weight.grad.abs().sum() > 0
 
 
@@ -204,7 +204,7 @@ def test_bfloat16_autocast_runs_both_ways(quantizer):
     model = tiny(quantizer=quantizer, diff_aug=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, x_hat, stats = model.generator_losses(images(), step=10)
-        d_loss = model.discriminator_loss(images(), x_hat)
+        d_loss, _ = model.discriminator_losses(images(), x_hat)
     assert x_hat.dtype == torch.bfloat16
     assert loss.dtype == d_loss.dtype == stats["codebook_loss"].dtype == torch.float32
     loss.backward()
@@ -404,7 +404,7 @@ def test_each_objective_moves_only_its_own_side():
     assert all(p.requires_grad for p in model.disc.parameters())
 
     model.ae.zero_grad()
-    model.discriminator_loss(images(), x_hat).backward()
+    model.discriminator_losses(images(), x_hat)[0].backward()
     assert all(p.grad is None for p in model.ae.parameters())
     assert all(p.grad is not None for p in model.disc.parameters())
 
@@ -414,7 +414,7 @@ def test_discriminator_sees_augmented_images():
     model = tiny(diff_aug=True)
     model.disc.register_forward_hook(lambda _, inputs, __: shown.append(inputs[0]))
     _, x_hat, _ = model.generator_losses(images(), step=10)
-    model.discriminator_loss(images(), x_hat)
+    model.discriminator_losses(images(), x_hat)
     assert len(shown) == 3
     for seen, plain in zip(shown, (x_hat, images(), x_hat)):
         assert seen.shape == plain.shape and not torch.equal(seen, plain)
@@ -605,8 +605,9 @@ def test_vgg16_weights_fill_the_trunk(perceptual):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(nf=48), "`nf` 48 x `ch_mult` 1 = 48 is no multiple of 32, the number of"),
-        (dict(nf=16, ch_mult=[2, 4]), "`nf` 16 x `ch_mult` 1 = 16 is no multiple of 32"),
+        (dict(nf=48), "`nf` 48 x `ch_mult` 1 = 48 is no multiple of `norm_groups` 32"),
+        (dict(nf=16, ch_mult=[2, 4]),
+         "`nf` 16 x `ch_mult` 1 = 16 is no multiple of `norm_groups` 32"),
         (dict(img_size=17), "`img_size` 17 cannot be halved 1 times, as the 2 levels of `ch_mult`"),
         (dict(latent_shape=[1, 16, 16]), "`latent_shape` 1 16 16 does not follow from `img_size` "
          "16 and `ch_mult` 1 1, which give 1 8 8"),
@@ -615,7 +616,8 @@ def test_vgg16_weights_fill_the_trunk(perceptual):
         (dict(disc_layers=3), "`disc_layers` 3 leaves nothing of images of 16 pixels"),
         (dict(disc_layers=0), "`disc_layers` must be at least 1, not 0"),
         (dict(img_size=8, latent_shape=[1, 4, 4], disc_layers=1, perceptual_weight=0.1),
-         "LPIPS needs images of 16 pixels or more, not `img_size` 8: set `perceptual_weight` 0"),
+         "`perceptual` lpips needs images of 16 pixels or more, not `img_size` 8: set "
+         "`perceptual_weight` 0"),
     ],
 )
 def test_invalid_settings_raise(changes, message):

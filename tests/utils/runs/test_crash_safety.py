@@ -293,7 +293,7 @@ def test_restore_loads_the_gradient_scaler(workplace):
     model = torch.nn.Linear(2, 2)
     Checkpoints(run, {"thing": model}, {}, scaler).save(1, {})
     other = torch.amp.GradScaler("cpu")
-    H = SimpleNamespace(load_dir="a", load_step=1, load_optim=True)
+    H = SimpleNamespace(load_dir="a", load_step=1, load_optim=True, log_dir="a")
     Checkpoints(run, {"thing": model}, {}, other).restore(H, NoLogger(run))
     assert other.get_scale() == 64.0
 
@@ -363,7 +363,7 @@ def test_keep_checkpoints_removes_only_old_checkpoints():
             for name in ("vqgan", "vqgan_ema", "ae_optim", "disc_optim")}
     assert names == kept | {mine.name}
     assert {path.name for path in run.saved_stats.iterdir()} == {
-        "stats_8", "stats_9", "manifest_8.json", "manifest_9.json"
+        "stats_8", "stats_9", "manifest_8.json", "manifest_9.json", "best.json"
     }
 
 
@@ -456,10 +456,10 @@ def test_training_survives_a_full_disk_to_the_bit(monkeypatch):
     real = Checkpoints.save
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save(self, step, stats):
+    def save(self, step, stats, best=None):
         limit = 1000 if step in (4, 6) else before[0]
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-        real(self, step, stats)
+        real(self, step, stats, best)
 
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     flags = f"{EVERY_2} --train_steps 9 --steps_per_save_output 1 --keep_checkpoints 2"
@@ -480,10 +480,10 @@ def test_training_survives_a_full_disk_to_the_bit(monkeypatch):
 
 
 def test_failing_to_save_the_last_checkpoint_is_an_error(capsys, monkeypatch):
-    def save(self, step, stats):
+    def save(self, step, stats, best=None):
         if step == 4:
             raise DiskError("cannot write a.th: No space left on device")
-        real(self, step, stats)
+        real(self, step, stats, best)
 
     real = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", save)

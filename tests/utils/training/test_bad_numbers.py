@@ -60,7 +60,7 @@ def spoil(monkeypatch, cls, method, steps, how):
 STAGES = {
     "sampler": (sampler, "", AbsorbingDiffusion, "forward"),
     "autoencoder": (vqgan, "--disc_start_step 2", VQGAN, "generator_losses"),
-    "discriminator": (vqgan, "--disc_start_step 2", VQGAN, "discriminator_loss"),
+    "discriminator": (vqgan, "--disc_start_step 2", VQGAN, "discriminator_losses"),
 }
 
 
@@ -142,7 +142,8 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert "5 steps in a row up to step 10" in line and "that of step 4" in line
     assert RunFolder("a").complete_steps() == RunFolder("a").steps("vqgan") == [4]
     # and where it is found out by the checkpoint of that very step
-    flags = f"{VQGAN_FLAGS} --steps_per_checkpoint 5 --train_steps 20 --log_dir b"
+    flags = (f"{VQGAN_FLAGS} --steps_per_checkpoint 5 --train_steps 20 --steps_per_eval 0 "
+             f"--log_dir b")
     line = sentence(train_vqgan.main, flags, capsys, monkeypatch)
     assert "vqgan holds weights at step 5 that are not finite" in line
     assert not RunFolder("b").complete_steps() and not RunFolder("b").steps("vqgan")

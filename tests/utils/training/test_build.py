@@ -18,8 +18,8 @@ from utils.training.checkpoints import Checkpoints, load_weights, unwrapped
 from utils.training.precision import Precision
 
 FLAGS = (
-    "--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --disc_layers 1 "
-    "--perceptual_weight 1"
+    "--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 "
+    "--disc_layers 1 --perceptual_weight 1"
 ).split()
 
 
@@ -257,10 +257,11 @@ PRIOR = [*DIGITS, "--sampler", "absorbing", "--ae_load_dir", "ae", "--ae_load_st
 @pytest.mark.parametrize("flags, says", [
     ("--latent_shape 1 4 4", "--latent_shape 1 4 4 does not follow from --img_size 32"),
     ("--img_size 31", "--img_size 31 cannot be halved"),
-    ("--nf 24", "--nf 24 x --ch_mult 1 = 24 is no multiple of 32"),
+    ("--nf 24", "--nf 24 x --ch_mult 1 = 24 is no multiple of --norm_groups 32"),
     ("--attn_resolutions 7", "--attn_resolutions 7 never occurs"),
     ("--disc_layers 5", "--disc_layers 5 leaves nothing"),
-    ("--img_size 8 --attn_resolutions 8 --disc_layers 1 --perceptual_weight 1", "LPIPS needs"),
+    ("--img_size 8 --attn_resolutions 8 --disc_layers 1 --perceptual_weight 1",
+     "--perceptual lpips needs images of 16 pixels"),
 ])
 def test_an_impossible_autoencoder_names_the_flag(flags, says):
     with pytest.raises(SettingsError) as error:
@@ -282,7 +283,7 @@ def test_an_impossible_autoencoder_names_the_flag(flags, says):
     ("--position rope --bert_n_emb 24 --bert_n_head 4", "a multiple of 4, not 24 / 4"),
     ("--sampler autoregressive --attention hydra", "looks ahead"),
     ("--attn_pdrop 0.1", "--attn_pdrop must be 0: hydra attention has no attention dropout"),
-    ("--nf 24", "--nf 24 x --ch_mult 1 = 24 is no multiple of 32"),
+    ("--nf 24", "--nf 24 x --ch_mult 1 = 24 is no multiple of --norm_groups 32"),
 ])
 def test_an_impossible_sampler_names_the_flag(flags, says):
     with pytest.raises(SettingsError) as error:

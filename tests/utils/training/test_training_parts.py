@@ -10,12 +10,18 @@ import train_sampler
 import train_vqgan
 from hparams import get_sampler_hparams, get_vqgan_hparams
 from models import VQGAN, AbsorbingDiffusion, Transformer
+from models.autoencoder.autoencoder import VQAutoEncoder
 from models.prior.absorbing_diffusion import diffusion_losses, draw_mask, draw_times
 from models.sampling.samplers import sample_mask_predict
-from utils.evaluation.metrics import psnr
+from utils.data.pixels import to_uint8
+from utils.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
+from utils.evaluation.reconstruction import ReconstructionDistance
 from utils.training import precision as precision_module
 from utils.training.ema import EMA
-from utils.training.optimizers import MuonWithAdamW, NotFinite, backward, learning_rate, take_step
+from utils.training.optimizers import (
+    Muon, MuonWithAdamW, NotFinite, backward, build_optimizer, is_inner_convolution, learning_rate,
+    take_step,
+)
 from utils.training.precision import Precision, seed_step
 from utils.training.processes import Processes
 
@@ -43,17 +49,67 @@ def test_learning_rate_follows_its_schedule():
     assert learning_rate(settings("cosine"), 110) == pytest.approx(0, abs=1e-12)
 
 
+def test_muon_takes_convolutions_as_matrices_of_all_their_taps():
+    torch.manual_seed(0)
+    convolution, matrix = torch.nn.Conv2d(4, 6, 3, bias=False), torch.nn.Linear(36, 6, bias=False)
+    matrix.weight.data = convolution.weight.data.flatten(1).clone()
+    x = torch.randn(5, 4, 3, 3)
+    for module, images in ((convolution, x), (matrix, x.flatten(1))):
+        optimizer = Muon(module.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(images).square().sum().backward()
+            optimizer.step()
+    assert torch.allclose(convolution.weight.flatten(1), matrix.weight, atol=1e-5)
+    with pytest.raises(ValueError, match="takes matrices"):
+        Muon([torch.nn.Parameter(torch.zeros(3))])
+
+
+def test_muon_of_an_autoencoder_leaves_colours_and_codebook_to_adamw():
+    H = types.SimpleNamespace(
+        img_size=16, n_channels=3, nf=32, ch_mult=[1, 1], res_blocks=1, attn_resolutions=[],
+        emb_dim=8, codebook_size=5, latent_shape=[1, 8, 8], quantizer="nearest", beta=0.25,
+        optimizer="muon", lr=1e-3, weight_decay=0.0,
+    )
+    model = VQAutoEncoder(H)
+    optimizer = build_optimizer(model, H, is_inner_convolution)
+    of_muon = {id(p) for group in optimizer.parts["muon"].param_groups for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in of_muon}
+    first, last = "encoder.blocks.0.weight", f"generator.blocks.{len(model.generator.blocks) - 1}"
+    assert "encoder.blocks.1.conv1.weight" in names and "generator.blocks.0.weight" in names
+    assert not names & {first, f"{last}.weight", "quantize.embedding.weight"}
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert count == len(list(model.parameters()))
+
+
 def test_ema_is_the_weighted_mean_and_copies_buffers():
     model = torch.nn.BatchNorm1d(2)
     ema = EMA(model, 0.75)
-    for value in (1.0, 2.0):
+    for n, value in enumerate((1.0, 2.0), start=1):
         torch.nn.init.constant_(model.weight, value)
         model.running_mean.fill_(value)
-        ema.update(model)
+        ema.update(model, n)
     # started at 1: 0.75 * (0.75 * 1 + 0.25 * 1) + 0.25 * 2
     assert torch.allclose(ema.model.weight, torch.full((2,), 1.25))
     assert torch.equal(ema.model.running_mean, torch.full((2,), 2.0))
     assert not ema.model.training and not ema.model.weight.requires_grad
+
+
+def test_ema_with_warmup_follows_from_the_first_updates_on():
+    model = torch.nn.Linear(1, 1)
+    plain, warm = EMA(model, 0.999), EMA(model, 0.999, warmup=True)
+    torch.nn.init.constant_(model.weight, 1.0)
+    for n in range(1, 51):
+        plain.update(model, n)
+        warm.update(model, n)
+    left = math.prod((n + 1) / (n + 10) for n in range(1, 51))  # of the random start
+    start = (plain.model.weight - 1) / 0.999**50
+    assert torch.allclose(warm.model.weight, 1 + left * start, atol=1e-6)
+    assert left < 1e-6
+    late, before = EMA(torch.nn.Linear(1, 1), 0.9, warmup=True), EMA(model, 0.9).model.weight
+    late.model.weight.copy_(before + 1)
+    late.update(model, 10**6)  # then beta is the limit
+    assert torch.allclose(late.model.weight, model.weight + 0.9)
 
 
 def test_ema_shares_the_tensors_and_modules_that_never_change():
@@ -150,9 +206,10 @@ def test_validation_of_the_autoencoder_is_the_mean_over_images():
     H = get_vqgan_hparams([*DIGITS.split(), "--batch_size", "3"])
     vqgan = VQGAN(H).eval()
     training = training_of(
-        train_vqgan.VQGANTraining, H=H, best=vqgan, validation_set=Images(), on_unreadable=None
+        train_vqgan.VQGANTraining, H=H, vqgan=vqgan, best=vqgan, ema=None, looked_at=Images(),
+        on_unreadable=None, distance=ReconstructionDistance(CPU),
     )
-    values, usage = training.validate(1), training.log.usage
+    (values, known), usage = training.validate(1), training.log.usage
     images = torch.stack([Images().pixels(index) for index in range(7)]) / 255
     with torch.no_grad():
         reconstructions, _, _, ids = vqgan.ae(images)
@@ -161,6 +218,14 @@ def test_validation_of_the_autoencoder_is_the_mean_over_images():
     assert values["psnr"] == pytest.approx(float(expected), rel=1e-5)
     counts = torch.bincount(ids.flatten(), minlength=H.codebook_size)
     assert torch.allclose(usage, counts / counts.sum())
+    assert known == dict(values, of_weights=values["l1"], ids_seen=ids.numel())
+    pairs = [to_uint8(part) for part in (images, reconstructions)]
+    statistics = [FeatureStatistics(), FeatureStatistics()]
+    for part, of_part in zip(pairs, statistics):
+        of_part.update(training.distance.extract(part)["fid"])
+    expected = frechet_distance(*statistics[0].finish(), *statistics[1].finish())
+    assert values["frechet"] == pytest.approx(expected, rel=1e-6)
+    assert training.validate(2)[0] == values  # the images' features are kept
 
 
 def prior(flags=""):
@@ -172,10 +237,10 @@ def prior(flags=""):
 def test_validation_of_the_sampler_is_repeatable_and_ignores_the_mask_schedule():
     def validate(model, H):
         training = training_of(
-            train_sampler.SamplerTraining, H=H, best=model, held_out=ids,
+            train_sampler.SamplerTraining, H=H, sampler=model, best=model, looked_at=ids,
             precision=Precision(False, CPU),
         )
-        return training.validate()
+        return training.validate()[0]
 
     H, model = prior()
     ids = torch.randint(H.codebook_size, (10, 64))

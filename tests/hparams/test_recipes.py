@@ -1,0 +1,120 @@
+"""Recipes and presets: which defaults they give, what follows from --train_steps, loaded runs."""
+
+import pytest
+
+from hparams import get_sampler_hparams, get_vqgan_fid_hparams, get_vqgan_hparams
+from hparams.defaults import levels
+from utils.runs.folder import RunFolder
+
+CUSTOM = ["--dataset", "custom", "--custom_dataset_path", "photos"]
+SAMPLER = ["--sampler", "absorbing", "--ae_load_dir", "ae", "--ae_load_step", "5"]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def save_run(H, name, without=()):
+    lines = H.as_yaml().splitlines(keepends=True)
+    kept = [line for line in lines if line.partition(":")[0] not in without]
+    RunFolder(name).create().hparams.write_text("".join(kept))
+
+
+@pytest.mark.parametrize("dataset, recipe, preset", [
+    ("ffhq", "published", "published"), ("bedrooms", "published", "published"),
+    ("digits", "published", "published"), ("real_fake_faces", "modern", "small"),
+])
+def test_each_dataset_has_its_recipe(dataset, recipe, preset):
+    for H in (get_vqgan_hparams(["--dataset", dataset]),
+              get_sampler_hparams(["--dataset", dataset, *SAMPLER])):
+        assert (H.recipe, H.preset) == (recipe, preset)
+
+
+def test_custom_images_with_the_published_recipe_share_the_defaults_of_ffhq():
+    published = get_vqgan_hparams(["--dataset", "ffhq"])
+    H = get_vqgan_hparams([*CUSTOM, "--recipe", "published"])
+    differing = {name for name in vars(H) if vars(H)[name] != vars(published)[name]}
+    assert differing <= {"dataset", "custom_dataset_path", "command"}
+
+
+def test_parts_of_a_recipe_and_sizes_of_a_preset_are_flags():
+    H = get_vqgan_hparams([*CUSTOM, "--disc_norm", "spectral", "--nf", "64", "--lr", "2e-3"])
+    assert (H.disc_norm, H.nf, H.lr) == ("spectral", 64, 2e-3)
+    H = get_vqgan_hparams([*CUSTOM, "--recipe", "published", "--preset", "small"])
+    assert (H.img_size, H.nf, H.norm_groups) == (64, 32, 8)  # sizes of one, training of the other
+    assert (H.disc_norm, H.lr_schedule, H.lr) == ("batch", "constant", 4.5e-6 * H.batch_size)
+
+
+def test_a_preset_that_is_given_comes_after_the_dataset():
+    assert get_vqgan_hparams(["--dataset", "digits"]).batch_size == 32
+    assert get_vqgan_hparams(["--dataset", "digits", "--recipe", "modern"]).batch_size == 32
+    H = get_vqgan_hparams(["--dataset", "digits", "--preset", "small"])
+    assert H.batch_size == 8 and H.n_channels == 1
+
+
+@pytest.mark.parametrize("steps", [200, 2000, 20000])
+def test_intervals_follow_the_steps(steps):
+    for H in (get_vqgan_hparams([*CUSTOM, "--train_steps", str(steps)]),
+              get_sampler_hparams([*CUSTOM, *SAMPLER, "--train_steps", str(steps)])):
+        for name in ("steps_per_eval", "steps_per_save_output", "steps_per_checkpoint"):
+            assert getattr(H, name) == steps // 10
+        assert H.warmup_iters == steps // 20
+        assert 1 / (1 - H.ema_beta) == pytest.approx(max(10, 0.03 * steps), rel=0.01)
+        assert H.validation_images >= 64
+    H = get_vqgan_hparams([*CUSTOM, "--train_steps", str(steps)])
+    assert 0 < H.codebook_start_step < H.disc_start_step < steps
+    assert H.disc_start_step + H.disc_lead_steps + H.disc_fade_steps < steps
+
+
+def test_endless_runs_have_the_intervals_of_long_ones():
+    H = get_vqgan_hparams(CUSTOM)
+    assert H.steps_per_checkpoint == 20000 and H.warmup_iters == 1000
+    given = get_vqgan_hparams([*CUSTOM, "--steps_per_eval", "0", "--train_steps", "200"])
+    assert given.steps_per_eval == 0
+
+
+@pytest.mark.parametrize("size, grid", [
+    (32, 8), (48, 12), (64, 16), (96, 12), (100, 25), (128, 16), (200, 25), (256, 16),
+])
+def test_sizes_from_32_to_256_make_a_grid(size, grid):
+    H = get_vqgan_hparams([*CUSTOM, "--img_size", str(size)])
+    assert H.latent_shape == [1, grid, grid]
+    assert len(levels(size)) == len(H.ch_mult)
+
+
+def test_runs_of_before_there_were_recipes_go_on_as_they_were():
+    flags = ["--dataset", "digits", "--log_dir", "a"]
+    H = get_vqgan_hparams([*flags, "--recipe", "published", "--lr", "0.01"])
+    save_run(H, "a", without={"recipe", "preset", "norm_groups", "disc_norm", "codebook_revival"})
+    for goes_on in ("--load_dir a --load_step 5", "--resume"):
+        (RunFolder("a").saved_stats / "manifest_5.json").touch()
+        resumed = get_vqgan_hparams([*flags, *goes_on.split()])
+        assert (resumed.recipe, resumed.preset) == ("published", "published")
+        assert (resumed.norm_groups, resumed.disc_norm) == (32, "batch")
+        assert resumed.codebook_revival == 0
+        assert resumed.lr == 0.01
+    measured = get_vqgan_fid_hparams(["--load_dir", "a", "--load_step", "5", "--log_dir", "m"])
+    assert measured.norm_groups == 32
+
+
+def test_a_resumed_run_keeps_its_recipe_and_what_followed_from_its_steps():
+    flags = [*CUSTOM, "--log_dir", "a"]
+    H = get_vqgan_hparams([*flags, "--recipe", "modern", "--train_steps", "1000"])
+    save_run(H, "a")
+    (RunFolder("a").saved_stats / "manifest_5.json").touch()
+    resumed = get_vqgan_hparams([*flags, "--resume", "--train_steps", "9000"])
+    assert resumed.recipe == "modern" and resumed.disc_start_step == 500
+    begun = get_vqgan_hparams([*CUSTOM, "--log_dir", "b", "--load_dir", "a", "--load_step", "5",
+                               "--train_steps", "9000"])
+    assert begun.recipe == "modern" and begun.disc_start_step == 4500 and begun.nf == H.nf
+
+
+def test_a_sampler_takes_the_autoencoder_as_it_is_and_has_a_recipe_of_its_own():
+    save_run(get_vqgan_hparams([*CUSTOM, "--recipe", "published", "--log_dir", "ae", "--crops",
+                                "3"]), "ae")
+    H = get_sampler_hparams([*CUSTOM, *SAMPLER])
+    assert (H.recipe, H.optimizer) == ("modern", "muon")
+    assert (H.norm_groups, H.nf, H.disc_norm) == (32, 128, "batch")
+    assert H.crops == 3  # the images that the autoencoder knows
+    assert get_sampler_hparams(["--dataset", "digits", *SAMPLER]).crops == 0

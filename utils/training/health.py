@@ -1,0 +1,93 @@
+"""Is it going well? What a person who knows would say of a training at each validation.
+
+`training` are means over the steps since the last validation, as they are logged, `validation` the
+figures of the images held out. docs/training.md explains each sentence.
+"""
+
+PER_CODE = 4  # ids that a validation must see for each code, or unused ones mean nothing
+FEW_CODES = 0.5  # share of the codebook in use
+WINS, IDLE = 0.95, 0.55  # share of what a discriminator is shown that it takes for what it is
+AT_LIMIT = 0.95
+BEHIND = 1.1  # error of the EMA over that of the weights
+PARTED = 1.25  # error on images held out over that on those trained on
+
+
+def autoencoder_health(H, step, validation, training, bad_steps):
+    """The sentences, a list, on an autoencoder after a step; none where all is well.
+
+    `validation` holds `codes_used`, `ids_seen`, `l1`, and `of_weights`, the L1 of the weights that
+    an EMA averages.
+    """
+    return [sentence for sentence in (
+        not_finite(bad_steps),
+        few_codes(H, step, validation),
+        discriminator(H, training),
+        weight_at_limit(H, step, training),
+        ema_behind("L1", validation["l1"], validation["of_weights"]),
+        parted("L1", training.get("l1"), validation["of_weights"]),
+    ) if sentence]
+
+
+def sampler_health(validation, training, bad_steps):
+    """The sentences, a list, on a sampler; none where all is well.
+
+    `validation` holds `bits_per_token`, and `of_weights`, those of the weights that an EMA
+    averages.
+    """
+    return [sentence for sentence in (
+        not_finite(bad_steps),
+        ema_behind("bits per token", validation["bits_per_token"], validation["of_weights"]),
+        parted("bits per token", training.get("bits_per_token"), validation["of_weights"]),
+    ) if sentence]
+
+
+def not_finite(bad_steps):
+    if bad_steps:
+        return (f"{bad_steps} steps since the last validation were not finite: lower --lr, or give "
+                f"--clip_grad_norm 1")
+
+
+def few_codes(H, step, validation):
+    used, ids = validation["codes_used"], validation["ids_seen"]
+    if step <= H.codebook_start_step or ids < PER_CODE * H.codebook_size:
+        return None
+    if used < FEW_CODES * H.codebook_size:
+        remedy = "wait, or give a smaller --codebook_size"
+        if H.quantizer == "nearest" and not H.codebook_revival:
+            remedy = "give --codebook_revival 50, or a smaller --codebook_size"
+        return f"only {used} of {H.codebook_size} codes are in use: {remedy}"
+
+
+def discriminator(H, training):
+    """How the discriminator does where it has learned at all."""
+    if "d_real_right" not in training:
+        return None
+    real, fake = training["d_real_right"], training["d_fake_right"]
+    told = f"it is right on {real:.0%} of the images and {fake:.0%} of the reconstructions"
+    if (real + fake) / 2 > WINS:
+        remedy = "a smaller --ndf" if H.diff_aug else "--diff_aug, or a smaller --ndf"
+        return f"the discriminator wins, {told}, so that its loss says little: give {remedy}"
+    if (real + fake) / 2 < IDLE:
+        return (f"the discriminator is idle, {told}, so that its loss is noise: give it a larger "
+                f"--ndf, or more steps before it counts, --disc_lead_steps")
+
+
+def weight_at_limit(H, step, training):
+    full = H.disc_start_step + H.disc_lead_steps + H.disc_fade_steps
+    limit = H.disc_weight * H.disc_weight_max
+    if step > full and limit and training.get("d_weight", 0) > AT_LIMIT * limit:
+        return (f"the weight of the adversarial loss is at its limit, {limit:g}: where pictures "
+                f"get worse, lower --disc_weight_max")
+
+
+def ema_behind(what, average, weights):
+    if average > BEHIND * weights:
+        return (f"the EMA is behind the weights that it averages ({what} {average:.3g}, of the "
+                f"weights {weights:.3g}): give --ema_warmup, or a lower --ema_beta")
+
+
+def parted(what, trained_on, held_out):
+    if trained_on is not None and held_out > PARTED * trained_on:
+        return (f"images held out are worse than those trained on ({what} {held_out:.3g}, trained "
+                f"on {trained_on:.3g}): it learns them by heart; give more images, "
+                f"--horizontal_flip or --crops, or take the best checkpoint")
