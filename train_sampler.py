@@ -114,18 +114,13 @@ class SamplerTraining:
                 if loop.must_record:
                     record_settings(H, self.log)
                 loop.end_step()
-                best = None  # the record of the best step, if it is this one
-                if loop.must_validate:
-                    figures, known = self.validate()
-                    loop.report_validation(figures, partial(sampler_health, known))
-                    best = self.checkpoints.better(step, figures, "bits_per_token")
+                best = self.judge(step, loop) if loop.must_validate else None
                 if loop.must_show or loop.must_save_images:
                     self.show_samples(step, loop.must_save_images, loop.must_show)
                 if loop.must_save or best:
                     with tolerate_full_disk(self.log, unless=loop.ends):
                         stats = {"seconds": loop.seconds, **self.facts}
-                        best = best and {**best, "extra": not loop.must_save}
-                        self.checkpoints.save(step, stats, best)
+                        self.checkpoints.save(step, stats, best, extra=not loop.must_save)
 
     def noise_of(self, step):
         """Arguments with which ranks draw the whole batch's noise and each takes its part."""
@@ -134,6 +129,12 @@ class SamplerTraining:
             return {}
         rng = torch.Generator(processes.device).manual_seed(step_seed(self.H.seed, step))
         return dict(rng=rng, part=(processes.rank, processes.size), reduce=processes.sum)
+
+    def judge(self, step, loop):
+        """Validate, and say how it goes; returns the record of the best step if it is this one."""
+        figures, known = self.validate()
+        loop.report_validation(figures, partial(sampler_health, known))
+        return self.checkpoints.better(step, figures, "bits_per_token")
 
     @torch.no_grad()
     def validate(self):

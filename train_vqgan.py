@@ -135,20 +135,22 @@ class VQGANTraining:
                 if loop.must_record:
                     record_settings(H, self.log)
                 loop.end_step()
-                best = None  # the record of the best step, if it is this one
-                if loop.must_validate:
-                    figures, known = self.validate(step)
-                    loop.report_validation(figures, partial(autoencoder_health, H, step, known))
-                    if step >= (H.codebook_start_step or 0):
-                        best = self.checkpoints.better(step, figures, "frechet", "loss")
+                best = self.judge(step, loop) if loop.must_validate else None
                 if loop.must_show or loop.must_save_images:
                     self.show_reconstructions(step, loop.must_save_images, loop.must_show)
                 if loop.must_save or best:
                     with tolerate_full_disk(self.log, unless=loop.ends):
                         stats = {"seconds": loop.seconds, **self.facts}
-                        best = best and {**best, "extra": not loop.must_save}
-                        self.checkpoints.save(step, stats, best)
+                        self.checkpoints.save(step, stats, best, extra=not loop.must_save)
         batches.close()
+
+    def judge(self, step, loop):
+        """Validate, and say how it goes; returns the record of the best step if it is this one."""
+        figures, known = self.validate(step)
+        loop.report_validation(figures, partial(autoencoder_health, self.H, step, known))
+        if step < self.H.codebook_start_step:
+            return None  # nothing is quantized yet
+        return self.checkpoints.better(step, figures, "frechet", "loss")
 
     @torch.no_grad()
     def validate(self, step):

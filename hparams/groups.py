@@ -45,7 +45,6 @@ class Data(Settings):
                 f"--custom_dataset_path is for --dataset custom, not {self.dataset}"
             )
 
-
     def check_flags(self, given):
         super().check_flags(given)
         if "dataset" in given and self.dataset not in DATASETS:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 SMALLEST = {"lpips": 16, "efficientnet_lite0": 32}  # pixels of a side
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of red, green, blue
 HEADS = Path(lpips.__file__).with_name("weights") / "v0.1" / "vgg.pth"
 
 
@@ -79,9 +80,8 @@ class EfficientNetDistance(nn.Module):
         super().__init__()
         self.logit_weight = logit_weight
         self.net = EfficientNet.from_name("efficientnet-lite0").requires_grad_(False)
-        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
-            values = torch.tensor(values).view(3, 1, 1)  # ImageNet's, on which it was trained
-            self.register_buffer(name, values, persistent=False)
+        for name, values in zip(("mean", "std"), torch.tensor(IMAGENET)[..., None, None]):
+            self.register_buffer(name, values, persistent=False)  # [3, 1, 1]
         self.train(False)
 
     def features(self, x):

