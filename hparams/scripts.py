@@ -8,9 +8,11 @@ from functools import partial
 
 from hparams.defaults import SAMPLER_DEFAULTS, VQGAN_DEFAULTS
 from hparams.environment import process_count
+from hparams.experiment_groups import (
+    ELBO, FID, PRDC, Canvas, Features, Inpainting, NearestNeighbours, Samples, SamplesToMeasure,
+)
 from hparams.groups import (
-    ELBO, FID, PRDC, Autoencoder, AutoencoderArchitecture, Canvas, Data, Features, Inpainting,
-    Logging, NearestNeighbours, Sampler, SamplerArchitecture, Samples, SamplesToMeasure,
+    Autoencoder, AutoencoderArchitecture, Data, Logging, Sampler, SamplerArchitecture,
     SamplingMethod, Training,
 )
 from hparams.parser import LoadedRun, get_hparams

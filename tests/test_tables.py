@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from hparams import groups
+from hparams import experiment_groups, groups
 from models import SAMPLERS
 from utils.data.datasets import DATASETS
 from utils.evaluation.metrics import METRICS, Metric
@@ -29,7 +29,7 @@ def test_the_declared_datasets_are_the_first_choices_of_the_flag():
 
 
 def test_every_measure_beside_fid_has_a_metric_and_names_what_it_needs():
-    flags = {name for name, field in declared(groups.FID).items() if field.type is bool}
+    flags = {name for name, field in declared(experiment_groups.FID).items() if field.type is bool}
     assert flags and flags < set(METRICS) and "fid" in METRICS
     for metric in METRICS.values():
         assert issubclass(metric, Metric) and metric.finish is not Metric.finish

@@ -1,7 +1,7 @@
 """Measures of images and of their features: functions on tensors, and the table METRICS.
 
 To add a metric, write a class like those at the end, enter it in METRICS, and declare a flag of its
-name in the group FID of hparams/groups.py.
+name in the group FID of hparams/experiment_groups.py.
 """
 
 import itertools
