@@ -24,14 +24,16 @@ from utils.training.build import (
     build_both, build_sampler, check_autoencoder, check_models, load_autoencoder, sampler_path,
 )
 from utils.training.checkpoints import Checkpoints, architecture_of
+from utils.training.compile import compiles, only_compiled
 from utils.training.ema import EMA
 from utils.training.health import sampler_health
-from utils.training.loop import Means, TrainingLoop, due, tolerate_full_disk
+from utils.training.loop import Means, TrainingLoop, due, mean_of, tolerate_full_disk
 from utils.training.optimizers import (
-    backward, build_optimizer, is_matrix_of_block, learning_rate, set_learning_rate, take_step,
+    build_optimizer, is_matrix_of_block, learning_rate, set_learning_rate,
 )
-from utils.training.precision import Precision, seed_step, step_seed
+from utils.training.precision import Precision, seed_step, step_seed, training_arithmetic
 from utils.training.processes import init_processes
+from utils.training.step import Buffers, backward, take_step
 
 VALIDATION_DRAWS = 8
 
@@ -78,7 +80,13 @@ class SamplerTraining:
         stats = self.checkpoints.restore(H, log)
         check_autoencoder(self.autoencoder, stats, sampler_path(H))
         self.seconds = stats.get("seconds", 0.0)
+        transformer = self.sampler.transformer
+        transformer.checkpoint_blocks = H.checkpoint_blocks
+        self.compiled = compiles(H, processes.device, log)
+        if self.compiled:
+            transformer.compile_blocks()
         self.loss = processes.wrap(self.sampler)
+        self.buffers = Buffers(self.sampler)
 
     @torch.no_grad()
     def log_reconstruction(self, dataset):
@@ -95,22 +103,19 @@ class SamplerTraining:
         """Train to `H.train_steps`."""
         H, sampler, processes = self.H, self.sampler, self.processes
         batches = latent_batches(self.ids, H, H.load_step, processes)
-        with TrainingLoop(
+        with training_arithmetic(H), TrainingLoop(
             H, self.log, processes, len(self.ids), H.load_step, self.seconds
         ) as loop:
             for step in loop:
-                ids = next(batches)
                 sampler.train()
                 set_learning_rate(self.optimizer, learning_rate(H, step))
-                with loop.attempt(sampler):
-                    with self.precision.autocast():
-                        stats = self.loss(ids, **self.noise_of(step))
-                    backward(stats["loss"], self.optimizer, self.precision)
-                    take_step([stats["loss"]], [self.optimizer], self.precision, processes,
-                              H.clip_grad_norm)
-                    if self.ema and due(step, H.steps_per_update_ema):
-                        self.ema.update(sampler, step // H.steps_per_update_ema)
-                    loop.count(**{name: value.detach() for name, value in stats.items()})
+                self.buffers.keep()
+                losses, stats = self.gradients(step, next(batches))
+                outcome = take_step(losses, [self.optimizer], self.precision, H.clip_grad_norm,
+                                    self.buffers)
+                if self.ema and due(step, H.steps_per_update_ema):
+                    self.ema.update(sampler, step // H.steps_per_update_ema, outcome.bad)
+                loop.count(outcome, **stats)
                 if loop.must_record:
                     record_settings(H, self.log)
                 loop.end_step()
@@ -122,13 +127,30 @@ class SamplerTraining:
                         stats = {"seconds": loop.seconds, **self.facts}
                         self.checkpoints.save(step, stats, best, extra=not loop.must_save)
 
-    def noise_of(self, step):
-        """Arguments with which ranks draw the whole batch's noise and each takes its part."""
+    def gradients(self, step, ids):
+        """Compute the gradients of ids [B, N] in `H.accumulate` parts.
+
+        Returns (the loss of each part, the means of what the parts have to log).
+        """
+        parts, all_stats = ids.chunk(self.H.accumulate), []
+        self.optimizer.zero_grad()
+        for index, part in enumerate(parts):
+            with self.processes.adds_up(self.loss, index + 1 == len(parts)):
+                with self.precision.autocast():
+                    stats = self.loss(part, **self.noise_of(step, index, len(parts)))
+                backward(stats["loss"] / len(parts), self.precision)
+            all_stats.append({name: value.detach() for name, value in stats.items()})
+        return [stats["loss"] for stats in all_stats], mean_of(all_stats)
+
+    def noise_of(self, step, index, parts):
+        """Arguments with which every part of every rank draws the whole batch's noise and takes its
+        own."""
         processes = self.processes
-        if processes.size == 1:
+        if processes.size * parts == 1:
             return {}
         rng = torch.Generator(processes.device).manual_seed(step_seed(self.H.seed, step))
-        return dict(rng=rng, part=(processes.rank, processes.size), reduce=processes.sum)
+        part = processes.rank * parts + index, processes.size * parts
+        return dict(rng=rng, part=part, reduce=processes.sum)
 
     def judge(self, step, loop):
         """Validate, and say how it goes; returns the record of the best step if it is this one."""
@@ -148,7 +170,7 @@ class SamplerTraining:
         for model, means in {self.sampler: of_weights, self.best: bits}.items():
             model.eval()
             seed_step(0, 0, "validation")
-            with self.precision.autocast():
+            with self.precision.autocast(), only_compiled(self.compiled):
                 for ids in draws.split(max(self.H.batch_size, 64)):
                     values = model.bits_per_token(ids.to(self.processes.device)).double()
                     means.add({"bits_per_token": values.mean()}, len(values))
@@ -162,7 +184,7 @@ class SamplerTraining:
         H = self.H
         self.best.eval()
         seed_step(H.seed, step, "samples")
-        with self.precision.autocast():
+        with self.precision.autocast(), only_compiled(self.compiled):
             ids = self.best.sample(min(H.batch_size, 64), H.temp)
         images = decode(self.autoencoder, ids)
         with tolerate_full_disk(self.log):

@@ -24,14 +24,16 @@ from utils.runs.trained_on import choose_split
 from utils.training.build import build_vqgan, check_models
 from utils.training.checkpoints import Checkpoints, architecture_of
 from utils.training.codebook import CodebookCare
+from utils.training.compile import compiles, only_compiled
 from utils.training.ema import EMA
 from utils.training.health import autoencoder_health
-from utils.training.loop import Means, TrainingLoop, due, tolerate_full_disk
+from utils.training.loop import Means, TrainingLoop, due, mean_of, tolerate_full_disk
 from utils.training.optimizers import (
-    backward, build_optimizer, is_inner_convolution, learning_rate, set_learning_rate, take_step,
+    build_optimizer, is_inner_convolution, learning_rate, set_learning_rate,
 )
-from utils.training.precision import Precision, seed_step
+from utils.training.precision import Precision, seed_step, training_arithmetic
 from utils.training.processes import init_processes
+from utils.training.step import Buffers, backward, take_step
 
 
 class Objective(nn.Module):
@@ -82,11 +84,17 @@ class VQGANTraining:
         )
         stats = self.checkpoints.restore(H, log, optional=["perceptual."])
         self.seconds = stats.get("seconds", 0.0)
-        # Some weights have no part in the loss: those only published files hold, and `logsigma`.
+        for network in (self.vqgan.ae.encoder, self.vqgan.ae.generator):
+            network.checkpoint_blocks = H.checkpoint_blocks
+        self.compiled = compiles(H, processes.device, log)
+        if self.compiled:
+            self.vqgan.compile_networks()
         self.ae_loss = processes.wrap(
-            Objective(self.vqgan.ae, self.vqgan.generator_losses), find_unused_parameters=True
+            Objective(self.vqgan.ae, self.vqgan.generator_losses),
+            [f"module.{name}" for name in self.vqgan.ae.without_gradient()],
         )
         self.disc_loss = processes.wrap(Objective(self.vqgan.disc, self.vqgan.discriminator_losses))
+        self.buffers = Buffers(self.vqgan, ["perceptual."])
         if processes.is_first:
             self.looked_at = sample_of(
                 self.validation_set, H.validation_images or len(self.validation_set)
@@ -103,35 +111,23 @@ class VQGANTraining:
         batches = training_batches(
             self.train_set, H, H.load_step, self.processes, self.on_unreadable
         )
-        with TrainingLoop(
+        with training_arithmetic(H), TrainingLoop(
             H, self.log, self.processes, len(self.train_set), H.load_step, self.seconds
         ) as loop:
             for step in loop:
-                images = next(batches)
                 vqgan.train()
                 set_learning_rate(ae_optim, learning_rate(H, step))
                 set_learning_rate(disc_optim, learning_rate(H, step, H.disc_lr))
                 if H.quantizer == "gumbel":
                     vqgan.ae.quantize.temperature = gumbel_temperature(step)
                 self.codebook.before(step)
-                with loop.attempt(vqgan):
-                    with precision.autocast():
-                        loss, reconstructions, stats = self.ae_loss(
-                            images, step, precision.scaler.get_scale()
-                        )
-                    backward(loss, ae_optim, precision)
-                    losses, optimizers = [loss], [ae_optim]
-                    if step >= H.disc_start_step:
-                        with precision.autocast():
-                            d_loss, d_stats = self.disc_loss(images, reconstructions.detach())
-                        backward(d_loss, disc_optim, precision)
-                        losses, optimizers = [loss, d_loss], [ae_optim, disc_optim]
-                        stats |= {"d_loss": d_loss.detach(), **d_stats}
-                    take_step(losses, optimizers, precision, self.processes, H.clip_grad_norm)
-                    if self.ema and due(step, H.steps_per_update_ema):
-                        self.ema.update(vqgan, step // H.steps_per_update_ema)
-                    self.codebook.after(step)
-                    loop.count(loss=loss.detach(), **stats)
+                self.buffers.keep()
+                losses, optimizers, stats = self.gradients(step, next(batches))
+                outcome = take_step(losses, optimizers, precision, H.clip_grad_norm, self.buffers)
+                if self.ema and due(step, H.steps_per_update_ema):
+                    self.ema.update(vqgan, step // H.steps_per_update_ema, outcome.bad)
+                loop.count(outcome, **stats)
+                self.codebook.after(step, loop)
                 if loop.must_record:
                     record_settings(H, self.log)
                 loop.end_step()
@@ -144,9 +140,39 @@ class VQGANTraining:
                         self.checkpoints.save(step, stats, best, extra=not loop.must_save)
         batches.close()
 
+    def gradients(self, step, images):
+        """Compute the gradients of images [B, C, S, S] in `H.accumulate` parts.
+
+        Returns (the losses of each part, the optimisers that have a step to take, the means of what
+        the parts have to log).
+        """
+        H, precision, processes = self.H, self.precision, self.processes
+        parts, losses, all_stats = images.chunk(H.accumulate), [], []
+        optimizers = list(self.optimizers.values())[: 2 if step >= H.disc_start_step else 1]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for index, part in enumerate(parts):
+            last = index + 1 == len(parts)
+            with processes.adds_up(self.ae_loss, last):
+                with precision.autocast():
+                    loss, reconstructions, stats = self.ae_loss(part, step, precision.scale)
+                backward(loss / len(parts), precision)
+            stats["loss"] = loss.detach()
+            losses.append(loss.detach())
+            if len(optimizers) == 2:
+                with processes.adds_up(self.disc_loss, last):
+                    with precision.autocast():
+                        d_loss, d_stats = self.disc_loss(part, reconstructions.detach())
+                    backward(d_loss / len(parts), precision)
+                stats |= {"d_loss": d_loss.detach(), **d_stats}
+                losses.append(d_loss.detach())
+            all_stats.append(stats)
+        return losses, optimizers, mean_of(all_stats)
+
     def judge(self, step, loop):
         """Validate, and say how it goes; returns the record of the best step if it is this one."""
-        figures, known = self.validate(step)
+        with only_compiled(self.compiled):
+            figures, known = self.validate(step)
         loop.report_validation(figures, partial(autoencoder_health, self.H, step, known))
         if step < self.H.codebook_start_step:
             return None  # nothing is quantized yet
@@ -182,7 +208,8 @@ class VQGANTraining:
     def show_reconstructions(self, step, save, display):
         """Images, held-out ones where there are any, each beside its reconstruction."""
         self.best.eval()
-        reconstructions = self.best.ae(self.shown)[0].clamp(0, 1)
+        with only_compiled(self.compiled):
+            reconstructions = self.best.ae(self.shown)[0].clamp(0, 1)
         pairs = torch.stack((self.shown, reconstructions), dim=1).flatten(0, 1)
         with tolerate_full_disk(self.log):
             self.log.images(step, "reconstructions", pairs, save=save, display=display,

@@ -34,8 +34,8 @@ from utils.runs.script import run_script
 from utils.runs.trained_on import images_held_out
 from utils.training.checkpoints import load_optimizer, load_weights
 from utils.training.loop import TrainingLoop, tolerate_full_disk
-from utils.training.optimizers import backward, take_step
 from utils.training.precision import Precision, seed_step
+from utils.training.step import backward, take_step
 
 CHUNK = 16  # images whose masks are drawn together: a fixed number, whatever the batch size
 UNITS = "bits per dimension"
@@ -112,7 +112,7 @@ class LogSigmaFit:
                  H.logsigma_lr)
         self.key = hashlib.sha256(repr(facts).encode()).hexdigest()
         self.head = run.autoencoder.generator.logsigma.requires_grad_(True)
-        self.optimizer = torch.optim.Adam(self.head.parameters(), lr=H.logsigma_lr)
+        self.optimizer = torch.optim.Adam(self.head.parameters(), lr=H.logsigma_lr, fused=True)
 
     def restore(self):
         """Load the last file of this fit up to `train_steps`; returns its step, 0 without one."""
@@ -139,12 +139,11 @@ class LogSigmaFit:
         ) as loop:
             for step in loop:
                 images = next(batches)
-                with loop.attempt(self.head):
-                    nats = gaussian_nll(images, *gaussians(run.autoencoder, images))
-                    loss = bits_per_dim(nats, images[0].numel(), levels=256).mean()
-                    backward(loss, self.optimizer, precision)
-                    take_step([loss], [self.optimizer], precision, run.processes)
-                    loop.count(loss=loss.detach())
+                nats = gaussian_nll(images, *gaussians(run.autoencoder, images))
+                loss = bits_per_dim(nats, images[0].numel(), levels=256).mean()
+                self.optimizer.zero_grad()
+                backward(loss, precision)
+                loop.count(take_step([loss], [self.optimizer], precision), loss=loss.detach())
                 loop.end_step()
                 if loop.must_save or loop.must_validate:
                     content = {"key": self.key, "logsigma": self.head.state_dict(),

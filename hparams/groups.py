@@ -88,6 +88,14 @@ class Training(Settings):
                                "train_steps", choices=["constant", "cosine", "linear"])
     amp: bool = setting(False, "mixed precision: bfloat16 on CPUs and on GPUs that have it, "
                         "float16 with a gradient scaler on the others")
+    tf32: bool = setting(True, "train in TF32 where a GPU has it and --amp does not say otherwise; "
+                         "experiments measure without")
+    compile: bool | None = setting(None, "compile the networks by torch.compile (none: on a GPU "
+                                   "where a compiler is there)")
+    accumulate: int = setting(1, "parts in which a batch is computed one after another, for memory "
+                              "that is short", minimum=1)
+    checkpoint_blocks: bool = setting(False, "keep of each block only its input, and compute it "
+                                      "again for the gradients: less memory, more time")
     ema: bool = setting(False, "keep an exponential moving average of the weights; display, "
                         "validate, and (experiments) sample with it")
     ema_beta: float | None = setting(0.995, "what an EMA update keeps of the average (none: an "
@@ -119,6 +127,9 @@ class Training(Settings):
     def validate(self):
         super().validate()
         follow_steps(self)
+        if self.batch_size % self.accumulate:
+            raise SettingsError(f"--accumulate {self.accumulate} does not divide --batch_size "
+                                f"{self.batch_size}")
         if self.overwrite and self.resume:
             raise SettingsError("--overwrite begins a run anew and --resume goes on with it: leave "
                                 "one of them out")

@@ -208,6 +208,15 @@ class VQAutoEncoder(nn.Module):
         """The codebook [K, D] without a gradient; it shares memory with the quantizer's."""
         return self.quantize.codebook.detach()
 
+    def without_gradient(self):
+        """Names of the parameters that no loss of training has a gradient for: `logsigma`, and
+        what only published files hold, the weight of a skip that is the identity."""
+        names = [name for name, _ in self.named_parameters() if ".logsigma." in name]
+        for name, block in self.named_modules():
+            if isinstance(block, ResBlock) and block.conv1.in_channels == block.conv1.out_channels:
+                names += [f"{name}.conv_out.{part}" for part in ("weight", "bias")]
+        return names
+
     def encode(self, x):
         """Images [B, C, S, S] -> what the quantizer returns: (z_q, codebook loss, stats, ids)."""
         return self.quantize(self.encoder(x))

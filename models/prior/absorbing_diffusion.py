@@ -45,10 +45,10 @@ def diffusion_losses(logits, ids, mask, t, total_steps):
     `elbo` = CE / t * T / (N ln 2), bits per token, the bound's term at t times T;
     `reweighted_elbo` = (1 - t/T) CE / (N ln 2); `mlm` = CE / number masked (0 where none is).
     """
-    batch, tokens = ids.shape
-    masked_ce = F.cross_entropy(logits[mask].float(), ids[mask], reduction="none")  # [masked]
-    rows = mask.nonzero()[:, 0]
-    ce = masked_ce.new_zeros(batch).index_add(0, rows, masked_ce)
+    # Of all tokens, although only the masked ones count: to pick them, a GPU is waited for.
+    ce = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
+    ce = ce.view_as(ids).masked_fill(~mask, 0.0).sum(1)
+    tokens = ids.shape[1]
     nats_to_bits_per_token = 1 / (tokens * math.log(2))
     return {
         "elbo": ce / t * total_steps * nats_to_bits_per_token,
@@ -83,6 +83,11 @@ class AbsorbingDiffusion(nn.Module):
             self.register_buffer(name, torch.zeros(H.total_steps + 1))
         self.register_buffer("embedding_weight", embedding_weight.detach(), persistent=False)
         self._denoise_fn = denoise_fn
+
+    @property
+    def transformer(self):
+        """The denoiser."""
+        return self._denoise_fn
 
     def embed(self, ids, grid=None):
         """Codebook vectors of ids [B, N] as the generator's input [B, emb_dim, h, w]."""

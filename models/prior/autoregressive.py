@@ -21,6 +21,11 @@ class AutoregressiveTransformer(nn.Module):
         self.net = Transformer(H)
         self.top_k, self.top_p = H.top_k, H.top_p
 
+    @property
+    def transformer(self):
+        """The causal transformer."""
+        return self.net
+
     def bits(self, ids):
         """-log2 p of every token, [B, N]."""
         logits = self.net(ids[:, :-1])  # [B, N, K]

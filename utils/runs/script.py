@@ -22,6 +22,7 @@ from utils.logging.logger import NoLogger, RunLogger, one_line
 from utils.logging.visdom_board import VisdomBoard
 from utils.runs.folder import RunFolder
 from utils.signals import Stopped, handle_signals, stop_at_once
+from utils.training.precision import allow_tf32
 
 LOCK_SECONDS = 10
 OUT_OF_MEMORY = "there is not enough memory: lower --batch_size or the sizes of the model"
@@ -99,6 +100,7 @@ def start_run(H, processes):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+    allow_tf32(False)  # what is measured is measured in float32
     folder, device = RunFolder(H.log_dir), processes.device
     if not processes.is_first:
         with ends_with_its_workers():

@@ -262,7 +262,8 @@ def load_optimizer(optimizer, content, path):
             for name, value in state.items():
                 if value.dim() and value.shape != parameter.shape:
                     raise ValueError(f"{name} has shape {list(value.shape)}")
-                state[name] = value.clone()  # it was the file, mapped into memory
+                # it was the file, mapped into memory; and a fused optimiser's step is on the device
+                state[name] = value.to(parameter.device, copy=True)
     except Exception as error:  # an optimiser makes anything of another's state
         raise UserError(
             f"{path} does not fit this optimiser ({error}): check --optimizer, or start it afresh "

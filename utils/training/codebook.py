@@ -34,12 +34,16 @@ class CodebookCare:
         for quantizer in self.quantizers:
             quantizer.bypass = step < start
 
-    def after(self, step):
-        """What is due after a step: entries that were not used are revived."""
+    def after(self, step, loop):
+        """What is due after a step that the `loop` has counted: entries that were not used are
+        revived, unless the step was bad."""
         H = self.H
         if not self.takes_part or step <= H.codebook_start_step or step > LAST * H.train_steps:
             return
         if not due(step - H.codebook_start_step, H.codebook_revival):
+            return
+        loop.settle()
+        if loop.bad_steps:
             return
         if self.processes.is_first:
             dead = self.quantizers[0].revive(self.rng(step))
@@ -61,6 +65,7 @@ class CodebookCare:
             self.quantizers[0].initialize(torch.cat(vectors), self.rng(step))
             for quantizer in self.quantizers[1:]:
                 quantizer.codebook.copy_(self.quantizers[0].codebook)
+        self.processes.wait()
         self.processes.copy_from_first(self.quantizers[0].codebook)
 
     def rng(self, step):

@@ -4,6 +4,8 @@ import copy
 
 import torch
 
+from utils.training.step import is_asynchronous
+
 
 class EMA:
     """Exponential moving average of a model's parameters; `.model` is the averaged copy.
@@ -19,10 +21,28 @@ class EMA:
         self.beta, self.warmup = beta, warmup
 
     @torch.no_grad()
-    def update(self, model, n):
-        """average <- beta * average + (1 - beta) * parameter; `n` is the number of the update."""
+    def update(self, model, n, skip=None):
+        """average <- beta * average + (1 - beta) * parameter; `n` is the number of the update.
+
+        With `skip`, bool 0-d, nothing changes where it is true.
+        """
+        if skip is not None and not is_asynchronous(skip.device):
+            if skip:
+                return
+            skip = None
         beta = min(self.beta, (n + 1) / (n + 10)) if self.warmup else self.beta
         averages, values = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(averages, values, 1 - beta)
+        if skip is None:
+            torch._foreach_lerp_(averages, values, 1 - beta)
+        else:
+            move(averages, values, (1 - beta) * (~skip).float())
         for average, value in zip(self.model.buffers(), model.buffers()):
-            average.copy_(value)
+            if average is not value:
+                average.copy_(value)
+
+
+def move(averages, values, weight):
+    """Move each of the tensors `averages` towards its value by a `weight`, 0-d on the device."""
+    differences = torch._foreach_sub(values, averages)
+    torch._foreach_mul_(differences, weight)
+    torch._foreach_add_(averages, differences)

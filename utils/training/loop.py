@@ -4,13 +4,17 @@ import contextlib
 import signal
 import time
 
+import torch
+
 from hparams.defaults import ENDLESS
 from utils.data.batches import stream_positions
 from utils.errors import DiskError, UserError
 from utils.logging.logger import ProgressBar
 from utils.signals import Stopped, handle_signals, stop_at_once
-from utils.training.optimizers import NotFinite
 from utils.training.precision import seed_step
+from utils.training.step import is_asynchronous
+
+STEPS_PER_SIGNAL = 10  # after which several processes ask each other who was interrupted
 
 
 def due(step, interval):
@@ -53,16 +57,36 @@ class Means:
         return means
 
 
+def on_host(dicts):
+    """Dicts of 0-d tensors or floats as dicts of floats: the device is waited for once."""
+    tensors = [v for stats in dicts for v in stats.values() if torch.is_tensor(v)]
+    values = iter(torch.stack([v.float() for v in tensors]).tolist() if tensors else [])
+    return [
+        {name: next(values) if torch.is_tensor(v) else v for name, v in stats.items()}
+        for stats in dicts
+    ]
+
+
+def mean_of(dicts):
+    """The means of dicts of numbers with the same names."""
+    if len(dicts) == 1:
+        return dicts[0]
+    return {name: sum(stats[name] for stats in dicts) / len(dicts) for name in dicts[0]}
+
+
 class TrainingLoop:
     """Context and iterator of the steps after `start`, up to `H.train_steps`.
 
-    Every step is seeded by its number. Its body is an `attempt` that `count`s its stats; then
-    `must_record` says whether it was the first that trained, and after `end_step`, `must_validate`,
-    `must_show`, `must_save_images` and `must_save` say what is due. They are true on rank 0 only,
-    and after finite steps only, but for `must_save` where the loop `ends` and has trained anything.
-    The loop ends after the last step, or raises Stopped after the step in which any rank gets one
-    of SIGNALS, or UserError where no step was finite. `images` is the size of the training set,
+    Every step is seeded by its number. Its body trains and `count`s its Outcome and its stats; then
+    `must_record` says whether it was known to be the first that trained, and after `end_step`,
+    `must_validate`, `must_show`, `must_save_images` and `must_save` say what is due. They are true
+    on rank 0 only, and after finite steps only, but for `must_save` where the loop `ends` and has
+    trained anything. The loop ends after the last step, or raises Stopped soon after any rank gets
+    one of SIGNALS, or UserError where no step was finite. `images` is the size of the training set,
     `seconds` what training took before `start`, and `hint` how an interrupted run goes on.
+
+    On a GPU the host is ahead of the device, and finds out what became of the steps, by `settle`,
+    only when something is due that depends on it.
     """
 
     PATIENCE = 30  # seconds after which a second signal ends the run amid a step
@@ -71,6 +95,7 @@ class TrainingLoop:
         self.H, self.log, self.processes = H, log, processes
         self.images, self.start, self.step, self.hint = images, start, start, hint
         self.signal, self.finite_steps, self.validation = None, 0, ""
+        self.pending, self.late = [], is_asynchronous(processes.device)
         self.bar = ProgressBar(
             total=H.train_steps if H.train_steps < ENDLESS else None, initial=start,
             desc=H.log_dir, unit="step", dynamic_ncols=True, mininterval=0.5,
@@ -80,6 +105,7 @@ class TrainingLoop:
         self.means, self.training_time = Means(), 0.0  # since the last log entry
         self.recent, self.recent_bad_steps = Means(), 0  # since the last validation
         self.bad_steps = 0  # in a row
+        self.must_record = False
 
     def __enter__(self):
         self.handlers = handle_signals(self.interrupt)
@@ -109,6 +135,8 @@ class TrainingLoop:
             self.is_last = self.step == H.train_steps
             seed_step(H.seed, self.step, self.processes.noise_purpose)
             yield self.step
+            if self.first_is_busy:
+                self.processes.wait()
             if self.ends and not self.is_last:
                 hint = self.hint or (
                     f"go on with --resume, or with --load_dir {H.log_dir} --load_step {self.step}"
@@ -125,62 +153,79 @@ class TrainingLoop:
             log.info(f"step {self.start} leaves nothing to train: train_steps is {H.train_steps}")
         log.info(f"trained to step {self.step}: checkpoints are in {log.folder.models}")
 
-    @contextlib.contextmanager
-    def attempt(self, model):
-        """Pass over a step that is NotFinite: log its images, and restore the model's buffers.
+    def count(self, outcome, **stats):
+        """Note the step's Outcome, and 0-d tensors or floats, among them `loss`, to be logged."""
+        self.pending.append((self.step, outcome, stats))
+        self.must_record = False
+        if not (self.late and self.finite_steps):
+            self.settle()
 
-        Raises UserError where more than `max_bad_steps` in a row are not finite.
+    def settle(self):
+        """Find out what became of the steps since the last call, for which the device is waited.
+
+        Bad ones are logged with their images. Raises UserError where more than `max_bad_steps` in a
+        row are bad.
         """
-        H, buffers = self.H, [(buffer, buffer.clone()) for buffer in model.buffers()]
-        try:
-            yield
-            self.bad_steps = 0
-            self.finite_steps += 1
-        except NotFinite as error:
-            for buffer, before in buffers:
-                buffer.copy_(before)
-            self.bad_steps += 1
-            self.recent_bad_steps += 1
-            batch_size = H.batch_size * self.processes.size
-            indices, _ = stream_positions(self.images, batch_size, H.seed, self.step - 1)
-            indices = " ".join(map(str, indices))
-            self.log.warning(
-                f"step {self.step} is passed over, it is {error}; images of its batch: {indices}"
+        pending, self.pending = self.pending, []
+        outcomes = on_host([{"bad": outcome.bad} for _, outcome, _ in pending])
+        good = []
+        for (step, outcome, stats), known in zip(pending, outcomes):
+            if known["bad"]:
+                self.pass_over(step, outcome.values.tolist())
+            else:
+                self.bad_steps = 0
+                self.finite_steps += 1
+                self.must_record |= self.processes.is_first and self.finite_steps == 1
+                good.append(stats)
+        for stats in on_host(good):
+            self.means.add(stats)
+            self.recent.add(stats)
+
+    def pass_over(self, step, values):
+        """Log a bad step, and count it; `values` are those of its Outcome."""
+        H = self.H
+        self.bad_steps += 1
+        self.recent_bad_steps += 1
+        batch_size = H.batch_size * self.processes.size
+        indices, _ = stream_positions(self.images, batch_size, H.seed, step - 1)
+        indices = " ".join(map(str, indices))
+        shown = ", ".join(f"{value:.3g}" for value in values)
+        self.log.warning(
+            f"step {step} is passed over, it is not finite (losses, then norms of gradients: "
+            f"{shown}); images of its batch: {indices}"
+        )
+        if self.bad_steps > H.max_bad_steps:
+            raise UserError(
+                f"{self.bad_steps} steps in a row up to step {step} were not finite, which "
+                f"--max_bad_steps {H.max_bad_steps} does not allow: lower the learning rate, or "
+                f"clip gradients ({self.log.folder.last_saved()})"
             )
-            if self.bad_steps > H.max_bad_steps:
-                raise UserError(
-                    f"{self.bad_steps} steps in a row up to step {self.step} were not finite, "
-                    f"which --max_bad_steps {H.max_bad_steps} does not allow: lower the learning "
-                    f"rate, or clip gradients ({self.log.folder.last_saved()})"
-                ) from None
-
-    @property
-    def must_record(self):
-        """Whether the step was the first that has trained anything."""
-        return self.processes.is_first and self.finite_steps == 1 and not self.bad_steps
-
-    def count(self, **stats):
-        """Add 0-d tensors or floats, among them `loss`, to the means that are logged."""
-        self.means.add(stats)
-        self.recent.add(stats)
 
     def end_step(self):
         """Log the means every `steps_per_log`, and find out what is due."""
-        H, step = self.H, self.step
+        H, step, processes = self.H, self.step, self.processes
         self.bar.update()
-        if due(step, H.steps_per_log) and self.means.counts:
+        logs, checkpoint = due(step, H.steps_per_log), due(step, H.steps_per_checkpoint)
+        validation = self.due(H.steps_per_eval)
+        shown = not H.no_visdom and self.due(H.steps_per_display_output)
+        images = self.due(H.steps_per_save_output)
+        self.ends = self.is_last
+        if processes.size == 1 or logs or due(step, STEPS_PER_SIGNAL):
+            interrupted = self.signal is not None or processes.is_orphan
+            self.ends |= processes.any(interrupted)
+        # the others wait for rank 0, for as long as it takes
+        self.first_is_busy = validation or shown or images or checkpoint or self.ends
+        if logs or self.first_is_busy:
+            self.settle()
+        if logs and self.means.counts:
             self.log_means()
         else:
             self.training_time += time.perf_counter() - self.began_step
-        interrupted = self.signal is not None or self.processes.is_orphan
-        self.ends = self.processes.any(interrupted) or self.is_last
-        finite = self.processes.is_first and not self.bad_steps
-        self.must_validate = finite and self.due(H.steps_per_eval)
-        self.must_show = finite and not H.no_visdom and self.due(H.steps_per_display_output)
-        self.must_save_images = finite and self.due(H.steps_per_save_output)
-        periodic = finite and due(step, H.steps_per_checkpoint)
-        trained = self.processes.is_first and self.finite_steps > 0
-        self.must_save = trained and (self.ends or periodic)
+        finite = processes.is_first and not self.bad_steps
+        self.must_validate = finite and validation
+        self.must_show, self.must_save_images = finite and shown, finite and images
+        trained = processes.is_first and self.finite_steps > 0
+        self.must_save = trained and (self.ends or (finite and checkpoint))
 
     def due(self, interval):
         """Whether something done every `interval` steps (0: never), and at the end, is due."""

@@ -1,4 +1,7 @@
-"""Optimisers, learning rates, and one step that is taken only where everything is finite.
+"""Optimisers and learning rates.
+
+All of them leave everything as it is where their attribute `found_inf`, float32 0-d on the device,
+is 1: torch's fused kernels do, and Muon here.
 
 Muon is momentum whose matrices are orthogonalised before they are applied (Jordan et al.,
 kellerjordan.github.io/posts/muon; the step's scale is that of Liu et al., arXiv 2502.16982).
@@ -9,7 +12,6 @@ longer than the network; here CPUs use float32, and matrices of one shape go tog
 import math
 
 import torch
-from torch import nn
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan et al.
 
@@ -37,6 +39,8 @@ class Muon(torch.optim.Optimizer):
     A step's root mean square is 0.2 lr, about that of AdamW, so AdamW's learning rate serves.
     """
 
+    found_inf = None
+
     def __init__(self, parameters, lr=1e-3, momentum=0.95, weight_decay=0.0):
         super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         for group in self.param_groups:
@@ -46,7 +50,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient, unless `found_inf` is 1."""
         for group in self.param_groups:
             by_shape = {}
             for parameter in group["params"]:
@@ -56,19 +60,25 @@ class Muon(torch.optim.Optimizer):
                 self.update(parameters, group["lr"], group["momentum"], group["weight_decay"])
 
     def update(self, parameters, lr, momentum, weight_decay):
-        """Step parameters of one shape [r, ...]."""
-        directions = []
+        """Step parameters of one shape [r, ...], all n of them together."""
         for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-            directions.append(parameter.grad.lerp(buffer, momentum))
-        steps = orthogonalize(torch.stack(directions).flatten(2))  # [n, r, c]
-        scale = 0.2 * max(steps.shape[1:]) ** 0.5
-        steps = steps.reshape(-1, *parameters[0].shape)
-        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
-        torch._foreach_add_(parameters, list(steps.unbind(0)), alpha=-lr * scale)
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        gradients, before = torch.stack([p.grad for p in parameters]), torch.stack(buffers)
+        average = before.lerp(gradients, 1 - momentum)  # [n, r, ...]
+        steps = orthogonalize(gradients.lerp(average, momentum).flatten(2))  # [n, r, c]
+        steps = steps.mul_(-0.2 * lr * max(steps.shape[1:]) ** 0.5).view_as(average)
+        shrink = 1 - lr * weight_decay
+        if self.found_inf is not None:
+            skip = self.found_inf > 0
+            average = torch.where(skip, before, average)
+            steps = steps.masked_fill_(skip, 0.0)
+            shrink = 1 - lr * weight_decay * (1 - self.found_inf)
+        torch._foreach_copy_(buffers, list(average.unbind()))
+        if weight_decay:
+            torch._foreach_mul_(parameters, shrink)
+        torch._foreach_add_(parameters, list(steps.unbind()))
 
 
 def is_matrix_of_block(name, parameter):
@@ -88,8 +98,10 @@ def build_optimizer(model, H, takes_muon):
     if H.optimizer == "muon":
         return MuonWithAdamW(model, H.lr, H.weight_decay, takes_muon)
     if H.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), H.lr, weight_decay=H.weight_decay)
-    return torch.optim.Adam(model.parameters(), H.lr)
+        return torch.optim.AdamW(
+            model.parameters(), H.lr, weight_decay=H.weight_decay, fused=True
+        )
+    return torch.optim.Adam(model.parameters(), H.lr, fused=True)
 
 
 class MuonWithAdamW:
@@ -102,7 +114,9 @@ class MuonWithAdamW:
                 (matrices if takes_muon(name, parameter) else others).append(parameter)
         self.parts = {
             "muon": Muon(matrices, lr, weight_decay=weight_decay),
-            "adamw": torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=weight_decay),
+            "adamw": torch.optim.AdamW(
+                others, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+            ),
         }
 
     @property
@@ -114,6 +128,15 @@ class MuonWithAdamW:
     def state(self):
         """What both keep for each parameter."""
         return {**self.parts["muon"].state, **self.parts["adamw"].state}
+
+    @property
+    def found_inf(self):
+        return self.parts["adamw"].found_inf
+
+    @found_inf.setter
+    def found_inf(self, value):
+        for part in self.parts.values():
+            part.found_inf = value
 
     def step(self):
         for part in self.parts.values():
@@ -150,40 +173,3 @@ def set_learning_rate(optimizer, rate):
     """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def backward(loss, optimizer, precision):
-    """Compute the gradients of `loss` (0-d) alone, scaled where float16 needs it."""
-    optimizer.zero_grad()
-    precision.scaler.scale(loss).backward()
-
-
-class NotFinite(Exception):
-    """A loss or a gradient is not finite; no optimiser has taken its step."""
-
-
-def take_step(losses, optimizers, precision, processes, clip=0.0):
-    """Step all optimisers, or raise NotFinite on every rank if a loss or gradient is not finite.
-
-    A gradient that float16's scale has made overflow does not count: the scaler passes that step
-    over and lowers the scale. `clip` limits the norms of the gradients; 0 does not.
-    """
-    scaler, norms, parameters = precision.scaler, [], []
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-        parameters.append([p for group in optimizer.param_groups for p in group["params"]])
-        gradients = [p.grad for p in parameters[-1] if p.grad is not None]
-        norms.append(nn.utils.get_total_norm(gradients))
-    values = torch.stack([value.detach().float() for value in (*losses, *norms)])
-    finite = processes.all(values.isfinite())
-    if scaler.get_scale() > 1:
-        finite = finite[: len(losses)]
-    if not finite.all():  # waits for the device
-        scaler.update()
-        shown = ", ".join(f"{value:.3g}" for value in values.tolist())
-        raise NotFinite(f"not finite (losses, then norms of gradients: {shown})")
-    for optimizer, its_parameters, norm in zip(optimizers, parameters, norms):
-        if clip:
-            nn.utils.clip_grads_with_norm_(its_parameters, clip, norm)
-        scaler.step(optimizer)
-    scaler.update()

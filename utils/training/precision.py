@@ -36,11 +36,40 @@ class Precision:
         if amp and self.dtype == torch.float32:
             self.description += f" (--amp set aside: this {device.type} has no bfloat16 units)"
 
+    @property
+    def scale(self):
+        """By what losses are multiplied before they are differentiated: 0-d on the device in
+        float16, else 1.0."""
+        if not self.scaler.is_enabled():
+            return 1.0
+        return self.scaler.scale(torch.ones((), device=self.device))
+
     def autocast(self):
         """Context in which forward passes run; a no-op in float32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+
+def allow_tf32(allowed):
+    """Whether GPUs may compute float32 products and convolutions in TF32, which has 10 bits of
+    precision."""
+    precision = "tf32" if allowed else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def training_arithmetic(H):
+    """GPUs use TF32 with `H.tf32`, and find out which algorithm of a convolution is the fastest
+    unless `H.deterministic`; afterwards neither."""
+    allow_tf32(H.tf32)
+    torch.backends.cudnn.benchmark = not H.deterministic
+    try:
+        yield
+    finally:
+        allow_tf32(False)
+        torch.backends.cudnn.benchmark = False
 
 
 def step_seed(seed, step, purpose="train"):

@@ -5,6 +5,7 @@ times the batch. Rank 0 alone logs, validates, keeps the EMA and saves. With one
 here is a no-op.
 """
 
+import contextlib
 import datetime
 import inspect
 import os
@@ -20,9 +21,12 @@ from hparams.environment import process_count
 from utils.errors import SettingsError, UserError
 from utils.signals import default_signals
 
-# Rank 0 may encode a dataset for hours while the others wait. One that ends is noticed at once all
-# the same: its connections close, and torchrun ends the others.
-TIMEOUT = datetime.timedelta(days=7)
+# In a step all ranks come together within moments: one that hangs is noticed after TIMEOUT. Rank 0
+# may prepare data, validate or save for hours while the others wait, for which there is a group of
+# its own. A rank that ends is noticed at once all the same: its connections close, and torchrun
+# ends the others.
+TIMEOUT = datetime.timedelta(minutes=15)
+PATIENCE = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Processes:
     size: int = 1
     device: torch.device = torch.device("cpu")
     launcher: int = 0  # the process id of torchrun
+    patient: object = None  # the group of all processes that waits for PATIENCE, on the CPU
 
     @property
     def is_first(self):
@@ -49,15 +54,25 @@ class Processes:
         """Whether torchrun was killed and has left this process behind."""
         return self.size > 1 and os.getppid() != self.launcher
 
-    def wrap(self, model, find_unused_parameters=False):
-        """`model`, with a backward pass that averages the gradients over all processes."""
+    def wrap(self, model, without_gradient=()):
+        """`model`, with a backward pass that averages the gradients over all processes.
+
+        Parameters whose names are in `without_gradient` have no part in any loss.
+        """
         if self.size == 1:
             return model
+        # Else every step would find out again, and tell all, which parameters took part.
+        model._ddp_params_and_buffers_to_ignore = list(without_gradient)
         options = inspect.signature(DistributedDataParallel).parameters  # torch renamed one
         sync = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
-        return DistributedDataParallel(
-            model, find_unused_parameters=find_unused_parameters, **{sync: False}
-        )
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **{sync: False})
+
+    def adds_up(self, wrapped, averages):
+        """Context of a forward and backward pass of a `wrapped` model: gradients add up, and are
+        averaged over the processes where this is the pass that `averages`."""
+        if self.size == 1 or averages:
+            return contextlib.nullcontext()
+        return wrapped.no_sync()
 
     def sum(self, tensor):
         """The sum of a tensor over all processes, in place."""
@@ -91,7 +106,7 @@ class Processes:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values)
+        dist.broadcast_object_list(values, group=self.patient)
         return values[0]
 
     def copy_from_first(self, tensor):
@@ -104,7 +119,7 @@ class Processes:
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.is_first else None
-        dist.gather_object(value, values)
+        dist.gather_object(value, values, group=self.patient)
         return values
 
     def check_equal(self, value, what):
@@ -113,9 +128,9 @@ class Processes:
             raise UserError(f"the processes found different {what}: it changed while they started")
 
     def wait(self):
-        """Wait until all processes have come here."""
+        """Wait until all processes have come here, however long it takes."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.patient)
 
 
 def resolve_device(name):
@@ -152,10 +167,14 @@ def init_processes(name):
     waiting.start()
     try:
         with default_signals():  # torch waits without letting Python handle any
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            if device.type == "cuda":
+                dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+            else:
+                dist.init_process_group("gloo", timeout=TIMEOUT)
+            patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     finally:
         waiting.cancel()
-    return Processes(dist.get_rank(), dist.get_world_size(), device, os.getppid())
+    return Processes(dist.get_rank(), dist.get_world_size(), device, os.getppid(), patient)
 
 
 def single_process(name):

@@ -1,12 +1,12 @@
 """Losses and gradients that are not finite: the step is passed over and leaves no trace."""
 
-import contextlib
 import signal
 
 import pytest
 import torch
 
 import train_vqgan
+import utils.training.step
 from helpers import at_the_end_of_steps
 from models import AbsorbingDiffusion
 from models.autoencoder.vqgan import VQGAN
@@ -109,6 +109,38 @@ def test_training_continues_after_a_bad_step(monkeypatch, two_runs):
     assert float(state["Lt_count"].sum()) == 3 * 8
 
 
+@pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_host_that_is_ahead_of_the_device_finds_out_later(stage, how, monkeypatch, two_runs):
+    """As on a GPU: steps 4, 5 and 7 of 7 are bad; it is asked when something is due."""
+    monkeypatch.setattr(utils.training.step, "ASYNCHRONOUS", ("cpu",))
+    train, more, cls, method = STAGES[stage]
+    monkeypatch.setattr(TrainingLoop, "settle", counted := Counted(TrainingLoop.settle))
+    later = "--steps_per_log 20 --log_dir"
+    train(f"{FLAGS} {more} {later} good --train_steps 3")
+    spoil(monkeypatch, cls, method, (4, 5, 7), how)
+    counted.calls = 0
+    train(f"{FLAGS} {more} {later} bad --train_steps 5")
+    assert counted.calls == 3  # after the first step, before a validation, after the last step
+    bad = {name.replace("_5", "_3"): content for name, content in files_of("bad", 5).items()}
+    assert_identical(without_rates(files_of("good", 3)), without_rates(bad))
+    train(f"{FLAGS} {more} {later} bad --train_steps 7 --resume")
+    log = RunFolder("bad").log.read_text()
+    assert all(f"step {step} is passed over" in log for step in (4, 5, 7))
+    assert "step 6 is passed over" not in log
+
+
+class Counted:
+    """A method that counts its calls."""
+
+    def __init__(self, method):
+        self.method, self.calls = method, 0
+
+    def __get__(self, loop, cls):
+        self.calls += 1
+        return self.method.__get__(loop)
+
+
 @pytest.mark.parametrize("train, more, optimizer", [
     (vqgan, "", "ae_optim_1.th"),
     (vqgan, "--disc_start_step 1", "disc_optim_1.th"),
@@ -125,16 +157,15 @@ def test_weights_that_are_not_finite_are_not_saved(
     monkeypatch, capsys, workplace
 ):
     """The weights go bad in step 5, of which the checkpoints of steps 6 and 8 would be made."""
-    attempt = TrainingLoop.attempt
+    gradients = train_vqgan.VQGANTraining.gradients
 
-    @contextlib.contextmanager
-    def spoil_weights(loop, model):
-        with attempt(loop, model):
-            yield
-        if loop.step == 5:
-            next(model.ae.parameters()).data[0] = float("inf")
+    def spoil_weights(training, step, images):
+        result = gradients(training, step, images)
+        if step == 5:
+            next(training.vqgan.ae.parameters()).data[0] = float("inf")
+        return result
 
-    monkeypatch.setattr(TrainingLoop, "attempt", spoil_weights)
+    monkeypatch.setattr(train_vqgan.VQGANTraining, "gradients", spoil_weights)
     limits = "--steps_per_checkpoint 2 --keep_checkpoints 1 --max_bad_steps 4"
     shows = "--steps_per_save_output 1 --steps_per_eval 2 --train_steps 20"
     flags = f"{VQGAN_FLAGS} {limits} {shows} --log_dir a"

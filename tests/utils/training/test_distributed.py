@@ -109,7 +109,8 @@ def test_a_bad_step_of_one_process_is_passed_over_by_all(rank, two_runs, monkeyp
 
 @pytest.mark.parametrize("sign", ["a signal", "torchrun is gone"])
 def test_several_processes_leave_together_and_go_on(sign, two_runs, monkeypatch):
-    """Where one of them is interrupted, or left alone: all save the same step."""
+    """Where one of them is interrupted, or left alone: they ask each other when they log, after
+    every second step, and all save the same."""
     def interrupt(loop):
         if loop.step == 3 and os.environ.get("RANK") == "1":
             if sign == "a signal":
@@ -122,7 +123,7 @@ def test_several_processes_leave_together_and_go_on(sign, two_runs, monkeypatch)
         at_the_end_of_steps(patched, interrupt)
         statuses = on_processes(2, train_sampler.main, f"{flags} --log_dir parts")
     assert statuses == [128 + signal.SIGTERM] * 2
-    assert RunFolder("parts").complete_steps() == [3]
+    assert RunFolder("parts").complete_steps() == [4]
     assert on_processes(2, train_sampler.main, f"{flags} --log_dir parts --resume") == [0, 0]
     assert on_processes(2, train_sampler.main, f"{flags} --log_dir through") == [0, 0]
     assert_identical(files_of("through", 6), files_of("parts", 6))
