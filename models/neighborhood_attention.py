@@ -5,25 +5,25 @@ own modulo the dilation d, the k consecutive ones centred on it, shifted inward 
 The optional relative positional bias is a table [heads, 2k-1, 2k-1] whose entry
 [dy/d + k-1, dx/d + k-1] is added to the scaled score of the key at offset (dy, dx).
 
-Three backends compute it:
+Four backends compute it:
 
 - `natten`: the fused kernels of the natten package; no bias; on a CPU forward only, and slow;
+- `flex`: torch's FlexAttention, one fused kernel for all heads, with a bias or without; it is
+  compiled on CUDA, and on a CPU there for comparison only;
 - `tiled`: plain PyTorch on any device, its time and memory linear in the number of tokens;
 - `dense`: one attention of the whole grid under a mask, the fastest on small grids.
 
-`neighborhood_attention_2d` picks one: natten on a GPU (`prefers_natten`) unless there is a
-`natten_problem`, else dense where `dense_is_faster`, else tiled. Only this file imports natten.
+`natten` and `tiled` attend once for each pair of kernel and dilation, `flex` and `dense` once for
+all heads. Without a backend, `fastest_backend` picks one. Only this file imports natten.
 
-Shapes: B batch, H W grid, h heads, e head_dim, side = 2k-1. Along one axis, a block is T queries
-of one dilation group and its window the S keys that any of them attends to; there are A blocks.
-Primes mark the columns: A' T' S'.
+Shapes: B batch, H W grid, h heads, e head_dim.
 """
 
-from functools import lru_cache
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
+
+from models.neighborhoods.flex import flex_attend, flex_problem
+from models.neighborhoods.geometry import Heads
+from models.neighborhoods.masked import dense_attention, tile_shape, tiled_attention
 
 NATTEN_PROBLEM = None
 try:
@@ -31,153 +31,13 @@ try:
 except Exception as error:  # a build for another torch fails with more than ImportError
     natten, NATTEN_PROBLEM = None, f"natten does not import ({error})"
 
-BACKENDS = ("natten", "tiled", "dense")
+BACKENDS = ("natten", "flex", "tiled", "dense")
 
-# `tiled` is faster than `dense` where the grid is larger than so many windows: measured on two CPU
-# cores by benchmarks/neighborhood_attention.py, assumed for GPUs.
-WORTHWHILE_WINDOWS = 3
-
-
-class Axis(NamedTuple):
-    """How one axis is cut into A = tiles * groups blocks, of K kinds: most blocks are alike."""
-
-    tiles: int
-    groups: int
-    tile: int  # T
-    window: int  # S
-    keys: torch.Tensor | None  # int64 [tiles * S * groups]: positions; None for the axis as it is
-    offset: torch.Tensor  # int64 [K, T, S]: see `table_offset`
-    kind: torch.Tensor  # int64 [A]: of each block; block a is tile a // groups
-
-
-def table_offset(query, key, length, kernel_size, dilation):
-    """The bias table's rows (or columns) for positions `query` [..., T] and `key` [..., S] of an
-    axis: int64 [..., T, S], -1 where the query does not attend to the key."""
-    query, key = query[..., None], key[..., None, :]
-    members = (length - query % dilation + dilation - 1) // dilation  # of the query's group
-    first = (query // dilation - kernel_size // 2).clamp(min=0)
-    nth = key // dilation - torch.minimum(first, members - kernel_size)
-    attends = (key % dilation == query % dilation) & (nth >= 0) & (nth < kernel_size)
-    return torch.where(attends, (key - query) // dilation + kernel_size - 1, -1)
-
-
-def dense_axis(length, kernel_size, dilation, device):
-    """The axis as one block: every position against every position."""
-    position = torch.arange(length, device=device)
-    offset = table_offset(position, position, length, kernel_size, dilation)
-    return Axis(1, 1, length, length, None, offset[None], position.new_zeros(1))
-
-
-def tiled_axis(length, kernel_size, dilation, tile, device):
-    """The axis with each dilation group cut into tiles of at most `tile` queries; groups shorter
-    than the longest, and the last tile, are padded: no query attends to the padding."""
-    longest = -(-length // dilation)
-    tile = min(tile, longest)
-    tiles = -(-longest // tile)
-    window = min(tile + kernel_size - 1, longest)
-    group = torch.arange(dilation, device=device)[:, None]
-    start = torch.arange(tiles, device=device) * tile - kernel_size // 2
-    start = start.clamp(0, longest - window)[:, None, None]
-    keys = (start + torch.arange(window, device=device)) * dilation + group
-    keys = keys.clamp(max=length - 1)  # [tiles, groups, S]
-    query = torch.arange(tiles * tile, device=device).view(tiles, 1, tile) * dilation + group
-    query = torch.minimum(query, length - 1 - (length - 1 - group) % dilation)  # the group's last
-    offset = table_offset(query, keys, length, kernel_size, dilation).flatten(0, 1)
-
-    full_groups = length - (longest - 1) * dilation  # the groups that have the longest's length
-    shortest = longest - (full_groups < dilation)
-    reach = kernel_size // 2
-    inner = [t for t in range(tiles) if reach <= t * tile <= shortest - tile - reach]
-    alike = [
-        inner[0] * dilation if t in inner
-        else t * dilation + (0 if g < full_groups else full_groups)
-        for t in range(tiles) for g in range(dilation)
-    ]  # the first block that is like each
-    kinds = sorted(set(alike))
-    kind = torch.tensor([kinds.index(block) for block in alike], device=device)
-
-    keys = None if tiles == dilation == 1 else keys.mT.flatten()
-    return Axis(tiles, dilation, tile, window, keys, offset[kinds], kind)
-
-
-@lru_cache(maxsize=16)
-def cut_grid(height, width, kernel_size, dilation, tile, device):
-    """(rows, columns, kind, mask): both axes, the kind int64 [A*A'] of each block of the grid, and
-    for each kind which keys each query attends to: bool [K*K', T*T', S*S'].
-
-    `tile` is the (rows, columns) of a tile of `tiled`, or None for `dense`.
-    """
-    if tile is None:
-        rows = dense_axis(height, kernel_size, dilation, device)
-        columns = dense_axis(width, kernel_size, dilation, device)
-    else:
-        rows = tiled_axis(height, kernel_size, dilation, tile[0], device)
-        columns = tiled_axis(width, kernel_size, dilation, tile[1], device)
-    kind = (rows.kind[:, None] * len(columns.offset) + columns.kind).flatten()
-    in_row, in_column = rows.offset >= 0, columns.offset >= 0
-    mask = in_row[:, None, :, None, :, None] & in_column[None, :, None, :, None, :]
-    return rows, columns, kind, mask.flatten(4, 5).flatten(2, 3).flatten(0, 1)
-
-
-def neighborhood_bias(rows, columns, kind, mask, rpb):
-    """The bias of every block, -inf where a query does not attend: [h, A*A', T*T', S*S'].
-
-    Products with one-hot matrices look the table up: their gradients are products too, which is
-    faster than scattering into so small a table.
-    """
-    heads, side, _ = rpb.shape
-    entries = torch.arange(side, device=rpb.device)
-    row = (rows.offset.flatten()[:, None] == entries).to(rpb.dtype)  # [K*T*S, side]
-    column = (columns.offset.flatten()[:, None] == entries).to(rpb.dtype)
-    bias = (row @ rpb) @ column.mT  # [h, K*T*S, K'*T'*S']
-    bias = bias.view(heads, *rows.offset.shape, *columns.offset.shape)  # [h, K, T, S, K', T', S']
-    bias = bias.permute(0, 1, 4, 2, 5, 3, 6).reshape(heads, *mask.shape)
-    bias = bias.masked_fill(~mask, float("-inf"))
-    return bias if len(kind) == 1 else bias.index_select(1, kind)
-
-
-def masked_attention(query, key, value, rpb, scale, grid):
-    """Attention of each block of `query` to its window, on a `grid` cut by `cut_grid`.
-
-    One scaled_dot_product_attention, whose mask is not repeated for each image: without a bias its
-    batch are the blocks, its heads those of all images; with one, the images and all blocks' heads.
-    """
-    rows, columns, kind, mask = grid
-    batch, height, width, heads, dim = query.shape
-    groups = rows.groups
-
-    def sizes(row_block, column_block):
-        return batch, rows.tiles, row_block, groups, columns.tiles, column_block, groups, heads, dim
-
-    if rpb is None:  # to [A, A', B, h, T, T', e]
-        order, leading = (1, 3, 4, 6, 0, 7, 2, 5, 8), (len(kind), batch * heads)
-        mask = (mask if len(kind) == 1 else mask[kind])[:, None]
-    else:  # to [B, h, A, A', T, T', e]
-        order, leading = (0, 7, 1, 3, 4, 6, 2, 5, 8), (batch, heads * len(kind))
-        bias = neighborhood_bias(rows, columns, kind, mask, rpb.to(query.dtype))
-        mask = bias.flatten(0, 1)[None]
-
-    def blocks(tensor, *block):
-        tensor = tensor.reshape(sizes(*block)).permute(order)
-        return tensor.reshape(*leading, block[0] * block[1], dim)
-
-    def windows(tensor):
-        for axis, plan in ((1, rows), (2, columns)):
-            if plan.keys is not None:
-                tensor = tensor.index_select(axis, plan.keys)
-        return blocks(tensor, rows.window, columns.window)
-
-    missing_rows = rows.tiles * rows.tile * groups - height
-    missing_columns = columns.tiles * columns.tile * groups - width
-    if missing_rows or missing_columns:
-        query = F.pad(query, (0, 0, 0, 0, 0, missing_columns, 0, missing_rows))
-    out = F.scaled_dot_product_attention(
-        blocks(query, rows.tile, columns.tile), windows(key), windows(value), mask, scale=scale
-    )
-    shape = sizes(rows.tile, columns.tile)
-    out = out.reshape([shape[axis] for axis in order])
-    out = out.permute([order.index(axis) for axis in range(9)])
-    return out.reshape(query.shape)[:, :height, :width]
+# `tiled` is faster than `dense` where the grid is larger than so many windows: measured by
+# benchmarks/neighborhood_attention.py on CPU cores, assumed for CUDA.
+CPU_WINDOWS = 3
+CUDA_WINDOWS = 3
+FLEX_TOKENS = 256  # from so many tokens on, `flex` is taken on CUDA
 
 
 def check_neighborhood(height, width, kernel_size, dilation):
@@ -193,6 +53,28 @@ def check_neighborhood(height, width, kernel_size, dilation):
             f"`kernel_size` {kernel_size} x `dilation` {dilation} = {kernel_size * dilation} is "
             f"larger than the {height}x{width} grid"
         )
+
+
+def check_tensors(query, key, value, groups, tables):
+    """Raise ValueError for tensors that do not match each other or `groups` of Heads."""
+    if query.dim() != 5 or not query.shape == key.shape == value.shape:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+        raise ValueError(f"`query`, `key` and `value` must be equal [B, H, W, h, e], not {shapes}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"`query`, `key` and `value` differ in type: {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    _, height, width, heads, _ = query.shape
+    for group in groups:
+        check_neighborhood(height, width, group.kernel_size, group.dilation)
+    if sum(group.count for group in groups) != heads:
+        raise ValueError(f"`groups` have {sum(group.count for group in groups)} heads, not {heads}")
+    for group, table in zip(groups, tables or []):
+        side = 2 * group.kernel_size - 1
+        if table.shape != (group.count, side, side):
+            raise ValueError(
+                f"`rpb` must be {(group.count, side, side)} here, not {tuple(table.shape)}"
+            )
 
 
 def natten_problem(query, key, value, rpb, kernel_size):
@@ -211,16 +93,100 @@ def natten_problem(query, key, value, rpb, kernel_size):
     return None
 
 
+def dense_is_faster(height, width, groups, biased, windows):
+    """Whether one attention of the whole grid costs less than tiles, whose keys count `windows`
+    times; `groups` are those that `dense` computes at once."""
+    dense = tiled = 0
+    for count, kernel_size, dilation in groups:
+        tile = tile_shape(kernel_size, biased)
+        window_height = min(tile[0] + kernel_size - 1, -(-height // dilation))
+        window_width = min(tile[1] + kernel_size - 1, -(-width // dilation))
+        tiled += count * windows * window_height * window_width
+        dense += count * height * width
+    return dense < tiled
+
+
 def prefers_natten(device):
     """Whether natten is tried first; on CPUs it is slow."""
     return device.type == "cuda"
 
 
-def dense_is_faster(height, width, kernel_size, dilation, tile):
-    """Whether the grid is too small for tiles."""
-    window_height = min(tile[0] + kernel_size - 1, -(-height // dilation))
-    window_width = min(tile[1] + kernel_size - 1, -(-width // dilation))
-    return height * width < WORTHWHILE_WINDOWS * window_height * window_width
+def fastest_backend(query, groups, biased):
+    """The backend for `groups` of Heads where natten is not taken: on CUDA `flex` from FLEX_TOKENS
+    tokens on, unless there is a `flex_problem`; else `dense` on small grids and `tiled` on others.
+    """
+    _, height, width, _, _ = query.shape
+    cuda = query.device.type == "cuda"
+    if cuda and height * width >= FLEX_TOKENS and not flex_problem(query):
+        return "flex"
+    windows = CUDA_WINDOWS if cuda else CPU_WINDOWS
+    return "dense" if dense_is_faster(height, width, groups, biased, windows) else "tiled"
+
+
+def natten_attention(query, key, value, groups, tables, scale):
+    """Attention by natten; raises NotImplementedError, with the problem, where it cannot."""
+    for group in groups:
+        problem = natten_problem(query, key, value, tables, group.kernel_size)
+        if problem:
+            raise NotImplementedError(problem)
+
+    def attend(query, key, value, kernel_size, dilation, rpb, scale):
+        return natten.na2d(query, key, value, kernel_size, dilation=dilation, scale=scale)
+
+    return by_neighborhood(attend, query, key, value, groups, tables, scale)
+
+
+def by_neighborhood(attend, query, key, value, groups, tables, scale):
+    """`attend` (query, key, value, kernel_size, dilation, rpb, scale) for each kernel and dilation,
+    groups of equal ones together; other arguments as of `hydra_attention`."""
+    if len(groups) == 1:
+        return attend(query, key, value, *groups[0][1:], tables and tables[0], scale)
+    counts = [group.count for group in groups]
+    parts = [part.split(counts, dim=3) for part in (query, key, value)]
+    together = {}  # (kernel, dilation) to the groups that share it
+    for index, group in enumerate(groups):
+        together.setdefault(group[1:], []).append(index)
+    outs = {}
+    for neighborhood, indices in together.items():
+        heads = [concatenate([part[index] for index in indices], dim=3) for part in parts]
+        table = tables and concatenate([tables[index] for index in indices], dim=0)
+        out = attend(*heads, *neighborhood, table, scale)
+        outs.update(zip(indices, out.split([counts[index] for index in indices], dim=3)))
+    return concatenate([outs[index] for index in sorted(outs)], dim=3)
+
+
+def concatenate(tensors, dim):
+    """`torch.cat` that does not copy a single tensor."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)
+
+
+def hydra_attention(query, key, value, groups, tables=None, scale=None, backend=None):
+    """Neighborhood attention whose heads have several neighborhoods (StyleNAT, 2211.05770).
+
+    `query`, `key` and `value` are [B, H, W, heads, head_dim]; `groups` are tuples (number of heads,
+    kernel_size, dilation) in the order of the heads, and `tables` their relative biases, or None.
+    The rest is as of `neighborhood_attention_2d`, which is this with one group.
+    """
+    groups, tables = tuple(Heads(*group) for group in groups), list(tables) if tables else None
+    check_tensors(query, key, value, groups, tables)
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    arguments = (query, key, value, groups, tables, scale)
+    if backend == "natten" or (backend is None and prefers_natten(query.device)):
+        try:
+            return natten_attention(*arguments)
+        except NotImplementedError as error:  # shapes and types that no kernel of natten takes
+            if backend == "natten":
+                raise ValueError(f"`backend` 'natten' cannot do this call: {error}") from None
+    if backend == "flex" and flex_problem(query):
+        raise ValueError(f"`backend` 'flex' cannot do this call: {flex_problem(query)}")
+    backend = backend or fastest_backend(query, groups, tables is not None)
+    if backend == "flex":
+        return flex_attend(*arguments)
+    if backend == "dense":
+        return dense_attention(*arguments)
+    return by_neighborhood(tiled_attention, *arguments)
 
 
 def neighborhood_attention_2d(
@@ -234,37 +200,8 @@ def neighborhood_attention_2d(
     kernel that does not fit the grid, or a backend that cannot do the call. Compiles without graph
     breaks; grids of several sizes want `dynamic=False`.
     """
-    if query.dim() != 5 or not query.shape == key.shape == value.shape:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
-        raise ValueError(f"`query`, `key` and `value` must be equal [B, H, W, h, e], not {shapes}")
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(
-            f"`query`, `key` and `value` differ in type: {query.dtype}, {key.dtype}, {value.dtype}"
-        )
-    _, height, width, heads, _ = query.shape
-    check_neighborhood(height, width, kernel_size, dilation)
-    side = 2 * kernel_size - 1
-    if rpb is not None and rpb.shape != (heads, side, side):
-        raise ValueError(f"`rpb` must be {(heads, side, side)} here, not {tuple(rpb.shape)}")
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    if backend == "natten" or (backend is None and prefers_natten(query.device)):
-        problem = natten_problem(query, key, value, rpb, kernel_size)
-        if not problem:
-            try:
-                return natten.na2d(query, key, value, kernel_size, dilation=dilation, scale=scale)
-            except NotImplementedError as error:  # shapes and types that no kernel of natten takes
-                problem = str(error)
-        if backend == "natten":
-            raise ValueError(f"`backend` 'natten' cannot do this call: {problem}")
-    # the fastest from 4x4 to 16x16 on two CPU cores
-    tile = (4, 8) if rpb is not None or kernel_size < 7 else (8, 8)
-    cut = (height, width, kernel_size, dilation)
-    dense = backend == "dense" or (backend is None and dense_is_faster(*cut, tile))
-    cut += (None if dense else tile, query.device)
-    if torch.compiler.is_compiling():
-        grid = cut_grid.__wrapped__(*cut)  # a part of the graph
-    else:
-        with torch.inference_mode(False):  # else what is cached would not serve training
-            grid = cut_grid(*cut)
-    return masked_attention(query, key, value, rpb, scale, grid)
+    heads = query.shape[3] if query.dim() == 5 else 0
+    groups = [(heads, kernel_size, dilation)]
+    return hydra_attention(
+        query, key, value, groups, None if rpb is None else [rpb], scale, backend
+    )

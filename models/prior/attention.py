@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.messages import listed
-from models.neighborhood_attention import neighborhood_attention_2d
+from models.neighborhood_attention import hydra_attention
+from models.neighborhoods.geometry import constant
 
 ROPE_BASE = 100.0  # Heo et al., arXiv 2403.13298, for grids of some tens of tokens a side
 
@@ -26,14 +27,34 @@ def rotary_angles(height, width, head_dim, device=None):
     return torch.cat(torch.broadcast_tensors(rows, columns), dim=-1)
 
 
-def rotate(x, angles):
-    """Rotate pairs of channels (i, i + e/2) of x [B, H, W, h, e] by angles [H, W, e/2] (Su et al.,
+@constant
+def rotary_tables(height, width, head_dim, device):
+    """Factors (of x, of its halves exchanged) that `rotate` takes: float32 [H, W, 1, 1, e] each."""
+    angles = rotary_angles(height, width, head_dim, device)[:, :, None, None]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+class Rotation(torch.autograd.Function):
+    """x * cos + (x, its halves exchanged) * sin, in float32 and back in x's type; its gradient is
+    the rotation backwards, with `sign` -1."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, sign):
+        ctx.save_for_backward(cos, sin)
+        ctx.sign = sign
+        turned = x * cos
+        return turned.addcmul_(x.roll(x.shape[-1] // 2, -1), sin, value=sign).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Rotation.apply(grad, *ctx.saved_tensors, -ctx.sign), None, None, None
+
+
+def rotate(x, tables):
+    """Rotate pairs of channels (i, i + e/2) of x [B, H, W, n, h, e] by `rotary_tables` (Su et al.,
     RoFormer, arXiv 2104.09864): dot products of two of them depend on their distance only."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    first, second = wide.chunk(2, dim=-1)
-    cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
-    turned = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
-    return turned.to(x.dtype)
+    return Rotation.apply(x, *tables, 1.0)
 
 
 def match_groups(kernel_sizes, dilations):
@@ -73,11 +94,6 @@ def head_width(dim, num_heads):
     if dim % num_heads:
         raise ValueError(f"`num_heads` {num_heads} does not divide `dim` {dim}")
     return dim // num_heads
-
-
-def concatenate(tensors, dim):
-    """`torch.cat` that does not copy a single tensor."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)
 
 
 class FullAttention(nn.Module):
@@ -124,9 +140,8 @@ class HydraNeighborhoodAttention(nn.Module):
 
     Group i has kernel `kernel_sizes[i]`, dilation `dilations[i]` (see `match_groups` and
     `split_heads`) and, with `rpb`, a relative positional bias table `rpb.i` [heads, 2k-1, 2k-1].
-    With `rope`, queries and keys carry axial rotary positions, which natten's kernels can do.
-    Groups of equal kernel and dilation are computed together, by `backend` (see
-    `neighborhood_attention_2d`). `attn_drop` must be 0. Raises ValueError for arguments that do not
+    With `rope`, queries and keys carry axial rotary positions, which all kernels can do. `backend`
+    is that of `hydra_attention`, which attends for all groups. `attn_drop` must be 0. Raises ValueError for arguments that do not
     fit together.
     """
 
@@ -156,26 +171,18 @@ class HydraNeighborhoodAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-        self.neighborhoods = {}  # (kernel, dilation) to the groups that share it
-        for group, neighborhood in enumerate(zip(self.kernel_sizes, self.dilations)):
-            self.neighborhoods.setdefault(neighborhood, []).append(group)
+        self.groups = tuple(zip(self.group_heads, self.kernel_sizes, self.dilations))
 
     def forward(self, x):
         """Attend within x [B, H, W, C], any grid that the largest kernel x dilation fits into."""
-        qkv = self.qkv(x).unflatten(3, (3, self.num_heads, self.head_dim))
-        query, key, value = qkv.unbind(3)  # [B, H, W, h, e]
+        qkv = self.qkv(x).unflatten(3, (3, self.num_heads, self.head_dim))  # [B, H, W, 3, h, e]
         if self.rope:
-            angles = rotary_angles(*x.shape[1:3], self.head_dim, x.device)
-            query, key = rotate(query, angles), rotate(key, angles)
-        parts = [part.split(self.group_heads, dim=3) for part in (query, key, value)]
-        outs = {}
-        for (kernel, dilation), groups in self.neighborhoods.items():
-            together = [concatenate([part[group] for group in groups], dim=3) for part in parts]
-            table = self.rpb and concatenate([self.rpb[group] for group in groups], dim=0)
-            out = neighborhood_attention_2d(
-                *together, kernel, dilation, table, self.scale, self.backend
-            )
-            heads = [self.group_heads[group] for group in groups]
-            outs.update(zip(groups, out.split(heads, dim=3)))
-        out = concatenate([outs[group] for group in sorted(outs)], dim=3)  # [B, H, W, h, e]
+            both, value = qkv.split((2, 1), dim=3)
+            tables = rotary_tables(*x.shape[1:3], self.head_dim, x.device)
+            query, key = rotate(both, tables).unbind(3)  # [B, H, W, h, e]
+            value = value.squeeze(3)
+        else:
+            query, key, value = qkv.unbind(3)
+        tables = None if self.rpb is None else list(self.rpb)
+        out = hydra_attention(query, key, value, self.groups, tables, self.scale, self.backend)
         return self.proj_drop(self.proj(out.flatten(3)))  # [B, H, W, C]

@@ -7,6 +7,7 @@ import re
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from models.messages import listed
 from models.neighborhood_attention import check_neighborhood
@@ -56,17 +57,20 @@ class Block(nn.Module):
             nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim), nn.Dropout(H.resid_pdrop)
         )
 
-    def forward(self, x, cache=None, where=None):
-        """Transform x [B, h, w, C]; with `where` bool [B, h*w] only those positions, [M, C]."""
+    def attend(self, x, cache=None):
+        """x [B, h, w, C] and its attention; `cache` as of FullAttention."""
         h = self.ln1(x)
         if isinstance(self.attn, HydraNeighborhoodAttention):
-            h = self.attn(h)
-        else:
-            h = self.attn(h.flatten(1, 2), cache).view_as(x)
-        x = x + h
-        if where is not None:
-            x = x.flatten(1, 2)[where]
+            return x + self.attn(h)
+        return x + self.attn(h.flatten(1, 2), cache).view_as(x)
+
+    def transform(self, x):
+        """x [..., C] and what the MLP makes of each position."""
         return x + self.mlp(self.ln2(x))
+
+    def forward(self, x, cache=None):
+        """Transform x [B, h, w, C]."""
+        return self.transform(self.attend(x, cache))
 
 
 class Transformer(nn.Module):
@@ -75,13 +79,15 @@ class Transformer(nn.Module):
     As a denoiser (`H.sampler == "absorbing"`) it has one more input id, the mask, and does not
     see the time. As a causal prior its input is shifted right by a learned start token.
     `H.position` `absolute` adds a table to the embeddings and ties the model to its grid; `rpb`
-    and `rope` live in the attention. Raises ValueError for settings that do not fit together.
+    and `rope` live in the attention. Where `checkpoint_blocks` is true, training keeps the input of
+    each block only and computes the rest again: less memory, a third more time. Raises ValueError for settings that do not fit together.
     """
 
     def __init__(self, H):
         super().__init__()
         check_attention(H)
         self.causal = H.sampler == "autoregressive"
+        self.checkpoint_blocks = False
         self.grid = tuple(H.latent_shape[1:])
         dim = H.bert_n_emb
         # In the order of the published files, by which their optimisers number the parameters.
@@ -94,7 +100,7 @@ class Transformer(nn.Module):
         try:
             self.blocks = nn.ModuleList(Block(H) for _ in range(H.bert_n_layers))
             if H.attention == "hydra":
-                for kernel_size, dilation in self.blocks[0].attn.neighborhoods:
+                for _, kernel_size, dilation in self.blocks[0].attn.groups:
                     check_neighborhood(*self.grid, kernel_size, dilation)
         except ValueError as error:
             message = re.sub("`.+?`", lambda name: SETTINGS.get(name[0], name[0]), str(error))
@@ -131,10 +137,31 @@ class Transformer(nn.Module):
                 raise ValueError(f"a model with absolute positions runs on {self.grid} only")
             x = x + self.pos_emb
         x = self.drop(x).unflatten(1, grid)  # [B, h, w, C]
-        for block in self.blocks[:-1]:
-            x = block(x)
-        x = self.blocks[-1](x, where=where)
-        return self.head(self.ln_f(x.flatten(1, 2) if where is None else x))
+        if where is None:
+            x = self.run_blocks(self.blocks, x).flatten(1, 2)
+        else:
+            last = self.blocks[-1]
+            x = last.attend(self.run_blocks(self.blocks[:-1], x))
+            x = last.transform(x.flatten(1, 2)[where])  # [M, C]
+        return self.head(self.ln_f(x))
+
+    def run_blocks(self, blocks, x):
+        """x [B, h, w, C] after `blocks`, each computed again in backward if they are checkpoints
+        (`checkpoint_blocks`)."""
+        again = self.checkpoint_blocks and self.training and torch.is_grad_enabled()
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        return x
+
+    def compile_blocks(self, **options):
+        """Compile every block, and nothing else; names in the state dict stay as they are.
+
+        As all blocks have one code object, one compiled code serves them all. `options` are those
+        of torch.compile. The blocks are compiled at their first call, for each grid and batch size
+        anew.
+        """
+        for block in self.blocks:
+            block.compile(**{"fullgraph": True, "dynamic": False} | options)
 
     def causal_forward(self, ids, caches=None):
         """Logits of the token after each of ids [B, N], the start included (see `forward`)."""
@@ -144,6 +171,9 @@ class Transformer(nn.Module):
             x = torch.cat((self.start_tok.expand(len(ids), -1, -1), x), dim=1)
         x = x + self.pos_emb[:, first : ids.shape[1] + 1]
         x = self.drop(x).unsqueeze(1)  # [B, 1, N, C]: a sequence is a grid of one row
-        for index, block in enumerate(self.blocks):
-            x = block(x, caches[index] if caches is not None else None)
+        if caches is None:
+            x = self.run_blocks(self.blocks, x)
+        else:
+            for block, cache in zip(self.blocks, caches, strict=True):
+                x = block(x, cache)
         return self.head(self.ln_f(x.flatten(1, 2)))

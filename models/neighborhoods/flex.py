@@ -1,0 +1,187 @@
+"""Neighborhood attention by torch's FlexAttention: one fused kernel for all heads of a layer.
+
+The neighborhood of each head is a `mask_mod`, its relative bias a `score_mod`, whose gradient the
+kernel adds up by atomic operations: in no fixed order. Blocks of BLOCK x BLOCK tokens of which no
+query attends to a key are skipped; a grid of fewer tokens is one block, which FlexAttention fills
+up by itself.
+
+Shapes: B batch, H W grid, N = H*W tokens, h heads, e head_dim; n = ceil(N / BLOCK) blocks.
+"""
+
+import os
+import shutil
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from models.neighborhoods.geometry import axis_offset, constant
+from models.neighborhoods.masked import stack_tables
+
+FLEX_PROBLEM = None
+try:
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+except ImportError as error:
+    FLEX_PROBLEM = f"this torch has no FlexAttention ({error})"
+
+BLOCK = 128  # tokens of a block of queries or keys: what FlexAttention's kernels expect
+COMPILED_SHAPES = 64  # grids, kernels and types that are compiled before torch gives up
+
+
+class Blocks(NamedTuple):
+    """Which blocks of keys each block of queries needs, and the reverse, as BlockMask wants them:
+    int32 [1, h, n] and [1, h, n, n]."""
+
+    kv_num_blocks: torch.Tensor
+    kv_indices: torch.Tensor
+    q_num_blocks: torch.Tensor
+    q_indices: torch.Tensor
+
+
+def flex_problem(query):
+    """Why FlexAttention cannot attend with `query` [B, H, W, h, e], as a sentence; None when it
+    can. A CPU computes what its kernel would, with all scores in memory."""
+    if FLEX_PROBLEM or query.device.type == "cpu":
+        return FLEX_PROBLEM
+    if query.device.type != "cuda":
+        return f"FlexAttention is used on CUDA and CPUs only, not on {query.device.type}"
+    dim = query.shape[-1]
+    if dim < 16 or dim & (dim - 1):
+        return f"FlexAttention's kernels need a power of two from 16 channels a head, not {dim}"
+    if query.dtype == torch.float64:
+        return "FlexAttention's kernels have no float64"
+    return compiler_problem()
+
+
+@lru_cache(maxsize=1)
+def compiler_problem():
+    """Why nothing can be compiled for CUDA here, as a sentence; None when it can."""
+    from torch.utils._triton import has_triton  # asks for the driver: not when this is imported
+
+    if not has_triton():
+        return "FlexAttention needs Triton, which is not installed or does not support this GPU"
+    compilers = [os.environ.get("CC"), "cc", "gcc", "clang"]
+    if not any(name and shutil.which(name) for name in compilers):
+        return "Triton needs a C compiler, and there is none: install gcc"
+    return None
+
+
+def ordered(used):
+    """bool [h, n, n], which columns each row uses, as their numbers [1, h, n] and indices, the used
+    first [1, h, n, n]: int32."""
+    indices = used.int().argsort(dim=-1, descending=True, stable=True)
+    return used.sum(-1, dtype=torch.int32)[None], indices.int()[None].contiguous()
+
+
+@constant
+def neighborhood_blocks(height, width, groups, device):
+    """The `Blocks` of `groups` of Heads, as a plain tuple. One block of queries is looked at a
+    time, so that memory is linear in the number of tokens."""
+    tokens = height * width
+    count = -(-tokens // BLOCK)
+    position = torch.arange(tokens, device=device)
+    heads = []
+    for group in groups:
+        rows = axis_offset(height, *group[1:], device) >= 0
+        columns = axis_offset(width, *group[1:], device) >= 0
+        used = []
+        for query in position.split(BLOCK):
+            attends = rows[query // width][:, position // width]
+            attends = attends & columns[query % width][:, position % width]
+            padded = F.pad(attends.any(0), (0, count * BLOCK - tokens))
+            used.append(padded.view(count, BLOCK).any(1))
+        heads += [torch.stack(used)] * group.count
+    used = torch.stack(heads)  # [h, n, n]
+    return (*ordered(used), *ordered(used.mT))
+
+
+@constant
+def head_sizes(groups, device):
+    """Kernel size and dilation of each head: two int32 [h]."""
+    sizes = [group[1:] for group in groups for _ in range(group.count)]
+    kernels, dilations = torch.tensor(sizes, dtype=torch.int32, device=device).unbind(1)
+    return kernels.contiguous(), dilations.contiguous()
+
+
+def attends_along(query, key, length, kernel_size, dilation):
+    """Whether position `query` of an axis attends to `key`: `table_offset` without its -1."""
+    members = (length - query % dilation + dilation - 1) // dilation
+    first = torch.clamp(query // dilation - kernel_size // 2, min=0)
+    nth = key // dilation - torch.minimum(first, members - kernel_size)
+    return (key % dilation == query % dilation) & (nth >= 0) & (nth < kernel_size)
+
+
+def modifiers(height, width, kernels, dilations, table):
+    """(mask_mod, score_mod) of FlexAttention for heads with `kernels` and `dilations`, int32 [h];
+    score_mod adds from `table` [h, side, side], and is None where `table` is."""
+
+    def mask_mod(b, h, query, key):
+        kernel, dilation = kernels[h], dilations[h]
+        in_row = attends_along(query // width, key // width, height, kernel, dilation)
+        return in_row & attends_along(query % width, key % width, width, kernel, dilation)
+
+    def score_mod(score, b, h, query, key):
+        middle, dilation = kernels[h] - 1, dilations[h]
+        row = (key // width - query // width) // dilation + middle
+        column = (key % width - query % width) // dilation + middle
+        last = table.shape[-1] - 1  # what lies outside the table lies outside the neighborhood
+        return score + table[h, torch.clamp(row, 0, last), torch.clamp(column, 0, last)]
+
+    return mask_mod, None if table is None else score_mod
+
+
+def fused(query, key, value, table, grid, blocks, sizes, scale):
+    """FlexAttention of query, key and value [B, h, N, e] on `grid` (H, W); to be compiled."""
+    mask_mod, score_mod = modifiers(*grid, *sizes, table)
+    tokens = query.shape[2]
+    block_mask = BlockMask(
+        seq_lengths=(tokens, tokens), full_kv_num_blocks=None, full_kv_indices=None,
+        full_q_num_blocks=None, full_q_indices=None, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod,
+        **Blocks(*blocks)._asdict(),
+    )
+    return flex_attention(
+        query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale
+    )
+
+
+def unfused(query, key, value, table, grid, blocks, sizes, scale):
+    """`fused` with all scores in memory: for CPUs, where FlexAttention has no gradients."""
+    mask_mod, score_mod = modifiers(*grid, *sizes, table)
+    heads, tokens = query.shape[1:3]
+    position = torch.arange(tokens, device=query.device)
+    where = torch.arange(heads, device=query.device)[:, None, None], position[:, None], position
+    scores = (query @ key.mT).float() * scale if query.dtype.itemsize < 4 else query @ key.mT * scale
+    if score_mod is not None:
+        scores = score_mod(scores, None, *where)
+    scores = scores.masked_fill(~mask_mod(None, *where), float("-inf"))
+    return scores.softmax(-1).to(value.dtype) @ value
+
+
+@lru_cache(maxsize=1)
+def compiled():
+    """`fused`, compiled for each set of shapes at its first call."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, COMPILED_SHAPES)
+    return torch.compile(fused, fullgraph=True, dynamic=False)
+
+
+def flex_attend(query, key, value, groups, tables, scale):
+    """One attention of all heads by FlexAttention; arguments as of `hydra_attention`."""
+    _, height, width, _, _ = query.shape
+    device = query.device
+    inputs = [x.flatten(1, 2).transpose(1, 2) for x in (query, key, value)]  # [B, h, N, e]
+    table = None if tables is None else stack_tables(tables).contiguous()
+    differentiated = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (*inputs, table)
+    )
+    if device.type == "cpu" and (differentiated or not torch.compiler.is_compiling()):
+        attend = unfused
+    else:
+        attend = fused if torch.compiler.is_compiling() else compiled()
+    with torch.autocast(device.type, enabled=False):  # all is of one type here
+        out = attend(
+            *inputs, table, (height, width), neighborhood_blocks(height, width, groups, device),
+            head_sizes(groups, device), scale,
+        )
+    return out.transpose(1, 2).unflatten(1, (height, width))

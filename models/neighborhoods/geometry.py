@@ -1,0 +1,160 @@
+"""Which keys each query of a grid attends to, as tensors: masks, tiles and their windows.
+
+Shapes: H W grid, N = H*W tokens, h heads. Along one axis, a block is T queries of one dilation
+group and its window the S keys that any of them attends to; there are A blocks. Primes mark the
+columns: A' T' S'.
+"""
+
+from functools import lru_cache, wraps
+from typing import NamedTuple
+
+import torch
+
+ALIGNMENT = 16  # CUDA's memory-efficient kernel copies a mask whose rows are not so many apart
+
+
+class Heads(NamedTuple):
+    """`count` consecutive heads that share a neighborhood."""
+
+    count: int
+    kernel_size: int
+    dilation: int
+
+
+def constant(function):
+    """`function` of plain arguments, computed once and kept; a constant in a compiled graph.
+
+    What it returns, tensors or tuples of them, must not be changed.
+    """
+    @lru_cache(maxsize=32)
+    def computed(*arguments):
+        with torch.inference_mode(False), torch.no_grad():  # training may need it later
+            return function(*arguments)
+
+    @wraps(function)
+    def wrapper(*arguments):
+        return computed(*arguments)
+
+    wrapper = torch.compiler.assume_constant_result(wrapper)
+    wrapper.cache_clear = computed.cache_clear
+    return wrapper
+
+
+class Axis(NamedTuple):
+    """How one axis is cut into A = tiles * groups blocks, of K kinds: most blocks are alike."""
+
+    tiles: int
+    groups: int
+    tile: int  # T
+    window: int  # S
+    keys: torch.Tensor | None  # int64 [tiles * S * groups]: positions; None for the axis as it is
+    offset: torch.Tensor  # int64 [K, T, S]: see `table_offset`
+    kind: torch.Tensor  # int64 [A]: of each block; block a is tile a // groups
+
+
+def table_offset(query, key, length, kernel_size, dilation):
+    """The bias table's rows (or columns) for positions `query` [..., T] and `key` [..., S] of an
+    axis: int64 [..., T, S], -1 where the query does not attend to the key."""
+    query, key = query[..., None], key[..., None, :]
+    members = (length - query % dilation + dilation - 1) // dilation  # of the query's group
+    first = (query // dilation - kernel_size // 2).clamp(min=0)
+    nth = key // dilation - torch.minimum(first, members - kernel_size)
+    attends = (key % dilation == query % dilation) & (nth >= 0) & (nth < kernel_size)
+    return torch.where(attends, (key - query) // dilation + kernel_size - 1, -1)
+
+
+def tiled_axis(length, kernel_size, dilation, tile, device):
+    """The axis with each dilation group cut into tiles of at most `tile` queries; groups shorter
+    than the longest, and the last tile, are padded: no query attends to the padding."""
+    longest = -(-length // dilation)
+    tile = min(tile, longest)
+    tiles = -(-longest // tile)
+    window = min(tile + kernel_size - 1, longest)
+    group = torch.arange(dilation, device=device)[:, None]
+    start = torch.arange(tiles, device=device) * tile - kernel_size // 2
+    start = start.clamp(0, longest - window)[:, None, None]
+    keys = (start + torch.arange(window, device=device)) * dilation + group
+    keys = keys.clamp(max=length - 1)  # [tiles, groups, S]
+    query = torch.arange(tiles * tile, device=device).view(tiles, 1, tile) * dilation + group
+    query = torch.minimum(query, length - 1 - (length - 1 - group) % dilation)  # the group's last
+    offset = table_offset(query, keys, length, kernel_size, dilation).flatten(0, 1)
+
+    full_groups = length - (longest - 1) * dilation  # the groups that have the longest's length
+    shortest = longest - (full_groups < dilation)
+    reach = kernel_size // 2
+    inner = [t for t in range(tiles) if reach <= t * tile <= shortest - tile - reach]
+    alike = [
+        inner[0] * dilation if t in inner
+        else t * dilation + (0 if g < full_groups else full_groups)
+        for t in range(tiles) for g in range(dilation)
+    ]  # the first block that is like each
+    kinds = sorted(set(alike))
+    kind = torch.tensor([kinds.index(block) for block in alike], device=device)
+
+    keys = None if tiles == dilation == 1 else keys.mT.flatten()
+    return Axis(tiles, dilation, tile, window, keys, offset[kinds], kind)
+
+
+@lru_cache(maxsize=16)
+def cut_grid(height, width, kernel_size, dilation, tile, device):
+    """(rows, columns, kind, mask): both axes cut into tiles of `tile` (rows, columns), the kind
+    int64 [A*A'] of each block of the grid, and for each kind which keys each query attends to:
+    bool [K*K', T*T', S*S']."""
+    rows = tiled_axis(height, kernel_size, dilation, tile[0], device)
+    columns = tiled_axis(width, kernel_size, dilation, tile[1], device)
+    kind = (rows.kind[:, None] * len(columns.offset) + columns.kind).flatten()
+    in_row, in_column = rows.offset >= 0, columns.offset >= 0
+    mask = in_row[:, None, :, None, :, None] & in_column[None, :, None, :, None, :]
+    return rows, columns, kind, mask.flatten(4, 5).flatten(2, 3).flatten(0, 1)
+
+
+def axis_offset(length, kernel_size, dilation, device):
+    """`table_offset` of every position against every position, int64 [length, length]."""
+    position = torch.arange(length, device=device)
+    return table_offset(position, position, length, kernel_size, dilation)
+
+
+def additive_mask(mask, dtype):
+    """0 where bool `mask` [..., keys] is true, else -inf, in rows ALIGNMENT apart."""
+    keys = mask.shape[-1]
+    padded = mask.new_zeros((*mask.shape[:-1], -(-keys // ALIGNMENT) * ALIGNMENT), dtype=dtype)
+    return padded[..., :keys].masked_fill_(~mask, float("-inf"))
+
+
+@constant
+def tile_mask(height, width, kernel_size, dilation, tile, dtype, device):
+    """0 where a query of a tile attends to a key of its window, else -inf, for every block of
+    `cut_grid`: [A*A', 1, T*T', S*S']."""
+    _, _, kind, mask = cut_grid(height, width, kernel_size, dilation, tile, device)
+    return additive_mask(mask if len(kind) == 1 else mask[kind], dtype)[:, None]
+
+
+@constant
+def dense_mask(height, width, groups, dtype, device):
+    """0 where a query attends to a key, else -inf: [1, h, N, N] for `groups` of Heads; [1, 1, N, N]
+    where all have one neighborhood."""
+    shared = len({group[1:] for group in groups}) == 1
+    masks = []
+    for count, kernel_size, dilation in groups[:1] if shared else groups:
+        row = axis_offset(height, kernel_size, dilation, device) >= 0
+        column = axis_offset(width, kernel_size, dilation, device) >= 0
+        mask = (row[:, None, :, None] & column[None, :, None, :]).flatten(2, 3).flatten(0, 1)
+        masks += [mask] * (1 if shared else count)
+    return additive_mask(torch.stack(masks)[None], dtype)
+
+
+@constant
+def dense_lookup(height, width, groups, dtype, device):
+    """One-hot matrices ([h, H*H, side], [h, side, W*W]) that look relative biases up: row @ table @
+    column is the bias of each pair of rows and pair of columns, 0 outside the neighborhood. `side`
+    is the largest table's."""
+    side = max(2 * group.kernel_size - 1 for group in groups)
+    entries = torch.arange(side, device=device)
+    both = []
+    for length in (height, width):
+        offsets = [
+            axis_offset(length, group.kernel_size, group.dilation, device).flatten()
+            for group in groups for _ in range(group.count)
+        ]
+        both.append((torch.stack(offsets)[:, :, None] == entries).to(dtype))
+    return both[0], both[1].mT.contiguous()
