@@ -5,6 +5,7 @@ Wherever functions here take `rng`, it is None for torch's own generator, a `tor
 `Streams`. Shapes: B samples of a batch, M rows of numbers, K columns.
 """
 
+import numpy as np
 import torch
 
 
@@ -13,12 +14,11 @@ class Streams:
 
     def __init__(self, generators, counts):
         self.generators, self.counts = list(generators), list(counts)
-        numbers = torch.arange(len(self.counts))
-        self.stream_of = numbers.repeat_interleave(torch.tensor(self.counts))  # int64 [B]
+        self.stream_of = np.repeat(np.arange(len(self.counts)), self.counts)  # int64 [B]
 
     def counts_of(self, rows):
-        """How many of the samples `rows`, int64 [M] on the CPU, each generator serves."""
-        return torch.bincount(self.stream_of[rows], minlength=len(self.counts)).tolist()
+        """How many of the samples `rows`, an array int64 [M], each generator serves."""
+        return np.bincount(self.stream_of[rows], minlength=len(self.counts)).tolist()
 
 
 def noise(function, shape, rng, dim=0, **options):
@@ -37,8 +37,8 @@ def noise(function, shape, rng, dim=0, **options):
 def rows_of_noise(fill, values, rng, rows=None):
     """Fill `values` [M, ...] in place by `fill(values, generator)`; returns them.
 
-    `rows` int64 [M], ascending and on the CPU, tells which sample each row belongs to (None: row i
-    to sample i). A generator none of whose samples has a row is not touched.
+    `rows`, an ascending array int64 [M], tells which sample each row belongs to (None: row i to
+    sample i). A generator none of whose samples has a row is not touched.
     """
     if not isinstance(rng, Streams):
         return fill(values, rng)

@@ -3,8 +3,8 @@
 A denoiser is any `denoise(ids [B, N], where bool [B, N]) -> logits [M, K]`: of the M positions that
 `where` asks for, row by row, and of no others. A sampling method starts from ids [B, N] that hold
 `mask_id` where a token is to be drawn and known tokens elsewhere, which it keeps, and calls
-`progress(done, total)` after each network call. Only `remdm` and `mlm` change drawn tokens. `rng` is
-where random numbers come from: see `models.sampling.noise`.
+`progress(done, total)` after each network call. Only `remdm` and `mlm` change drawn tokens.
+`rng` is where random numbers come from: see `models.sampling.noise`.
 
 What is drawn when is planned on the CPU, so that a call waits for a GPU at most once.
 
@@ -15,13 +15,14 @@ To add a method, write a function with the arguments of the others, decorate it 
 Shapes: B batch, N tokens, K codebook size, S steps.
 """
 
+import functools
 import math
-from functools import partial
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 
+from models.devices import to_device, to_host
 from models.sampling.noise import exponential, noise, uniform
 
 
@@ -72,27 +73,20 @@ def truncate(logits, top_k=0, top_p=1.0):
     return logits
 
 
-def to(device, *tensors):
-    """Tensors of the CPU on a device, without waiting for a GPU."""
-    if device.type == "cuda":
-        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
-    return [tensor.to(device) for tensor in tensors]
-
-
 def fill(denoise, ids, where, temp, rng):
-    """Draw the tokens `where` bool [B, N], on the CPU, of ids [B, N] in place, in one network call
-    at most: the network sees only samples with a token to draw."""
-    running = where.any(1).nonzero().squeeze(1)
+    """Draw the tokens `where`, an array bool [B, N], of ids [B, N] in place, in one network call at
+    most: the network sees only samples with a token to draw."""
+    running = np.flatnonzero(where.any(1))
     if len(running):
-        rows, columns = where.nonzero(as_tuple=True)
-        at = to(ids.device, rows, columns)
-        seen, asked = to(ids.device, running, where[running])
-        ids[tuple(at)] = draw(denoise(ids[seen], asked), temp, rng, rows)
+        rows, columns = where.nonzero()
+        at = to_device(rows, ids.device), to_device(columns, ids.device)
+        seen, asked = to_device(running, ids.device), to_device(where[running], ids.device)
+        ids[at] = draw(denoise(ids[seen], asked), temp, rng, rows)
 
 
 def reveal(denoise, ids, mask_id, call, temp, rng, progress):
     """Draw each masked token of ids [B, N] at the network call numbered `call` [B, N], from 0."""
-    call, ids = call.masked_fill(ids != mask_id, -1).cpu(), ids.clone()
+    call, ids = to_host(call.masked_fill(ids != mask_id, -1)), ids.clone()
     calls = int(call.max()) + 1
     for number in range(calls):
         fill(denoise, ids, call == number, temp, rng)
@@ -122,7 +116,7 @@ def sample_ancestral(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=
     does not see t, so the distribution is the same when every token draws its time uniformly from
     1..S and the network runs only at times that occur, each sample with its own clock.
     """
-    time = noise(partial(torch.randint, steps), ids.shape, rng, device=ids.device)
+    time = noise(functools.partial(torch.randint, steps), ids.shape, rng, device=ids.device)
     time = time.masked_fill(ids != mask_id, -1)
     # call[b, i]: how many times later than its own occur in sample b
     ordered, order = time.sort(dim=1, descending=True)
@@ -180,13 +174,19 @@ def halton_order(height, width):
     return cell[np.sort(first)]
 
 
+@functools.lru_cache(maxsize=8)
+def halton_places(height, width):
+    """The place of each position of a grid in its `halton_order`: an array int64 [H*W]."""
+    return halton_order(height, width).argsort().numpy()
+
+
 @sampling_method("halton", "grid")
 def sample_halton(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None, *, grid):
     """Tokens of a call lie far apart on `grid` (h, w): their order is a Halton sequence (Besnier
     et al., arXiv 2503.17076), shifted at random for each sample; cosine schedule."""
     height, width = grid
     masked = ids == mask_id
-    place = halton_order(height, width).argsort().to(ids.device)  # of each position in the order
+    place = to_device(halton_places(height, width), ids.device)
     shift = noise(torch.rand, (2, len(ids), 1, 1), rng, 1, device=ids.device)
     rows = torch.arange(height, device=ids.device)[:, None] + (shift[0] * height).long()
     columns = torch.arange(width, device=ids.device) + (shift[1] * width).long()
@@ -212,13 +212,14 @@ def sample_confidence(
     left = cosine_schedule((ids == mask_id).sum(1), steps)
     for number in range(steps):
         masked = ids == mask_id
-        where = masked.cpu()
-        running = where.any(1).nonzero().squeeze(1)
+        where = to_host(masked)
+        running = np.flatnonzero(where.any(1))
         if len(running) == 0:
             break
-        rows, columns = where.nonzero(as_tuple=True)
-        at = tuple(to(ids.device, rows, columns))
-        logits = denoise(*(tensor[to(ids.device, running)[0]] for tensor in (ids, masked))).double()
+        rows, columns = where.nonzero()
+        at = to_device(rows, ids.device), to_device(columns, ids.device)
+        seen = to_device(running, ids.device)
+        logits = denoise(ids[seen], masked[seen]).double()
         tokens = draw(logits, temp, rng, rows)
         confidence = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)  # [M]
         coins = uniform(len(tokens), rng, rows, ids.device)
@@ -252,11 +253,17 @@ def sample_remdm(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None
         drawn = (after - (1 - again) * before) / (1 - before)
         masked = ids == mask_id
         coin = noise(torch.rand, ids.shape, rng, device=ids.device, dtype=torch.float64)
-        fill(denoise, ids, (masked & (coin < drawn)).cpu(), temp, rng)
+        fill(denoise, ids, to_host(masked & (coin < drawn)), temp, rng)
         ids.masked_fill_(unknown & ~masked & (coin < again), mask_id)
         if progress:
             progress(number + 1, steps)
     return ids
+
+
+@functools.lru_cache(maxsize=8)
+def times_from(total_steps, steps):
+    """`steps` times from `total_steps` down to 1, evenly spread."""
+    return torch.linspace(total_steps, 1, steps).long().tolist()
 
 
 @sampling_method("mlm", "total_steps")
@@ -270,12 +277,12 @@ def sample_mask_predict(
     """
     ids = ids.clone()
     unknown = ids == mask_id
-    times = torch.linspace(total_steps, 1, steps).long().tolist()
+    times = times_from(total_steps, steps)
     for number, t in enumerate(times):
         coin = noise(torch.rand, ids.shape, rng, device=ids.device)
         masked = unknown & ((coin < t / total_steps) | (ids == mask_id))
         ids.masked_fill_(masked, mask_id)
-        fill(denoise, ids, masked.cpu(), temp, rng)
+        fill(denoise, ids, to_host(masked), temp, rng)
         if progress:
             progress(number + 1, len(times))
     return ids

@@ -1,9 +1,12 @@
 """Chunks of samples that are drawn together get the ids that each gets alone."""
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import SAMPLERS
+from models.sampling import samplers
 from models.sampling.noise import Streams, noise, uniform
 from models.sampling.samplers import draw, sample_autoregressive
 
@@ -97,8 +100,39 @@ def test_logits_that_are_not_finite_are_an_error(value):
 def test_streams_refuse_another_number_of_samples():
     with pytest.raises(ValueError, match="serve 10 samples, not 9"):
         noise(torch.rand, (9, 2), streams())
-    rows = torch.tensor([0, 0, 4, 8])  # of chunks 0, 0, 2, 3
+    rows = np.array([0, 0, 4, 8])  # of chunks 0, 0, 2, 3
     drawn = uniform(4, streams(), rows, torch.device("cpu"))
     expected = [torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
                 for n, seed in ((2, 0), (1, 2), (1, 3))]
     assert torch.equal(drawn, torch.cat(expected))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_methods_mix_no_devices_and_wait_once_a_call(name, monkeypatch):
+    """On fake CUDA tensors: only what `to_host` gives has values, here those of a run on the CPU,
+    and any other look at a value would be an error."""
+    values, calls = [], []
+
+    def record(tensor):
+        values.append(tensor.numpy().copy())
+        return values[-1]
+
+    def on_cpu(ids, where):
+        calls.append(int(where.sum()))
+        return denoise(ids, where)
+
+    monkeypatch.setattr(samplers, "to_host", record)
+    options = OPTIONS.get(name, {})
+    rng = torch.Generator().manual_seed(0)
+    SAMPLERS[name].sample(on_cpu, start(), K, 12, 1.0, rng, **options)
+    assert len(calls) > 3 and len(values) <= len(calls) + 2
+
+    def on_gpu(ids, where):
+        assert ids.device.type == where.device.type == "cuda"
+        return torch.zeros((calls.pop(0), K), device="cuda")
+
+    monkeypatch.setattr(samplers, "to_host", lambda tensor: values.pop(0))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids = torch.full((sum(COUNTS), TOKENS), K, device="cuda")
+        ids = SAMPLERS[name].sample(on_gpu, ids, K, 12, **options)
+    assert ids.device.type == "cuda" and not values and not calls
