@@ -7,7 +7,8 @@ import torch
 
 from helpers import Log
 from hparams import get_sampler_hparams
-from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer, VQAutoEncoder
+from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
+from models.autoencoder.autoencoder import VQAutoEncoder
 from utils.data import device as devices
 from utils.data.device import bytes_of_image, number_that_fits
 from utils.evaluation import samples
@@ -32,7 +33,7 @@ def sampler_of(kind):
 @pytest.mark.parametrize("kind", ["absorbing", "autoregressive"])
 def test_chunks_have_the_same_ids_however_many_are_drawn_together(kind, tmp_path, monkeypatch):
     H, sampler = sampler_of(kind)
-    H.n_samples, calls = 150, []
+    H, calls = SimpleNamespace(**vars(H), n_samples=150), []
     draw_chunks = samples.draw_chunks
 
     def spy(H, sampler, precision, spans, integer):
