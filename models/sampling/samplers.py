@@ -4,6 +4,9 @@ A denoiser is any `denoise(ids [B, N], where bool [B, N]) -> logits [M, K]`: of 
 `where` asks for, row by row, and of no others. A sampling method starts from ids [B, N] that hold
 `mask_id` where a token is to be drawn and known tokens elsewhere, which it keeps, and calls
 `progress(done, total)` after each network call. Only `remdm` and `mlm` change drawn tokens.
+`rng` is where random numbers come from: see `models.sampling.noise`.
+
+What is drawn when is planned on the CPU, so that a call waits for a GPU at most once.
 
 To add a method, write a function with the arguments of the others, decorate it with
 `@sampling_method`, its name and the names of its options, and add its name to the choices of
@@ -12,11 +15,15 @@ To add a method, write a function with the arguments of the others, decorate it 
 Shapes: B batch, N tokens, K codebook size, S steps.
 """
 
+import functools
 import math
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+
+from models.devices import to_device, to_host
+from models.sampling.noise import exponential, noise, uniform
 
 
 class SamplingMethod(NamedTuple):
@@ -36,11 +43,19 @@ def sampling_method(name, *options):
     return add
 
 
-def draw(logits, temp=1.0, rng=None):
-    """One categorical draw from each row of logits [M, K] at temperature `temp`: int64 [M]."""
+def draw(logits, temp=1.0, rng=None, rows=None):
+    """One categorical draw from each row of logits [M, K] at temperature `temp`: int64 [M].
+
+    `rows` says which sample each row belongs to where `rng` are several (see `rows_of_noise`).
+    Raises RuntimeError, on a GPU later, where a row is not finite.
+    """
     # Lower precisions cut the tails off, which lowers the temperature (2409.02908).
     probabilities = (logits.double() / temp).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=rng).squeeze(-1)
+    torch._assert_async(  # a row that is not finite is NaN throughout
+        probabilities[:, 0].isfinite().all(), "logits to draw ids from are not finite"
+    )
+    # As torch.multinomial draws one, without its two waits: p / q is largest with probability p.
+    return (probabilities / exponential(probabilities, rng, rows)).argmax(-1)
 
 
 def truncate(logits, top_k=0, top_p=1.0):
@@ -59,16 +74,19 @@ def truncate(logits, top_k=0, top_p=1.0):
 
 
 def fill(denoise, ids, where, temp, rng):
-    """Draw the tokens `where` bool [B, N] of ids [B, N] in place, in one network call at most: the
-    network sees only samples with a token to draw."""
-    running = where.any(1).nonzero().squeeze(1)
+    """Draw the tokens `where`, an array bool [B, N], of ids [B, N] in place, in one network call at
+    most: the network sees only samples with a token to draw."""
+    running = np.flatnonzero(where.any(1))
     if len(running):
-        ids[where] = draw(denoise(ids[running], where[running]), temp, rng)
+        rows, columns = where.nonzero()
+        at = to_device(rows, ids.device), to_device(columns, ids.device)
+        seen, asked = to_device(running, ids.device), to_device(where[running], ids.device)
+        ids[at] = draw(denoise(ids[seen], asked), temp, rng, rows)
 
 
 def reveal(denoise, ids, mask_id, call, temp, rng, progress):
     """Draw each masked token of ids [B, N] at the network call numbered `call` [B, N], from 0."""
-    call, ids = call.masked_fill(ids != mask_id, -1), ids.clone()
+    call, ids = to_host(call.masked_fill(ids != mask_id, -1)), ids.clone()
     calls = int(call.max()) + 1
     for number in range(calls):
         fill(denoise, ids, call == number, temp, rng)
@@ -98,7 +116,7 @@ def sample_ancestral(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=
     does not see t, so the distribution is the same when every token draws its time uniformly from
     1..S and the network runs only at times that occur, each sample with its own clock.
     """
-    time = torch.randint(steps, ids.shape, generator=rng, device=ids.device)
+    time = noise(functools.partial(torch.randint, steps), ids.shape, rng, device=ids.device)
     time = time.masked_fill(ids != mask_id, -1)
     # call[b, i]: how many times later than its own occur in sample b
     ordered, order = time.sort(dim=1, descending=True)
@@ -114,8 +132,8 @@ def sample_first_hitting(denoise, ids, mask_id, steps, temp=1.0, rng=None, progr
     In that limit no two tokens are unmasked at once and their order is uniformly random. With at
     least as many steps as tokens this is exact, one token a call; with fewer, a call draws several.
     """
-    noise = torch.rand(ids.shape, generator=rng, device=ids.device, dtype=torch.float64)
-    return reveal_in_order(denoise, ids, mask_id, steps, noise, temp, rng, progress)
+    keys = noise(torch.rand, ids.shape, rng, device=ids.device, dtype=torch.float64)
+    return reveal_in_order(denoise, ids, mask_id, steps, keys, temp, rng, progress)
 
 
 @sampling_method("raster")
@@ -156,14 +174,20 @@ def halton_order(height, width):
     return cell[np.sort(first)]
 
 
+@functools.lru_cache(maxsize=8)
+def halton_places(height, width):
+    """The place of each position of a grid in its `halton_order`: an array int64 [H*W]."""
+    return halton_order(height, width).argsort().numpy()
+
+
 @sampling_method("halton", "grid")
 def sample_halton(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None, *, grid):
     """Tokens of a call lie far apart on `grid` (h, w): their order is a Halton sequence (Besnier
     et al., arXiv 2503.17076), shifted at random for each sample; cosine schedule."""
     height, width = grid
     masked = ids == mask_id
-    place = halton_order(height, width).argsort().to(ids.device)  # of each position in the order
-    shift = torch.rand((2, len(ids), 1, 1), generator=rng, device=ids.device)
+    place = to_device(halton_places(height, width), ids.device)
+    shift = noise(torch.rand, (2, len(ids), 1, 1), rng, 1, device=ids.device)
     rows = torch.arange(height, device=ids.device)[:, None] + (shift[0] * height).long()
     columns = torch.arange(width, device=ids.device) + (shift[1] * width).long()
     place = place[(rows % height * width + columns % width).flatten(1)]  # [B, N]
@@ -188,19 +212,25 @@ def sample_confidence(
     left = cosine_schedule((ids == mask_id).sum(1), steps)
     for number in range(steps):
         masked = ids == mask_id
-        running = masked.any(1).nonzero().squeeze(1)
+        where = to_host(masked)
+        running = np.flatnonzero(where.any(1))
         if len(running) == 0:
             break
-        logits = denoise(ids[running], masked[running]).double()
-        tokens = draw(logits, temp, rng)
+        rows, columns = where.nonzero()
+        at = to_device(rows, ids.device), to_device(columns, ids.device)
+        seen = to_device(running, ids.device)
+        logits = denoise(ids[seen], masked[seen]).double()
+        tokens = draw(logits, temp, rng, rows)
         confidence = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)  # [M]
-        uniform = torch.rand(len(tokens), generator=rng, device=ids.device, dtype=torch.float64)
-        gumbel = -(-uniform.clamp(min=1e-300).log()).log()
+        coins = uniform(len(tokens), rng, rows, ids.device)
+        gumbel = -(-coins.clamp(min=1e-300).log()).log()
         confidence = confidence + choice_temp * (1 - (number + 1) / steps) * gumbel
         keys = torch.zeros(masked.shape, dtype=torch.float64, device=ids.device)
-        keys[masked] = -confidence
+        keys[at] = -confidence
         kept = masked & (rank(keys, masked) < (masked.sum(1) - left[:, number])[:, None])
-        ids[kept] = tokens[kept[masked]]
+        drawn = ids.clone()
+        drawn[at] = tokens
+        ids = torch.where(kept, drawn, ids)
         if progress:
             progress(number + 1, steps)
     return ids
@@ -222,12 +252,18 @@ def sample_remdm(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None
         again = remask * min(1.0, (1 - after) / before) if before else 0.0
         drawn = (after - (1 - again) * before) / (1 - before)
         masked = ids == mask_id
-        coin = torch.rand(ids.shape, generator=rng, device=ids.device, dtype=torch.float64)
-        fill(denoise, ids, masked & (coin < drawn), temp, rng)
-        ids[unknown & ~masked & (coin < again)] = mask_id
+        coin = noise(torch.rand, ids.shape, rng, device=ids.device, dtype=torch.float64)
+        fill(denoise, ids, to_host(masked & (coin < drawn)), temp, rng)
+        ids.masked_fill_(unknown & ~masked & (coin < again), mask_id)
         if progress:
             progress(number + 1, steps)
     return ids
+
+
+@functools.lru_cache(maxsize=8)
+def times_from(total_steps, steps):
+    """`steps` times from `total_steps` down to 1, evenly spread."""
+    return torch.linspace(total_steps, 1, steps).long().tolist()
 
 
 @sampling_method("mlm", "total_steps")
@@ -241,12 +277,12 @@ def sample_mask_predict(
     """
     ids = ids.clone()
     unknown = ids == mask_id
-    times = torch.linspace(total_steps, 1, steps).long().tolist()
+    times = times_from(total_steps, steps)
     for number, t in enumerate(times):
-        coin = torch.rand(ids.shape, generator=rng, device=ids.device)
+        coin = noise(torch.rand, ids.shape, rng, device=ids.device)
         masked = unknown & ((coin < t / total_steps) | (ids == mask_id))
-        ids[masked] = mask_id
-        fill(denoise, ids, masked, temp, rng)
+        ids.masked_fill_(masked, mask_id)
+        fill(denoise, ids, to_host(masked), temp, rng)
         if progress:
             progress(number + 1, len(times))
     return ids

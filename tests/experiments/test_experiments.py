@@ -131,15 +131,15 @@ def test_an_interrupted_measurement_goes_on(monkeypatch):
     flags = f"{LOAD} --n_samples 200"
     undisturbed = run(calc_FID, flags, "undisturbed")
     draws = []
-    seed_step = sampling.seed_step
+    step_seed = sampling.step_seed
 
     def die_at_the_third(seed, first, purpose):
         draws.append(first)
         if len(draws) == 3:
             raise KeyboardInterrupt
-        seed_step(seed, first, purpose)
+        return step_seed(seed, first, purpose)
 
-    monkeypatch.setattr(sampling, "seed_step", die_at_the_third)
+    monkeypatch.setattr(sampling, "step_seed", die_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run(calc_FID, flags)
     assert run(calc_FID, flags) == undisturbed
@@ -153,16 +153,16 @@ def test_an_interrupted_measurement_goes_on(monkeypatch):
 def test_a_full_disk_ends_a_measurement_that_goes_on_once_there_is_room(monkeypatch):
     flags = f"{LOAD} --n_samples 200"
     undisturbed = run(calc_FID, flags, "undisturbed")
-    seed_step = sampling.seed_step
+    step_seed = sampling.step_seed
 
     def fill_the_disk(seed, first, purpose):
-        seed_step(seed, first, purpose)
         if first == 128:
             resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        return step_seed(seed, first, purpose)
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patched:
-        patched.setattr(sampling, "seed_step", fill_the_disk)
+        patched.setattr(sampling, "step_seed", fill_the_disk)
         with pytest.raises(DiskError, match="cannot write logs/out/samples/.*File too large"):
             with_small_files(limits[0], lambda: run(calc_FID, flags))
     out = RunFolder("out")

@@ -6,6 +6,7 @@ would have seen without the interruption. Workers hand over uint8; the device ma
 Shapes: n = size of the dataset, B = batch size, [B, C, S, S] = images.
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -13,15 +14,22 @@ import itertools
 import multiprocessing.queues
 import os
 import signal
+import time
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from hparams.environment import process_count
+from models.devices import to_device
 from utils.data.pixels import UnreadableImage, to_float
 from utils.errors import UserError
 from utils.signals import SIGNALS
+
+PREFETCHED = 2  # batches that each worker reads ahead, as torch does by default
+MOST_WORKERS = 16  # beyond which they wait for the pipe to the main process
+KEPT = 1 << 30  # bytes of images that are kept in memory to be shown again
 
 # --- the order ---------------------------------------------------------------------------------
 
@@ -106,18 +114,57 @@ def warn_of_unreadable(unreadable, count, what, path, log):
 # --- the batches -------------------------------------------------------------------------------
 
 
-def training_batches(dataset, H, start, processes, on_unreadable):
+class TrainingBatches:
     """Endless iterator of this rank's batches [B, C, S, S] in [0, 1] from batch `start` on.
 
     With `H.horizontal_flip` each image is mirrored by its position's coin. An unreadable image is
-    replaced by the next readable one; UserError when there is none.
+    replaced by the next readable one; UserError when there is none. On a GPU the next batch is read
+    and copied while it computes. `seconds_waited` adds up the time spent in `next`.
     """
-    part = processes.rank, processes.size
-    plans = stream(len(dataset), H.batch_size, H.seed, start, part)
-    if not H.horizontal_flip:
-        plans = ((indices, None) for indices, _ in plans)
-    for pixels, _ in _read(dataset, plans, True, H.num_workers, processes.device, on_unreadable):
-        yield to_float(pixels)
+
+    def __init__(self, dataset, H, start, processes, on_unreadable):
+        part = processes.rank, processes.size
+        plans = stream(len(dataset), H.batch_size, H.seed, start, part)
+        if not H.horizontal_flip:
+            plans = ((indices, None) for indices, _ in plans)
+        self.device, self.seconds_waited = processes.device, 0.0
+        self.workers = workers_for(dataset, H.num_workers)
+        self.reader = _read(dataset, plans, True, self.workers, on_unreadable)
+        self.early = collections.deque()  # batches that `images_per_second` has read
+        self.copies = _copies(_without_indices(self.early, self.reader), self.device)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        began = time.perf_counter()
+        pixels = next(self.copies)
+        self.seconds_waited += time.perf_counter() - began
+        return to_float(pixels)
+
+    def images_per_second(self, seconds=1.0):
+        """How many images this rank reads in a second when nothing else is done.
+
+        Reads some batches, for about `seconds` at most, after a first one that starts the workers.
+        They are not lost: they come first in `next`. To be called before it.
+        """
+        self.early.append(next(self.reader)[0])
+        began, images = time.perf_counter(), 0
+        for _ in range(2 * PREFETCHED * max(self.workers, 1)):  # twice what workers read ahead
+            self.early.append(next(self.reader)[0])
+            images += len(self.early[-1])
+            if time.perf_counter() - began > seconds:
+                break
+        return images / (time.perf_counter() - began)
+
+    def close(self):
+        """End the workers."""
+        self.reader.close()
+
+
+def training_batches(dataset, H, start, processes, on_unreadable):
+    """The TrainingBatches of a dataset, from batch `start` on."""
+    return TrainingBatches(dataset, H, start, processes, on_unreadable)
 
 
 def evaluation_batches(dataset, batch_size, num_workers, device, on_unreadable):
@@ -136,7 +183,42 @@ def pixel_batches(dataset, batch_size, num_workers, device, on_unreadable):
     """`evaluation_batches` of uint8 images, which may be none."""
     starts = range(0, len(dataset), batch_size)
     plans = ((np.arange(s, min(s + batch_size, len(dataset))), None) for s in starts)
-    return _read(dataset, plans, False, num_workers, device, on_unreadable)
+    workers = workers_for(dataset, num_workers)
+    for images, indices in _read(dataset, plans, False, workers, on_unreadable):
+        yield to_device(images.numpy(), device), indices
+
+
+class RepeatedBatches:
+    """`evaluation_batches` of a dataset that are read again and again: iterating gives them.
+
+    They are read from the dataset once, and from memory after that where they take at most
+    `limit` bytes: then there are no workers to be started each time.
+    """
+
+    def __init__(self, dataset, batch_size, num_workers, device, on_unreadable, limit=KEPT):
+        self.dataset, self.batch_size, self.num_workers = dataset, batch_size, num_workers
+        self.device, self.on_unreadable = device, on_unreadable
+        size = len(dataset) * dataset.n_channels * dataset.img_size**2
+        self.keeps, self.kept = size <= limit, None
+
+    def __iter__(self):
+        if self.kept is not None:
+            for pixels, indices in self.kept:
+                yield to_float(to_device(pixels.numpy(), self.device)), indices
+            return
+        kept, cpu = [], torch.device("cpu")
+        unreadable = UnreadableFiles(self.on_unreadable)
+        for pixels, indices in pixel_batches(
+            self.dataset, self.batch_size, self.num_workers, cpu, unreadable
+        ):
+            if self.keeps:
+                kept.append((pixels, indices))
+            yield to_float(to_device(pixels.numpy(), self.device)), indices
+        if len(unreadable) == len(self.dataset):
+            raise nothing_readable(
+                len(self.dataset), f"images of {self.dataset.name}", unreadable
+            )
+        self.kept = kept if self.keeps else None
 
 
 class _Batch(NamedTuple):
@@ -194,14 +276,12 @@ class _Batches(Dataset):
         return None
 
 
-def _read(dataset, plans, replace, num_workers, device, on_unreadable):
-    """Yields (images uint8 [b, C, S, S] on `device`, indices int64 [b]) of each plan that has any.
+def _read(dataset, plans, replace, num_workers, on_unreadable):
+    """Yields (images uint8 [b, C, S, S], indices int64 [b]) of each plan that has any.
 
     With `replace` every plan must have some: UserError where no image can be read.
     """
     unreadable = UnreadableFiles(on_unreadable)
-    if num_workers is None:
-        num_workers = 0 if dataset.embedded else min(4, usable_cpus())
     loader = DataLoader(
         _Batches(dataset, replace),
         sampler=plans,
@@ -217,12 +297,57 @@ def _read(dataset, plans, replace, num_workers, device, on_unreadable):
         for path, reason in batch.unreadable:
             unreadable(path, reason)
         if batch.images is not None:
-            images = torch.from_numpy(batch.images)
-            if device.type == "cuda":
-                images = images.pin_memory()
-            yield images.to(device, non_blocking=True), torch.from_numpy(batch.indices)
+            yield torch.from_numpy(batch.images), torch.from_numpy(batch.indices)
         elif replace:
             raise nothing_readable(len(dataset), f"images of {dataset.name}", unreadable)
+
+
+def _copies(batches, device):
+    """The tensors `batches` on a device; on a GPU the next one is copied, by a stream of its own,
+    while work goes on with the one before."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    stream, ahead = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            copy = to_device(batch.numpy(), device)
+            copied = stream.record_event()
+        if ahead is not None:
+            yield _handed_over(*ahead)
+        ahead = copy, copied
+
+
+def _handed_over(tensor, copied):
+    """A tensor that another stream copies, for work of this stream after the event `copied`."""
+    stream = torch.cuda.current_stream(tensor.device)
+    stream.wait_event(copied)
+    tensor.record_stream(stream)
+    return tensor
+
+
+def _without_indices(early, reader):
+    """The images of batches that are read already, then those of a reader."""
+    while early:
+        yield early.popleft()
+    for images, _ in reader:
+        yield images
+
+
+def workers_for(dataset, num_workers):
+    """How many processes read a dataset where `--num_workers` gives `num_workers` or None.
+
+    None: one for each CPU that this rank has, but one for the main process where there are more
+    than two, and at most MOST_WORKERS; none where reading costs next to nothing.
+    """
+    if num_workers is not None:
+        return num_workers
+    if dataset.reads_fast:
+        return 0
+    here = os.environ.get("LOCAL_WORLD_SIZE", "") if process_count() > 1 else ""
+    cpus = usable_cpus() // (int(here) if here.isdigit() and int(here) else 1)
+    return min(cpus - 1 if cpus > 2 else max(cpus, 1), MOST_WORKERS)
 
 
 def _as_it_is(batch):

@@ -47,22 +47,42 @@ class Parts:
 
     `make(first, n, progress)` computes the dict of n results from number `first` on; it may call
     `progress(k)` on its way. Each is `cached` under `key` at `path_of(first, n)`, so that an
-    interrupted run computes only what is missing; None stores nothing.
+    interrupted run computes only what is missing; None stores nothing. `make_several(spans)` gives
+    the dicts of several parts, which are computed `together` where so many are missing.
     """
 
-    def __init__(self, count, size, make, path_of, key, log, description, check=None):
+    def __init__(self, count, size, make, path_of, key, log, description, check=None,
+                 make_several=None, together=1):
         self.count = count
         self.spans = [(first, min(size, count - first)) for first in range(0, count, size)]
         self.paths = {span: path_of(*span) for span in self.spans} if path_of else {}
         self.make, self.key, self.log = make, key, log
         self.description, self.check = description, check
+        self.make_several, self.together = make_several, together
 
-    def part(self, first, n, progress=lambda done: None):
-        """The dict of the `n` results from number `first` on, which must be one of the parts."""
+    def part(self, first, n, progress=lambda done: None, following=()):
+        """The dict of the `n` results from number `first` on, which must be one of the parts.
+
+        Where it is missing, `following` spans are computed with it, as far as they are missing too.
+        """
         make = functools.partial(self.make, first, n, progress)
         if not self.paths:
             return make()
+        missing = [span for span in ((first, n), *following) if not self.paths[span].exists()]
+        if self.together > 1 and len(missing) > 1 and missing[0] == (first, n):
+            spans = missing[: self.together]
+            for span, content in zip(spans, self.make_several(spans)):
+                self.store(span, content)
         return cached(self.paths[first, n], self.key, make, self.log, self.check)
+
+    def store(self, span, content):
+        """Store the dict of a part."""
+        make_folder(self.paths[span].parent)
+        save_file({"key": self.key, **content}, self.paths[span])
+
+    def after(self, first, n, stride=1):
+        """Every `stride`-th span after that of a part: what a rank of so many computes next."""
+        return self.spans[self.spans.index((first, n)) + stride :: stride]
 
     def run_through(self, spans, shown=True):
         """Iterator of the dicts of some parts, with a progress bar where it is to be `shown`."""
@@ -72,8 +92,9 @@ class Parts:
             dynamic_ncols=True, disable=not shown,
         ) as bar:
             done = 0
-            for first, n in spans:
-                part, done = self.part(first, n, bar.update), done + n
+            for number, (first, n) in enumerate(spans, 1):
+                part = self.part(first, n, bar.update, spans[number : number + self.together])
+                done += n
                 bar.update(done - bar.n)
                 yield part
 

@@ -27,11 +27,16 @@ class ImageDataset:
     about the data that a person should know, for the log.
     """
 
-    embedded = False  # True where reading costs so little that worker processes would not pay
+    embedded = False  # True where the images come with a package, and their order is for ever
 
     def __init__(self, name, img_size, n_channels):
         self.name, self.img_size, self.n_channels = name, img_size, n_channels
         self.remarks = []
+
+    @property
+    def reads_fast(self):
+        """Whether reading costs so little that worker processes would not pay."""
+        return self.embedded
 
     @property
     def root_name(self):

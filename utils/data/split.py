@@ -32,6 +32,10 @@ class Subset(ImageDataset):
         self.dataset, self.embedded = dataset, dataset.embedded
         self.indices = np.asarray(indices, dtype=np.int64)
 
+    @property
+    def reads_fast(self):
+        return self.dataset.reads_fast
+
     def __len__(self):
         return len(self.indices)
 

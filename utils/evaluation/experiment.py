@@ -21,8 +21,10 @@ import math
 import platform
 import time
 
+import torch
+
+from models.autoencoder.formats import in_precision
 from utils.data.batches import UnreadableFiles
-from utils.data.pixels import to_uint8
 from utils.errors import UserError
 from utils.evaluation.features import ImageStream
 from utils.evaluation.samples import CHUNK, decode, drawn_ids, given_ids, sampling_settings
@@ -147,9 +149,14 @@ class Experiment:
         if self.H.save_individually:
             save_images_individually(images, self.image_folder(name), first)
 
+    @functools.cached_property
+    def decoder(self):
+        """The autoencoder in the precision of this experiment, to decode samples with."""
+        return in_precision(self.autoencoder, self.precision.dtype)
+
     def decode(self, part, first):
         """Images uint8 [b, C, S, S] of the part of `ids` from number `first` on."""
-        images = to_uint8(decode(self.autoencoder, part["ids"].long().to(self.device)))
+        images = decode(self.decoder, part["ids"].long().to(self.device), as_bytes=True)
         self.save_images("samples", images, first)
         return images
 
@@ -166,9 +173,13 @@ class Experiment:
         self.ids.prepare()
 
         def batches(first, n, on_unreadable):
-            return self.decode(self.ids.part(first, n), first).split(self.H.batch_size)
+            following = self.ids.after(first, n, self.processes.size)
+            ids = self.ids.part(first, n, following=following)
+            return self.decode(ids, first).split(self.H.batch_size)
 
         data = {**self.facts["samples"], **self.facts["checkpoints"]}
+        if self.precision.dtype != torch.float32:
+            data["decoded in"] = str(self.precision.dtype)
         return ImageStream(
             self.ids.count, CHUNK, batches, data, "samples", lambda: self.remove_images("samples")
         )

@@ -12,20 +12,39 @@ import torch
 from hparams.groups import SamplingMethod
 from hparams.scripts import SAMPLER_ARCHITECTURE
 from hparams.settings import names_of
+from models.sampling.noise import Streams
 from utils.data.cache import Parts
+from utils.data.device import bytes_of_image, number_that_fits
+from utils.data.pixels import to_uint8
 from utils.errors import UserError
 from utils.files import load_file
-from utils.training.precision import seed_step
+from utils.training.precision import step_seed
 
-CHUNK = 64  # samples drawn together
-DECODED = 16  # images decoded together: a fixed number, lest rounding depend on the batch size
+CHUNK = 64  # samples whose noise is a function of the seed and of the first one's number
+MOST_CHUNKS = 16  # drawn together
+DECODED = 16  # images decoded together on a CPU: a fixed number, lest rounding depend on it
 
 
 @torch.no_grad()
-def decode(autoencoder, ids):
-    """Images [n, C, S, S] in [0, 1], on the CPU, of ids [n, N]."""
-    images = [autoencoder.decode_indices(part).cpu() for part in ids.split(DECODED)]
-    return torch.cat(images).float().clamp(0, 1)
+def decode(autoencoder, ids, as_bytes=False):
+    """Images [n, C, S, S] of ids [n, N], on the CPU: floats in [0, 1], or uint8 made of them."""
+    each = bytes_of_image(autoencoder.generator, ids.shape[1])
+    together = number_that_fits(ids.device, each, DECODED, 8 * DECODED)
+    images = []
+    for part in ids.split(together):
+        decoded = autoencoder.decode_indices(part).float()
+        images.append(to_uint8(decoded) if as_bytes else decoded.clamp(0, 1))
+    return torch.cat(images).cpu()
+
+
+def bytes_of_sample(H, tokens):
+    """An estimate of the bytes that drawing one sample takes, where all tokens are drawn at once:
+    logits and what `draw` makes of them, in float64, and the activations of one block."""
+    logits = 5 * 8 * tokens * H.codebook_size
+    activations = 24 * 4 * tokens * H.bert_n_emb
+    attention = 4 * tokens**2 * H.bert_n_head  # of all pairs, where no kernel does without
+    cache = 2 * 4 * tokens * H.bert_n_emb * H.bert_n_layers  # of keys and values, autoregressive
+    return logits + activations + attention + cache
 
 
 def sampling_settings(H, checkpoint, precision):
@@ -44,16 +63,31 @@ def drawn_ids(H, sampler, precision, settings, folder, log):
     key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
     integer = torch.int16 if H.codebook_size <= 2**15 else torch.int32
 
-    @torch.no_grad()
     def draw(first, n, progress):
-        seed_step(H.seed, first, "samples")
-        with precision.autocast():
-            return {"ids": sampler.sample(n, H.temp).to("cpu", integer)}
+        return draw_chunks(H, sampler, precision, [(first, n)], integer)[0]
+
+    def draw_several(spans):
+        return draw_chunks(H, sampler, precision, spans, integer)
 
     def path_of(first, n):
         return folder / key[:16] / f"{first:06d}_{n}.pt"
 
-    return Parts(H.n_samples, CHUNK, draw, path_of, key, log, "samples")
+    each = CHUNK * bytes_of_sample(H, sampler.tokens)
+    together = number_that_fits(precision.device, each, 1, MOST_CHUNKS)
+    return Parts(H.n_samples, CHUNK, draw, path_of, key, log, "samples",
+                 make_several=draw_several, together=together)
+
+
+@torch.no_grad()
+def draw_chunks(H, sampler, precision, spans, integer):
+    """[{"ids": [b, N]}] of the chunks `spans`, (first sample, b) each, drawn together. Each has
+    noise of its own, so that it gets the ids that it gets alone, up to the network's rounding."""
+    seeds = [step_seed(H.seed, first, "samples") for first, _ in spans]
+    counts = [n for _, n in spans]
+    generators = [torch.Generator(precision.device).manual_seed(seed) for seed in seeds]
+    with precision.autocast():
+        ids = sampler.sample(sum(counts), H.temp, rng=Streams(generators, counts))
+    return [{"ids": part.clone()} for part in ids.to("cpu", integer).split(counts)]
 
 
 def given_ids(H, tokens, log):

@@ -237,3 +237,40 @@ def test_encoding_no_readable_image_is_an_error_that_names_the_first(folder):
     with pytest.raises(UserError, match=r"none of the 10 images .* \(the first is file 0: it is b"):
         ids_of(Images(10, broken=range(10)), Encoder())
     assert not list(folder.glob("*.pt"))
+
+
+def several_at_once(folder, together=2):
+    """Numbers whose missing parts are made together, and which spans were made at once."""
+    numbers, calls = Numbers(folder), []
+
+    def make_several(spans):
+        calls.append(spans)
+        return [{"numbers": torch.arange(first, first + n)} for first, n in spans]
+
+    numbers.parts = Parts(
+        10, 4, numbers.make, lambda first, n: folder / f"{first}_{n}.pt", "key", numbers.log,
+        "numbers", make_several=make_several, together=together,
+    )
+    return numbers, calls
+
+
+def test_missing_parts_are_made_several_at_once(tmp_path):
+    numbers, calls = several_at_once(tmp_path)
+    for part in numbers.parts:
+        break
+    assert calls == [[(0, 4), (4, 4)]] and not numbers.made
+    assert {path.name for path in tmp_path.iterdir()} == {"0_4.pt", "4_4.pt"}
+    assert numbers.all() == [*range(10)] and len(calls) == 1 and numbers.made == [8]
+    (tmp_path / "0_4.pt").unlink()
+    path = tmp_path / "4_4.pt"
+    path.write_bytes(path.read_bytes()[:-20])  # damaged: it is made when its turn comes
+    (tmp_path / "8_2.pt").unlink()
+    numbers, calls = several_at_once(tmp_path, together=3)
+    assert numbers.all() == [*range(10)] and calls == [[(0, 4), (8, 2)]] and numbers.made == [4]
+
+
+def test_a_rank_makes_its_own_parts_at_once(tmp_path):
+    numbers, calls = several_at_once(tmp_path, together=4)
+    numbers.parts.divide(OneOfMany(0, 2))
+    assert calls == [[(0, 4), (8, 2)]] and not numbers.made
+    assert numbers.parts.after(0, 4, 2) == [(8, 2)] and numbers.parts.after(4, 4) == [(8, 2)]

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers import name_transparent
+from helpers import as_torchrun, name_transparent
 from utils.data import batches as loading
 from utils.data.batches import (
     UnreadableFiles, evaluation_batches, pixel_batches, stream, stream_positions, training_batches,
@@ -419,7 +419,7 @@ def test_split_is_disjoint_complete_and_the_same_whatever_the_seeds():
 class Fake:
     """Even images whose grey is their index, in any number."""
 
-    name, embedded, img_size, n_channels = "fake", True, 4, 1
+    name, embedded, reads_fast, img_size, n_channels = "fake", True, True, 4, 1
 
     def __init__(self, n, broken=()):
         self.n, self.broken = n, set(broken)
@@ -775,12 +775,19 @@ def test_number_of_workers_follows_the_data_where_it_is_not_given(monkeypatch):
         return loader(*arguments, num_workers=0, **options)
 
     monkeypatch.setattr(loading, "DataLoader", spy)
-    monkeypatch.setattr(loading, "usable_cpus", lambda: 3)
     files = Fake(4)
-    files.embedded = False
-    for dataset in (Fake(4), files):
-        train(dataset, 1, workers=None)
-    assert asked == [0, 3]
+    files.reads_fast = False
+    train(Fake(4), 1, workers=None)
+    for cpus in (1, 2, 3, 8, 99):
+        monkeypatch.setattr(loading, "usable_cpus", lambda: cpus)
+        train(files, 1, workers=None)
+    assert asked == [0, 1, 2, 2, 7, 16]
+    for name, value in (*as_torchrun(0, 4).items(), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(loading, "usable_cpus", lambda: 16)
+    train(files, 1, workers=None)
+    train(files, 1, workers=3)
+    assert asked[-2:] == [7, 3]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -236,16 +236,16 @@ def test_processes_divide_what_is_measured_and_measure_the_same(name, tiny, two_
 def test_an_experiment_goes_on_with_another_number_of_processes(tiny, two_runs, monkeypatch):
     """One of three dies without a word, which ends the others; one process goes on."""
     flags = "--load_dir prior --load_step 2 --no_visdom --n_samples 400 --sample_steps 8 --resume"
-    seed_step, drawn = sampling.seed_step, []
+    step_seed, drawn = sampling.step_seed, []
 
     def die(seed, first, purpose):
         if os.environ.get("RANK") == "1" and first > 64:
             os._exit(9)
         drawn.append(first)
-        seed_step(seed, first, purpose)
+        return step_seed(seed, first, purpose)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sampling, "seed_step", die)
+        patched.setattr(sampling, "step_seed", die)
         statuses = on_processes(3, calc_FID.main, f"{flags} --log_dir killed")
     assert statuses[1] == 9 and statuses[0] and statuses[2]
     killed = RunFolder("killed")
@@ -256,7 +256,7 @@ def test_an_experiment_goes_on_with_another_number_of_processes(tiny, two_runs, 
     with one_thread():
         calc_FID.main(f"{flags} --log_dir undisturbed".split())
         with monkeypatch.context() as patched:
-            patched.setattr(sampling, "seed_step", die)
+            patched.setattr(sampling, "step_seed", die)
             calc_FID.main(f"{flags} --log_dir killed".split())
     assert "000000_64.pt is not used" in killed.log.read_text()
     assert len(drawn) == 7 - len(kept) + 1

@@ -1,0 +1,129 @@
+"""What keeps a device from waiting for images: batches read early, and kept in memory."""
+
+import gc
+import itertools
+import multiprocessing
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from utils.data.batches import (
+    RepeatedBatches, UnreadableFiles, evaluation_batches, training_batches,
+)
+from utils.data.images import ImageDataset
+from utils.data.pixels import UnreadableImage
+from utils.errors import UserError
+from utils.training.processes import Processes
+
+CPU = torch.device("cpu")
+
+
+class Fake(ImageDataset):
+    """Images whose grey is their index."""
+
+    embedded = True
+
+    def __init__(self, n, broken=()):
+        super().__init__("fake", 4, 1)
+        self.n, self.broken = n, broken
+
+    def __len__(self):
+        return self.n
+
+    def pixels(self, index):
+        if index in self.broken:
+            raise UnreadableImage(f"file {index}", "broken")
+        image = torch.full((1, 4, 4), index, dtype=torch.uint8)
+        image[0, 0, 0] = 200  # which a mirrored image has elsewhere
+        return image
+
+
+def fail_on_unreadable(path, reason):
+    raise AssertionError(f"{path}: {reason}")
+
+
+def loading_of(workers=0, batch_size=4, flip=False):
+    return SimpleNamespace(batch_size=batch_size, seed=0, horizontal_flip=flip, num_workers=workers)
+
+
+def worker_processes():
+    gc.collect()
+    return set(multiprocessing.active_children())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_measuring_the_loader_changes_no_batch(workers):
+    H = loading_of(workers, flip=True)
+    batches = training_batches(Fake(7), H, 3, Processes(), fail_on_unreadable)
+    assert batches.images_per_second() > 0
+    found = [next(batches) for _ in range(20)]
+    batches.close()
+    undisturbed = training_batches(
+        Fake(7), loading_of(0, flip=True), 3, Processes(), fail_on_unreadable
+    )
+    expected = list(itertools.islice(undisturbed, 20))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class Slow(Fake):
+    """Images that take 10 ms each to be read."""
+
+    reads = 0
+
+    def pixels(self, index):
+        self.reads += 1
+        time.sleep(0.01)
+        return super().pixels(index)
+
+
+def test_the_loader_is_measured_and_waiting_for_it_is_counted():
+    dataset, H = Slow(7), loading_of(0, batch_size=2)
+    batches = training_batches(dataset, H, 0, Processes(), fail_on_unreadable)
+    assert 20 < batches.images_per_second(seconds=0.03) <= 100 and dataset.reads <= 8
+    assert batches.seconds_waited == 0
+    for _ in range(dataset.reads // 2):  # those that were read
+        next(batches)
+    assert batches.seconds_waited < 0.02
+    for _ in range(3):
+        next(batches)
+    assert 0.06 <= batches.seconds_waited < 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_repeated_batches_are_read_once(workers):
+    dataset = Fake(10, broken=[4])
+    report = UnreadableFiles()
+    repeated = RepeatedBatches(dataset, 4, workers, CPU, report)
+    expected = list(evaluation_batches(dataset, 4, 0, CPU, UnreadableFiles()))
+    for batch in repeated:
+        break  # a first round that is not finished is not kept
+    before = worker_processes()
+    for _ in range(2):
+        assert_same(list(repeated), expected)
+    dataset.pixels = None
+    iterator = iter(repeated)
+    next(iterator)
+    assert worker_processes() == before and len(report) == 1
+    assert_same(list(repeated), expected)
+
+
+def assert_same(batches, others):
+    for (images, indices), (expected, places) in zip(batches, others, strict=True):
+        assert torch.equal(images, expected) and torch.equal(indices, places)
+
+
+def test_repeated_batches_of_too_many_images_are_read_each_time():
+    dataset = Slow(5)
+    repeated = RepeatedBatches(dataset, 2, 0, CPU, fail_on_unreadable, limit=5 * 16 - 1)
+    assert len(list(repeated)) == len(list(repeated)) == 3 and dataset.reads == 10
+    whole = RepeatedBatches(dataset, 2, 0, CPU, fail_on_unreadable, limit=5 * 16)
+    assert len(list(whole)) == len(list(whole)) == 3 and dataset.reads == 15
+
+
+def test_repeated_batches_without_a_readable_image_are_a_user_error():
+    repeated = RepeatedBatches(Fake(3, broken=range(3)), 2, 0, CPU, UnreadableFiles())
+    for _ in range(2):
+        with pytest.raises(UserError, match="none of the 3"):
+            list(repeated)

@@ -1,0 +1,38 @@
+"""How much a device does together, by its memory."""
+
+import torch
+from torch import nn
+
+from models.autoencoder.autoencoder import Upsample
+
+LIVE_MAPS = 6  # of the largest feature map of an image, as many are in memory at once
+
+
+def free_memory(device):
+    """Bytes of a CUDA device that this process can still have, those that torch keeps included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def number_that_fits(device, each, least, most):
+    """How many things of `each` bytes a device does together: `least` on CPUs; on a GPU `least`
+    times the largest power of two that takes a quarter of the free memory at most, up to `most`."""
+    number = least
+    if device.type == "cuda" and torch.cuda.is_available():
+        limit = free_memory(device) / 4
+        while 2 * number <= most and 2 * number * each <= limit:
+            number *= 2
+    return number
+
+
+def bytes_of_image(network, cells):
+    """An estimate of the bytes that an `Encoder` or `Generator` takes for an image, without
+    gradients: LIVE_MAPS times its largest feature map in float32; `cells` is h * w of its input."""
+    largest = 0
+    for module in network.modules():
+        if isinstance(module, Upsample):
+            cells *= 4
+        elif isinstance(module, nn.Conv2d):
+            largest = max(largest, cells * max(module.in_channels, module.out_channels))
+            cells //= module.stride[0] * module.stride[1]
+    return 4 * LIVE_MAPS * largest
