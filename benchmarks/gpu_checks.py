@@ -1,0 +1,216 @@
+"""The checks of benchmarks/gpu.py: attention, steps that do not wait, memory. What the scripts do
+is checked in gpu_scripts.py."""
+
+import torch
+
+from gpu_setup import STAGES, Operations, has_setting
+from measure import peak_megabytes
+from models.neighborhood_attention import BACKENDS, neighborhood_attention_2d
+from models.prior.attention import HydraNeighborhoodAttention
+
+# Largest error of outputs and of gradients, as shares of the largest entry. bfloat16 has 8 bits,
+# float16 11; a gradient of the bias is a sum over the images and the whole grid.
+TOLERANCES = {
+    torch.float32: (2e-5, 1e-4), torch.bfloat16: (2e-2, 4e-2), torch.float16: (4e-3, 8e-3),
+}
+OPERATOR_CASES = [  # grid, kernel, dilation
+    ((16, 16), 7, 1), ((16, 16), 3, 1), ((32, 32), 7, 4), ((17, 23), 5, 2), ((9, 40), 3, 3),
+]
+LAYER_CASES = [  # grid, kernels, dilations, rpb, rope
+    ((16, 16), [3, 7], [1], True, False), ((16, 16), [3, 7], [1], False, True),
+    ((24, 16), [3, 3, 5], [1, 4, 2], True, True),
+]
+HEADS, WIDTH = 8, 32  # of the published denoiser: 8 heads of 64; half of it is as good a check
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def attention(setup, report):
+    """Every backend against `dense` in float64: outputs and gradients, of the call and the layer.
+
+    A backend that has no code for a case says so by ValueError, which is told and no failure.
+    """
+    operators, layers = OPERATOR_CASES, LAYER_CASES
+    if setup.tiny:
+        operators, layers = [((6, 7), 3, 2)], [((7, 8), [3, 7], [1], True, True)]
+    for backend in [name for name in (*BACKENDS, None) if name != "natten"] + ["natten"]:
+        for dtype in TOLERANCES:
+            for case in operators:
+                for bias in (False, True):
+                    check_case(setup, report, operator_case(*case, bias), backend, dtype)
+            for case in layers:
+                check_case(setup, report, layer_case(*case), backend, dtype)
+
+
+def operator_case(grid, kernel, dilation, bias):
+    """(name, function from a backend, type and device to [output, *gradients])."""
+    def run(backend, dtype, device):
+        torch.manual_seed(0)
+        tensors = [torch.randn(2, *grid, HEADS, WIDTH) for _ in range(4)]
+        *leaves, weights = [x.to(device, dtype) for x in tensors]
+        if bias:
+            table = 0.2 * torch.randn(HEADS, 2 * kernel - 1, 2 * kernel - 1)
+            leaves.append(table.to(device, torch.promote_types(dtype, torch.float32)))
+        leaves = [x.requires_grad_() for x in leaves]
+        out = neighborhood_attention_2d(
+            *leaves[:3], kernel, dilation, rpb=leaves[3] if bias else None, backend=backend
+        )
+        return [out, *torch.autograd.grad((out * weights).sum(), leaves)]
+
+    height, width = grid
+    name = f"{height}x{width}, kernel {kernel}, dilation {dilation}"
+    return name + (", bias" if bias else ""), run
+
+
+def layer_case(grid, kernels, dilations, rpb, rope):
+    """The same of a whole layer of attention, under autocast as in training."""
+    def run(backend, dtype, device):
+        torch.manual_seed(0)
+        layer = HydraNeighborhoodAttention(
+            HEADS * WIDTH, kernels, HEADS, dilations=dilations, rpb=rpb, rope=rope, backend=backend
+        )
+        x, weights = torch.randn(2, 2, *grid, HEADS * WIDTH)
+        wide = torch.promote_types(dtype, torch.float32)
+        layer, x, weights = layer.to(device, wide), x.to(device, wide), weights.to(device, wide)
+        leaves = [x.requires_grad_(), *layer.parameters()]
+        with torch.autocast(device.type, dtype, enabled=dtype != wide):
+            out = layer(x)
+        return [out, *torch.autograd.grad((out * weights).sum(), leaves)]
+
+    height, width = grid
+    name = f"layer {height}x{width}, kernels {kernels}, dilations {dilations}"
+    return name + (", rpb" if rpb else "") + (", rope" if rope else ""), run
+
+
+def check_case(setup, report, case, backend, dtype):
+    """Check one case of one backend."""
+    name, run = case
+    facts = dict(backend=str(backend), dtype=str(dtype).removeprefix("torch."), case=name)
+    expected = reference(setup, name, run, dtype)
+    try:
+        found = run(backend, dtype, setup.device)
+    except ValueError as error:
+        report.say(f"{facts['backend']}, {facts['dtype']}, {name}: passed over: {error}")
+        return
+    except Exception as error:
+        report.check("attention", False, f"{type(error).__name__}: {error}"[:500], **facts)
+        return
+    errors = [relative_error(x, y) for x, y in zip(found, expected)]
+    of_output, of_gradients = errors[0], max(errors[1:])
+    limits = TOLERANCES[dtype]
+    holds = of_output <= limits[0] and of_gradients <= limits[1]
+    detail = f"errors {of_output:.1e} and {of_gradients:.1e}, allowed {limits[0]} and {limits[1]}"
+    report.check("attention", holds, detail, **facts)
+
+
+REFERENCES = {}
+
+
+def reference(setup, name, run, dtype):
+    """[output, *gradients] of `dense` in float64, of the same numbers."""
+    if name not in REFERENCES:
+        REFERENCES[name] = run("dense", torch.float64, setup.device)
+    return REFERENCES[name]
+
+
+def relative_error(found, expected):
+    """The largest difference of two tensors as a share of the largest entry expected."""
+    scale = expected.abs().max().clamp(min=1e-30)
+    return ((found.double() - expected).abs().max() / scale).item()
+
+
+# --- steps that do not wait ----------------------------------------------------------------------
+
+
+def waits(setup, report):
+    """A step of each stage does not wait for the device.
+
+    On a GPU torch raises where it would wait; elsewhere the operations that would are counted.
+    """
+    for stage in STAGES:
+        for precision in ("float32", "bfloat16", "float16"):
+            step = setup.step(stage, precision)
+            for _ in range(2):
+                step()
+            setup.wait()
+            found = waits_of(step, setup)
+            report.check("a step without waits", not found, found or "none", stage=stage,
+                         precision=precision)
+            del step
+            setup.clean()
+
+
+def waits_of(step, setup):
+    """What a call of `step` waits for, in words; "" for nothing."""
+    if not setup.on_gpu:
+        with Operations() as operations:
+            step()
+        return ", ".join(f"{count} {name}" for name, count in operations.waits.items())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        return str(error).splitlines()[0] + where(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+def where(error):
+    """The last line of this project's code in an exception's traceback, in words."""
+    place, frame = "", error.__traceback__
+    while frame:
+        path = frame.tb_frame.f_code.co_filename
+        if "site-packages" not in path and "gpu_" not in path:
+            place = f" ({path.rpartition('/')[2]}, line {frame.tb_lineno})"
+        frame = frame.tb_next
+    return place
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+AMOUNTS = [  # flags of a training beside the published ones
+    (stage, precision, flags)
+    for stage in STAGES
+    for precision, flags in (
+        ("bfloat16", ""), ("float32", ""), ("bfloat16", "--checkpoint_blocks"),
+    )
+]
+
+
+def memory(setup, report):
+    """Peak memory of a step at the published batch, and at twice that: what an image costs.
+
+    Without a GPU, how much the process grows.
+    """
+    for stage, precision, flags in AMOUNTS:
+        H = getattr(setup, f"{stage}_settings")()
+        if flags and not has_setting(H, flags.removeprefix("--")):
+            continue
+        peaks = {}
+        for batch in (H.batch_size, 2 * H.batch_size):
+            about = dict(stage=stage, precision=precision, flags=flags, batch=batch)
+            try:
+                peaks[batch] = peak_of_training(setup, precision, stage, batch, flags)
+            except torch.OutOfMemoryError:
+                report.check("fits into memory", batch > H.batch_size, "out of memory", **about)
+                setup.clean()
+                break
+            if peaks[batch] is not None:
+                report.figure("peak memory", peaks[batch], "MB", **about)
+        if peaks:
+            report.check("fits into memory", True, "yes", stage=stage, precision=precision,
+                         flags=flags, batch=H.batch_size)
+
+
+def peak_of_training(setup, precision, stage, batch, flags):
+    """Megabytes (2^20 bytes) that a model, its optimiser and two steps take at their peak."""
+    def train():
+        step = setup.step(stage, precision, f"--batch_size {batch} {flags}")
+        step()
+        step()
+        setup.wait()
+
+    setup.clean()
+    return peak_megabytes(train, setup.device)

@@ -1,0 +1,155 @@
+"""The check of benchmarks/gpu.py that runs the real scripts: both stages train, resume to the bit,
+sample and are measured, on the digits at tiny sizes, in a folder of its own."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from gpu_setup import has_setting
+from utils.files import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 8
+AUTOENCODER = (
+    "train_vqgan.py --dataset digits --nf 8 --norm_groups 4 --res_blocks 1 --emb_dim 8 "
+    "--batch_size 8 --disc_start_step 3 --disc_layers 1 --ndf 8 --validation_images 16"
+)
+SAMPLER = (
+    "train_sampler.py --sampler absorbing --dataset digits --bert_n_emb 32 --bert_n_head 4 "
+    "--bert_n_layers 2 --batch_size 8 --validation_images 16 --sample_steps 4"
+)
+CASES = {  # flags of all trainings; the settings that they need, where these are there
+    "float32": "--no_compile", "amp": "--amp --no_compile", "amp, compiled": "--amp --compile",
+}
+
+
+class Workplace:
+    """Runs scripts in an empty folder."""
+
+    def __init__(self, setup, folder, report):
+        self.setup, self.folder, self.report = setup, folder, report
+        self.H = setup.autoencoder_settings()
+
+    def flags(self, text):
+        """The words of `text` without the flags that these scripts have not."""
+        words = text.split()
+        unknown = {f"--{no}{name}" for name in ("compile",) for no in ("", "no_")
+                   if not has_setting(self.H, name)}
+        return [word for word in words if word not in unknown]
+
+    def run(self, command):
+        """Run a script with its flags; raises RuntimeError with the end of what it printed."""
+        script, *flags = self.flags(command)
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        flags += ["--no_visdom", "--device", str(self.setup.device), "--num_workers", "0"]
+        output = subprocess.run(
+            [sys.executable, str(ROOT / script), *flags], cwd=self.folder, env=environment,
+            capture_output=True, text=True, timeout=max(self.report.left, 30),
+        )
+        if output.returncode:
+            raise RuntimeError(f"{command}: exit code {output.returncode}\n"
+                               f"{(output.stderr or output.stdout)[-1500:]}")
+        self.report.say(f"{script} {' '.join(flags)}"[:160])
+
+    def train(self, command, name, at_once):
+        """Train `STEPS` steps twice, at once and in two halves; at_once runs both together."""
+        every = f"--steps_per_eval {STEPS // 2} --steps_per_checkpoint {STEPS // 2} --deterministic"
+        last = f"{command} {every} --ema --train_steps"
+
+        def whole():
+            self.run(f"{last} {STEPS} --log_dir {name}_whole")
+
+        def halves():
+            self.run(f"{last} {STEPS // 2} --log_dir {name}_halves")
+            self.run(f"{last} {STEPS} --log_dir {name}_halves --resume")
+
+        in_turn([whole, halves], at_once)
+        return self.difference(f"{name}_whole", f"{name}_halves")
+
+    def difference(self, first, second):
+        """Names of the files of the last step that differ between two runs, and what in them."""
+        folders = [Path(self.folder) / "logs" / run / "saved_models" for run in (first, second)]
+        names = [sorted(path.name for path in folder.glob(f"*_{STEPS}.th")) for folder in folders]
+        if not names[0] or names[0] != names[1]:
+            return f"files {names[0]} and {names[1]}"
+        different = [
+            name for name in names[0]
+            if not equal(*(load_file(folder / name) for folder in folders))
+        ]
+        return ", ".join(different)
+
+
+def in_turn(functions, at_once):
+    """Call functions one after another, or at once in threads."""
+    with ThreadPoolExecutor(len(functions) if at_once else 1) as pool:
+        for future in [pool.submit(function) for function in functions]:
+            future.result()
+
+
+def equal(first, second):
+    """Whether two contents of files are the same to the bit."""
+    if torch.is_tensor(first):
+        return torch.is_tensor(second) and torch.equal(first.cpu(), second.cpu())
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+def scripts(setup, report):
+    """Both stages train, resume to the bit, sample, are measured, by the scripts themselves."""
+    cases = dict(CASES)
+    if not has_setting(setup.autoencoder_settings(), "compile"):
+        cases.pop("amp, compiled")
+    if setup.tiny:
+        cases = {"amp": cases["amp"]}
+    at_once = not setup.tiny  # a card is for several processes, a core is for one
+    with tempfile.TemporaryDirectory() as folder:
+        place = Workplace(setup, folder, report)
+        in_turn([lambda case=case: check_case(place, *case, at_once) for case in cases.items()],
+                at_once)
+
+
+def check_case(place, name, flags, at_once):
+    """Check the chain of scripts with these flags of precision."""
+    report, short = place.report, name.replace(", ", "_")
+    for stage, command in (
+        ("autoencoder", AUTOENCODER),
+        ("sampler", f"{SAMPLER} --ae_load_dir autoencoder_{short}_whole --ae_load_step {STEPS}"),
+    ):
+        try:
+            found = place.train(f"{command} {flags}", f"{stage}_{short}", at_once)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            report.check("scripts train and resume", False, str(error), stage=stage, case=name)
+            return
+        report.check("scripts train and resume", not found, found or "equal to the bit",
+                     stage=stage, case=name)
+    amp = "--amp" if "--amp" in flags else ""
+    run = f"--load_dir sampler_{short}_whole --load_step {STEPS} --ema {amp} --sample_steps 4"
+    in_turn([
+        lambda command=command: check_script(place, f"{command} {run}", name) for command in (
+            f"experiments/get_samples.py --n_samples 8 --log_dir samples_{short}",
+            f"experiments/calc_FID.py --n_samples 16 --feature_extractor efficientnet_lite0 "
+            f"--log_dir fid_{short}",
+            f"experiments/digits_report.py --n_samples 32 --log_dir report_{short}",
+        )
+    ], at_once)
+
+
+def check_script(place, command, name):
+    """Check that an experiment runs and keeps its results."""
+    script = command.partition(" ")[0]
+    try:
+        place.run(command)
+        results = Path(place.folder) / "logs" / command.split("--log_dir ")[1].split()[0]
+        found = "" if (results / "results.json").exists() else "no results.json"
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        found = str(error)
+    place.report.check("scripts measure", not found, found or "results kept", script=script,
+                       case=name)

@@ -1,0 +1,233 @@
+"""The figures of benchmarks/gpu.py: training, attention, sampling, and images through networks."""
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from gpu_setup import STAGES, Operations, precision_of, seconds_a_call, tf32
+from models.autoencoder.autoencoder import VQAutoEncoder
+from models.neighborhood_attention import BACKENDS, neighborhood_attention_2d
+from models.sampling.samplers import SAMPLERS
+from utils.evaluation.features import NAMES, Extractor
+
+HEADS, WIDTH = 8, 64  # of the published denoiser
+SAMPLES, SAMPLE_STEPS = 64, 16  # the published number of steps is 256
+
+
+def matmul(setup, report):
+    """What the card multiplies at best: the peak by which utilisation is measured."""
+    side = 256 if setup.tiny else 8192
+    for precision in ("bfloat16", "float16", "tf32", "float32"):
+        dtype = torch.float32 if precision in ("tf32", "float32") else getattr(torch, precision)
+        a, b = torch.randn(2, side, side, device=setup.device, dtype=dtype)
+        with tf32(precision == "tf32"):
+            seconds = seconds_a_call(lambda: a @ b, setup, 0.5)
+        report.figure("matrix product", 2 * side**3 / seconds / 1e12, "TFLOP/s",
+                      precision=precision, side=side)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def training(setup, report):
+    """Steps a second of both stages at published sizes, and which share of the peak they use."""
+    flops = {stage: flops_of(setup, stage) for stage in STAGES}
+    for stage, value in flops.items():
+        report.figure("operations of a step", value / 1e12, "TFLOP", stage=stage)
+    cases = [("bfloat16", False), ("bfloat16", True), ("tf32", False), ("tf32", True),
+             ("float32", False), ("float32", True)]
+    for precision, compiled in cases:
+        for stage in STAGES:
+            if report.left <= 0:
+                report.say("training: the rest is skipped, the time is spent")
+                return
+            try:
+                time_training(setup, report, stage, precision, compiled, flops[stage])
+            except torch.OutOfMemoryError:
+                report.say(f"{stage}, {precision}: out of memory")
+            setup.clean()
+
+
+def time_training(setup, report, stage, precision, compiled, flops):
+    """Figures of one way to train a stage."""
+    about = dict(stage=stage, precision=precision, compiled=compiled)
+    with tf32(precision == "tf32"):
+        step = setup.step(stage, precision)
+        if compiled:
+            step.compile()
+        began = time.perf_counter()
+        step()
+        step()
+        setup.wait()
+        first = time.perf_counter() - began
+        seconds = seconds_a_call(step, setup, 0 if setup.tiny else 2, least=3)
+    report.figure("training", 1 / seconds, "steps/s", **about)
+    report.figure("images in training", step.H.batch_size / seconds, "images/s", **about)
+    if compiled:
+        report.figure("compilation", max(first - 2 * seconds, 0), "s", **about)
+    peak = report.value("matrix product", precision=precision)
+    if peak:
+        report.figure("model flops utilisation", 100 * flops / seconds / (1e12 * peak), "%",
+                      **about)
+
+
+def flops_of(setup, stage):
+    """Floating-point operations of a training step: products and convolutions, both ways."""
+    step = setup.step(stage, "float32")
+    step()
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def kernels(setup, report):
+    """How many kernels a step launches: on a GPU as profiled, else operations that torch
+    dispatches, views not counted."""
+    for stage in STAGES:
+        for compiled in (False, True):
+            step = setup.step(stage, "bfloat16")
+            if compiled:
+                step.compile()
+            for _ in range(3):
+                step()
+            setup.wait()
+            count, unit = launches(step, setup)
+            report.figure("launches of a step", count, unit, stage=stage, compiled=compiled)
+            del step
+            setup.clean()
+
+
+def launches(step, setup):
+    """(how many kernels or operations a call of `step` runs, which of the two)."""
+    if not setup.on_gpu:
+        with Operations() as operations:
+            step()
+        return operations.total, "operations"
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+        setup.wait()
+    on_device = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == on_device for event in profiled.events()), "kernels"
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def backends(setup, report):
+    """Milliseconds of attention, forward and backward, by backend; `None` is the one chosen.
+
+    Kernel 7 on all heads, and kernels 3 and 7 on half of them each, without and with a bias.
+    """
+    sides = (8,) if setup.tiny else (16, 32, 64, 96)
+    for side in sides:
+        for bias in (False, True):
+            for kernels_ in ((7,), (3, 7)):
+                for backend in (None, *BACKENDS):
+                    if report.left <= 0:
+                        report.say("backends: the rest is skipped, the time is spent")
+                        return
+                    about = dict(side=side, kernels=" ".join(map(str, kernels_)), bias=bias,
+                                 backend=str(backend))
+                    time_attention(setup, report, backend, kernels_, about)
+        setup.clean()
+
+
+def time_attention(setup, report, backend, kernels_, about):
+    """The figure of one case; a backend that cannot do it says why, and has none."""
+    side, heads = about["side"], HEADS // len(kernels_)
+    batch = 2 if setup.tiny else max(1, 20 * 16**2 // side**2)  # as many ids as 20 grids of 16x16
+    shape = (batch, side, side, heads, WIDTH)
+    groups = []
+    for kernel in kernels_:
+        leaves = [torch.randn(shape, device=setup.device, dtype=torch.bfloat16) for _ in range(3)]
+        if about["bias"]:
+            leaves.append(torch.zeros(heads, 2 * kernel - 1, 2 * kernel - 1, device=setup.device))
+        groups.append((kernel, [leaf.requires_grad_() for leaf in leaves]))
+
+    def both_ways():
+        for kernel, (query, key, value, *rpb) in groups:
+            out = neighborhood_attention_2d(
+                query, key, value, kernel, rpb=rpb[0] if rpb else None, backend=backend
+            )
+            torch.autograd.grad(out.sum(), [query, key, value, *rpb])
+
+    try:
+        seconds = seconds_a_call(both_ways, setup, 0 if setup.tiny else 0.2)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        report.say(f"{backend}, {side}x{side}: {str(error).splitlines()[0]}")
+        return
+    report.figure("attention both ways", 1e3 * seconds, "ms", **about, batch=batch)
+
+
+# --- sampling and measuring ----------------------------------------------------------------------
+
+
+def sampling(setup, report):
+    """Samples a second of each method, with fewer steps than published."""
+    model, precision = setup.sampler(), precision_of("bfloat16", setup.device)
+    samples, steps = (2, 2) if setup.tiny else (SAMPLES, SAMPLE_STEPS)
+
+    def sample(method, count):
+        torch.manual_seed(0)
+        with precision.autocast():
+            return model.sample(count, sample_steps=steps, sample_type=method)
+
+    sample("diffusion", samples)
+    for method in SAMPLERS:
+        if report.left <= 0:
+            report.say("sampling: the rest is skipped, the time is spent")
+            return
+        setup.wait()
+        began = time.perf_counter()
+        sample(method, samples)
+        setup.wait()
+        speed = samples / (time.perf_counter() - began)
+        calls = model.tokens if method in ("first_hitting", "raster") else steps
+        report.figure("sampling", speed, "samples/s", method=method, calls=calls)
+
+
+def images(setup, report):
+    """Images a second through the extractors of FID, the encoder and the decoder."""
+    batch = 2 if setup.tiny else 64
+    pixels = torch.randint(256, (batch, 3, 256, 256), dtype=torch.uint8)
+    for name, extract in extractors(setup).items():
+        seconds = seconds_a_call(lambda: extract(pixels), setup, 0 if setup.tiny else 1)
+        report.figure("features", batch / seconds, "images/s", extractor=name)
+    H = setup.autoencoder_settings()
+    model = VQAutoEncoder(H).to(setup.device).eval().requires_grad_(False)
+    size, tokens = H.img_size, model.grid_shape[0] * model.grid_shape[1]
+    inputs = torch.rand(batch, H.n_channels, size, size, device=setup.device)
+    ids = torch.randint(H.codebook_size, (batch, tokens), device=setup.device)
+    for precision in ("float32", "tf32", "bfloat16"):
+        for what, function, argument in (
+            ("encoding", model.encode, inputs), ("decoding", model.decode_indices, ids)
+        ):
+            with tf32(precision == "tf32"), precision_of(precision, setup.device).autocast():
+                seconds = seconds_a_call(lambda: function(argument), setup,
+                                         0 if setup.tiny else 1)
+            report.figure(what, batch / seconds, "images/s", precision=precision)
+
+
+class RandomInception(FeatureExtractorInceptionV3):
+    """FID's Inception with random weights: what it costs does not depend on them."""
+
+    def load_state_dict(self, state):
+        """Keep the weights as they are."""
+
+
+def extractors(setup):
+    """{name: function from images uint8 [b, 3, S, S] to features}."""
+    class H:
+        feature_extractor, feature_extractor_weights = "efficientnet_lite0", None
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "none.pth"
+        torch.save({}, path)
+        network = RandomInception(NAMES["inception"], ["2048"], str(path)).to(setup.device)
+    inception = torch.no_grad()(lambda pixels: network(pixels.to(setup.device))[0].cpu())
+    return {"efficientnet_lite0": Extractor(H, setup.device, ["fid"]), "inception": inception}
