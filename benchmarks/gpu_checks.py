@@ -2,8 +2,8 @@
 is checked in gpu_scripts.py."""
 
 import torch
-
 from gpu_setup import STAGES, Operations, has_setting
+
 from measure import peak_megabytes
 from models.neighborhood_attention import BACKENDS, neighborhood_attention_2d
 from models.prior.attention import HydraNeighborhoodAttention

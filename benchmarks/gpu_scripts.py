@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-
 from gpu_setup import has_setting
+
 from utils.files import load_file
 
 ROOT = Path(__file__).resolve().parent.parent

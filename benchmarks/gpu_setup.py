@@ -17,11 +17,11 @@ from utils.training.build import build_sampler
 from utils.training.ema import EMA
 from utils.training.loop import due
 from utils.training.optimizers import (
-    backward, build_optimizer, is_inner_convolution, is_matrix_of_block, learning_rate,
-    set_learning_rate, take_step,
+    build_optimizer, is_inner_convolution, is_matrix_of_block, learning_rate, set_learning_rate,
 )
 from utils.training.precision import Precision, seed_step
 from utils.training.processes import Processes
+from utils.training.step import backward, take_step
 
 PUBLISHED = "--dataset ffhq --ema"  # churches and bedrooms have the same sizes and batches
 SMALL_AUTOENCODER = (
@@ -131,10 +131,11 @@ class SamplerStep:
         set_learning_rate(self.optimizer, learning_rate(H, self.number))
         with self.precision.autocast():
             loss = self.model(self.batch)["loss"]
-        backward(loss, self.optimizer, self.precision)
-        take_step([loss], [self.optimizer], self.precision, self.processes, H.clip_grad_norm)
+        self.optimizer.zero_grad()
+        backward(loss, self.precision)
+        outcome = take_step([loss], [self.optimizer], self.precision, H.clip_grad_norm)
         if due(self.number, H.steps_per_update_ema):
-            self.ema.update(self.model, self.number // H.steps_per_update_ema)
+            self.ema.update(self.model, self.number // H.steps_per_update_ema, outcome.bad)
 
     def compile(self):
         """Compile what `--compile` compiles."""
@@ -173,16 +174,16 @@ class AutoencoderStep:
         seed_step(H.seed, self.number)
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, learning_rate(H, self.number))
-        scale = precision.scaler.get_scale()
+            optimizer.zero_grad()
         with precision.autocast():
-            loss, images, _ = model.generator_losses(self.batch, self.number, scale)
-        backward(loss, self.optimizers[0], precision)
+            loss, images, _ = model.generator_losses(self.batch, self.number, precision.scale)
+        backward(loss, precision)
         with precision.autocast():
             d_loss, _ = model.discriminator_losses(self.batch, images.detach())
-        backward(d_loss, self.optimizers[1], precision)
-        take_step([loss, d_loss], self.optimizers, precision, self.processes, H.clip_grad_norm)
+        backward(d_loss, precision)
+        outcome = take_step([loss, d_loss], self.optimizers, precision, H.clip_grad_norm)
         if due(self.number, H.steps_per_update_ema):
-            self.ema.update(model, self.number // H.steps_per_update_ema)
+            self.ema.update(model, self.number // H.steps_per_update_ema, outcome.bad)
 
     def compile(self):
         """Compile what `--compile` compiles."""

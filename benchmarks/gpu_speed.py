@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 
 import torch
+from gpu_setup import STAGES, Operations, precision_of, seconds_a_call, tf32
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from gpu_setup import STAGES, Operations, precision_of, seconds_a_call, tf32
 from models.autoencoder.autoencoder import VQAutoEncoder
 from models.neighborhood_attention import BACKENDS, neighborhood_attention_2d
 from models.sampling.samplers import SAMPLERS
