@@ -33,8 +33,11 @@ class Data(Settings):
                                     "turned, scaled and sheared at random", minimum=0)
     distortion: float = setting(0.5, "how strongly these are distorted; 1: by up to 6% of the "
                                 "side, 10 degrees, 8%, 12%", minimum=0)
-    num_workers: int | None = setting(None, "processes that read images (none: up to 4, or 0 for "
-                                      "embedded data)", minimum=0)
+    cache_pixels: bool = setting(False, "keep the resized images of files in pixels/, one byte a "
+                                 "value, and read them from there: for GPUs that wait for data")
+    num_workers: int | None = setting(None, "processes that read images (none: as many as CPUs, "
+                                      "one less where there are more than two, 16 at most; 0 for "
+                                      "embedded data and cached pixels)", minimum=0)
 
     def validate(self):
         super().validate()
