@@ -1,4 +1,4 @@
-"""What the parts of benchmarks/gpu.py share: devices and sizes, timing, and counting of what runs."""
+"""What the parts of benchmarks/gpu.py share: devices and sizes, timing, counting of operations."""
 
 import contextlib
 import functools
@@ -39,9 +39,10 @@ class Setup:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
-    def clean(self):
-        """Forget compiled code, and give the memory of the last part back to the card."""
-        torch._dynamo.reset()
+    def clean(self, code=False):
+        """Give the memory of what is no more back to the card; forget compiled `code` too."""
+        if code:
+            torch._dynamo.reset()
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
@@ -82,6 +83,16 @@ def tf32(on):
         yield
     finally:
         allow_tf32(False)
+
+
+@contextlib.contextmanager
+def fastest_convolutions():
+    """cuDNN tries its algorithms, as in training."""
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = False
 
 
 def seconds_a_call(function, setup, seconds=1.0, least=3):

@@ -1,6 +1,5 @@
 """The figures of benchmarks/gpu.py: training, attention, sampling, and images through networks."""
 
-import contextlib
 import tempfile
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from gpu_setup import STAGES, Operations, seconds_a_call, tf32
+from gpu_setup import STAGES, Operations, fastest_convolutions, seconds_a_call, tf32
 from gpu_steps import precision_of
 from models.autoencoder.autoencoder import VQAutoEncoder
 from models.neighborhood_attention import BACKENDS, hydra_attention
@@ -56,7 +55,7 @@ def training(setup, report):
                 reason = str(error).strip().partition("\n")[0]
                 report.check("trains at published sizes", False, reason, stage=stage,
                              precision=precision, compiled=compiled)
-            setup.clean()
+            setup.clean(code=compiled)
 
 
 def time_training(setup, report, stage, precision, compiled, flops):
@@ -82,16 +81,6 @@ def time_training(setup, report, stage, precision, compiled, flops):
     if peak:
         report.figure("model flops utilisation", 100 * flops / seconds / (1e12 * peak), "%",
                       **about)
-
-
-@contextlib.contextmanager
-def fastest_convolutions():
-    """cuDNN tries its algorithms, as in training."""
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = False
 
 
 def flops_of(setup, stage):

@@ -21,7 +21,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # where the traini
 from train_sampler import SamplerTraining  # noqa: E402
 from train_vqgan import Objective, VQGANTraining  # noqa: E402
 
-FIRST_STEP = 40000  # of a published training: warmed up, and the discriminator takes part
+# Of a published training: warmed up, and the discriminator takes part. After two steps comes one
+# that updates the EMA.
+FIRST_STEP = 40007
 
 
 def precision_of(name, device):
