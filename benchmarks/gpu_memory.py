@@ -4,7 +4,7 @@
 
 Weights, gradients, Adam's two averages and the EMA are counted as they are; what the forward pass
 keeps for the backward one is counted on tensors without content (torch's FakeTensorMode), each
-storage once. Attention keeps its inputs and outputs, as fused kernels do. A card takes more:
+storage once, at the moment when there is most. Attention keeps its inputs and outputs, as fused kernels do. A card takes more:
 temporary results, cuDNN's workspaces, CUDA itself (about 0.5 GB). Prints a Markdown table.
 """
 
@@ -31,28 +31,45 @@ CASES = (  # precision, flags beside the published ones
 
 
 class Kept:
-    """Context that adds up the bytes of all storages that autograd keeps, but for `known` ones."""
+    """Context that follows the bytes of all storages that autograd keeps, but for `known` ones:
+    `peak` is the most at once."""
 
     def __init__(self, known):
-        self.known, self.kept = {id(x.untyped_storage()) for x in known}, {}
+        self.known = {address(x) for x in known}
+        self.holders, self.bytes, self.peak = {}, 0, 0  # how many hold a storage, by address
 
     def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda x: x)
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: Held(tensor, self), lambda held: held.tensor
+        )
         self.hooks.__enter__()
         return self
 
     def __exit__(self, *exception):
         self.hooks.__exit__(*exception)
 
-    def keep(self, tensor):
-        storage = tensor.untyped_storage()
-        if id(storage) not in self.known:
-            self.kept[id(storage)] = storage  # held, so that no other gets its id
-        return tensor
 
-    @property
-    def bytes(self):
-        return sum(storage.nbytes() for storage in self.kept.values())
+class Held:
+    """A tensor that autograd keeps, until the graph lets it go."""
+
+    def __init__(self, tensor, kept):
+        self.tensor, self.kept = tensor, kept
+        self.address = address(tensor)
+        self.size = 0 if self.address in kept.known else tensor.untyped_storage().nbytes()
+        holders = kept.holders[self.address] = kept.holders.get(self.address, 0) + 1
+        if holders == 1:
+            kept.bytes += self.size
+            kept.peak = max(kept.peak, kept.bytes)
+
+    def __del__(self):
+        self.kept.holders[self.address] -= 1
+        if self.kept.holders[self.address] == 0:
+            self.kept.bytes -= self.size
+
+
+def address(tensor):
+    """What tells a tensor's storage from any other that is there."""
+    return tensor.untyped_storage()._cdata
 
 
 def fused_attention(query, key, value, groups, tables=None, scale=None, backend=None):
@@ -99,14 +116,15 @@ def computed(stage, precision, flags=""):
         known = [*model.parameters(), *model.buffers(), batch]
         with Kept(known) as kept, step.precision.autocast():
             if stage == "sampler":
-                model(batch)
+                kept_results = model(batch)
             else:
-                step.ae_loss(batch, step.number, 1.0)
+                kept_results = step.ae_loss(batch, step.number, 1.0)
+            del kept_results  # the graph lives until here
         weights = bytes_of(model.parameters())
         return {
             "batch": step.H.batch_size, "weights": weights, "gradients": bytes_of(trained),
             "optimiser": 2 * bytes_of(trained), "EMA": bytes_of(trained),
-            "kept for the backward pass": kept.bytes,
+            "kept for the backward pass": kept.peak,
         }
 
 
