@@ -14,7 +14,7 @@ VENV_PYTHON := .venv/bin/python
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-lowest demo visdom clean
+.PHONY: help install test test-all test-lowest demo gpu-check visdom clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,9 @@ demo: .venv/installed ## train both stages on the digits and report on them: min
 	$(VENV_PYTHON) experiments/digits_report.py --log_dir demo \
 	  --load_dir demo_absorbing --load_step $(DEMO_SAMPLER_STEPS) --amp --ema --n_samples 500 \
 	  $(DEMO_FLAGS)
+
+gpu-check: .venv/installed ## check and measure the GPU in eight minutes, into results/
+	$(VENV_PYTHON) benchmarks/gpu.py
 
 visdom: .venv/installed ## start the visdom server that the training scripts draw on
 	$(VENV_PYTHON) -m utils.logging.visdom_server

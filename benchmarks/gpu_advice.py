@@ -3,75 +3,64 @@
 from gpu_setup import STAGES
 
 CLEAR = 1.05  # a gain below this factor is none
+NEAR = 1.15  # a backend within this factor of the fastest is a good choice
 RESERVE = 0.92  # the share of a card's memory that training may fill
+MEGABYTE = 2**20
 
 
 def advice(report):
     """Sentences that follow from the figures of a report; those without figures are left out."""
-    sentences = [f"On {report.facts['card']}:"]
+    sentences = []
     for stage in STAGES:
-        sentences += precision_words(report, stage) + compilation_words(report, stage)
-    sentences += attention_words(report)
-    for stage in STAGES:
+        sentences += precision_words(report, stage)
+        sentences += compilation_words(report, stage)
         sentences += memory_words(report, stage)
-    return sentences + sampling_words(report)
+    sentences += attention_words(report) + sampling_words(report)
+    failed = [name for name, part in report.parts.items() if part["state"] == "failed"]
+    if failed:
+        sentences.append(f"Not all is well: {', '.join(failed)} failed, see above.")
+    return [f"On {report.facts['card']}:", *sentences] if sentences else []
 
 
-def speed(report, stage, precision, compiled):
+def speed(report, stage, precision, compiled=False):
     """Steps a second, None where not measured."""
     return report.value("training", stage=stage, precision=precision, compiled=compiled)
 
 
 def precision_words(report, stage):
-    """How much faster bfloat16 and TF32 are than float32."""
-    plain = speed(report, stage, "float32", False)
+    """Whether --amp pays, and TF32 where it is not given."""
+    plain, tf32, half = (speed(report, stage, x) for x in ("float32", "tf32", "bfloat16"))
     words = []
-    for precision, flag in (("bfloat16", "--amp"), ("tf32", "--tf32")):
-        other = speed(report, stage, precision, False)
-        if plain and other:
-            verdict = "give" if other > CLEAR * plain else "leave out"
-            words.append(f"{verdict} {flag} for the {stage}, which trains {other / plain:.2f} "
-                         f"times as fast with it ({other:.3g} against {plain:.3g} steps/s).")
-    return [words[0].capitalize(), *map(str.capitalize, words[1:])] if words else []
+    if half and (tf32 or plain):
+        other = max(filter(None, (tf32, plain)))
+        verdict = "Give" if half > CLEAR * other else "Leave out"
+        words.append(f"{verdict} --amp for the {stage}: {half:.3g} steps/s with it, {other:.3g} "
+                     f"without.")
+    if tf32 and plain:
+        verdict = "Leave TF32 on" if tf32 > CLEAR * plain else "--no_tf32 costs nothing"
+        words.append(f"{verdict} where the {stage} is trained without --amp: {tf32:.3g} steps/s "
+                     f"with TF32, {plain:.3g} without.")
+    return words
 
 
 def compilation_words(report, stage):
     """Whether --compile pays, and from which number of steps on."""
+    failed = [check for check in report.checks
+              if check["what"] == "trains at published sizes" and not check["holds"]
+              and check["stage"] == stage and check["compiled"]]
+    if failed:
+        return [f"Give --no_compile for the {stage}, which does not compile here "
+                f"({failed[0]['detail'][:150]})."]
     eager, compiled = (speed(report, stage, "bfloat16", on) for on in (False, True))
-    seconds = report.value("compilation", stage=stage, precision="bfloat16", compiled=True)
+    seconds = report.value("compilation", stage=stage, precision="bfloat16")
     if not eager or not compiled or seconds is None:
         return []
     if compiled < CLEAR * eager:
-        return [f"--compile does not pay for the {stage}: {compiled:.3g} steps/s with it and "
-                f"{eager:.3g} without."]
+        return [f"Give --no_compile for the {stage}: {compiled:.3g} steps/s compiled, "
+                f"{eager:.3g} not."]
     steps = seconds / (1 / eager - 1 / compiled)
-    return [f"--compile pays for the {stage} from {steps:.0f} steps on: {compiled:.3g} steps/s "
-            f"with it, {eager:.3g} without, and {seconds:.0f} s of compilation."]
-
-
-def attention_words(report):
-    """Which backend is the fastest at which size, where it is not the one that is chosen."""
-    figures = [x for x in report.figures if x["what"] == "attention both ways"]
-    cases, words, slower = {}, [], []
-    for x in figures:
-        case = (x["side"], x["kernels"], x["bias"])
-        cases.setdefault(case, {})[x["backend"]] = x["value"]
-    for (side, kernels, bias), times in cases.items():
-        chosen = times.pop("None", None)
-        if not times:
-            continue
-        best = min(times, key=times.get)
-        name = f"{side}x{side} with kernels {kernels}" + (" and bias" if bias else "")
-        words.append(f"{name}: {best}, {times[best]:.3g} ms")
-        if chosen and chosen > 1.15 * times[best]:
-            slower.append(f"{name}: {chosen:.3g} ms against {times[best]:.3g} of {best}")
-    sentences = [f"The fastest attention, both ways: {'; '.join(words)}."] if words else []
-    if slower:
-        sentences.append(f"The rule of backend=None chooses a slower one here: "
-                         f"{'; '.join(slower)}.")
-    elif words:
-        sentences.append("The rule of backend=None chooses the fastest or one within 15% of it.")
-    return sentences
+    return [f"Leave --compile on for the {stage} where it trains for more than {steps:.0f} steps: "
+            f"{compiled:.3g} steps/s compiled after {seconds:.0f} s, {eager:.3g} not."]
 
 
 def memory_words(report, stage):
@@ -81,26 +70,57 @@ def memory_words(report, stage):
     for x in report.figures:
         if x["what"] == "peak memory" and x["stage"] == stage:
             cases.setdefault((x["precision"], x["flags"]), {})[x["batch"]] = x["value"]
-    words = []
+    fitting, too_large = [], []
     for (precision, flags), peaks in cases.items():
-        if len(peaks) < 2 or not total:
+        name = f"{precision} {flags}".strip()
+        (small, least), *larger = sorted(peaks.items())
+        if least is None:
+            too_large.append(f"{small} in {name}")
+        elif not larger or larger[0][1] is None:
+            fitting.append(f"{small} in {name}")
+        elif total and larger[0][1] > least:
+            large, most = larger[0]
+            each = (most - least) / (large - small)
+            most_images = small + int((RESERVE * total / MEGABYTE - least) / each)
+            fitting.append(f"{most_images} in {name} ({least:.0f} MB for {small}, {each:.0f} MB "
+                           f"for each more)")
+    words = []
+    if fitting:
+        words.append(f"Batches of the {stage} that fit: {', '.join(fitting)}.")
+    if too_large:
+        words.append(f"The published batch of the {stage} does not fit: {', '.join(too_large)}; "
+                     f"give --accumulate or --checkpoint_blocks.")
+    return words
+
+
+def attention_words(report):
+    """Which backend is the fastest at which size, and whether that one is chosen."""
+    cases, words, slower = {}, [], []
+    for x in report.figures:
+        if x["what"] == "attention both ways":
+            case = (x["side"], x["kernels"], x["bias"])
+            cases.setdefault(case, {})[x["backend"]] = x["value"]
+    for (side, kernels, bias), times in cases.items():
+        chosen = times.pop("None", None)
+        if not times:
             continue
-        (small, least), (large, most) = sorted(peaks.items())
-        an_image = (most - least) / (large - small)
-        if an_image <= 0:
-            continue
-        fits = int((RESERVE * total / 2**20 - least) / an_image) + small
-        words.append(f"{fits} in {precision}{' with ' + flags if flags else ''} "
-                     f"({least:.0f} MB at {small}, {an_image:.0f} MB an image more)")
-    return [f"Batches of the {stage} that should fit: {', '.join(words)}."] if words else []
+        best = min(times, key=times.get)
+        name = f"{side}x{side}, kernels {kernels}" + (" with bias" if bias else "")
+        words.append(f"{name}: {best}, {times[best]:.3g} ms")
+        if chosen and chosen > NEAR * times[best]:
+            slower.append(f"{name}: {chosen:.3g} ms instead of {times[best]:.3g} by {best}")
+    if not words:
+        return []
+    verdict = ("The rule of backend=None takes the fastest, or one within 15% of it." if not slower
+               else f"The rule of backend=None takes a slower one at {'; '.join(slower)}.")
+    return [f"The fastest attention, both ways: {'; '.join(words)}.", verdict]
 
 
 def sampling_words(report):
-    """The fastest sampling method at equal calls, and how long 50,000 samples take."""
-    speeds = {x["method"]: x for x in report.figures if x["what"] == "sampling"}
-    if "diffusion" not in speeds:
-        return []
-    plain = speeds["diffusion"]
-    return [f"Sampling by diffusion with {plain['calls']} steps gives {plain['value']:.3g} "
-            f"samples/s, so 50,000 take {50000 / plain['value'] / 60:.0f} minutes; more steps "
-            f"take longer in proportion."]
+    """How long 50,000 samples take."""
+    found = [x for x in report.figures if x["what"] == "sampling" and x["method"] == "diffusion"]
+    return [
+        f"Sampling by diffusion in {x['calls']} steps gives {x['value']:.3g} samples/s: 50,000 "
+        f"take {50000 / x['value'] / 60:.3g} minutes, and more steps take longer in proportion."
+        for x in found
+    ]

@@ -89,7 +89,7 @@ class Report:
             found = {"state": "failed", "why": f"{type(error).__name__}: {error}"[:2000],
                      "traceback": last}
         self.parts[name] = {**found, "seconds": round(self.elapsed - began, 1)}
-        self.setup.clean()
+        self.setup.clean(code=True)
         self.save()
 
     def save(self):

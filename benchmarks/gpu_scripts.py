@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from gpu_setup import has_setting
 
 from utils.files import load_file
 
@@ -23,8 +22,11 @@ SAMPLER = (
     "train_sampler.py --sampler absorbing --dataset digits --bert_n_emb 32 --bert_n_head 4 "
     "--bert_n_layers 2 --batch_size 8 --validation_images 16 --sample_steps 4"
 )
-CASES = {  # flags of all trainings; the settings that they need, where these are there
-    "float32": "--no_compile", "amp": "--amp --no_compile", "amp, compiled": "--amp --compile",
+ON_GPU = " --img_size 64 --attn_resolutions 16"  # 16x16 ids, of which a GPU's attention takes care
+CASES = {  # flags of the autoencoder's training and of the sampler's
+    "float32": ("--no_compile", "--no_compile"),
+    "amp": ("--amp --no_compile", "--amp --no_compile"),
+    "amp, compiled": ("--amp --no_compile", "--amp --compile"),
 }
 
 
@@ -33,18 +35,9 @@ class Workplace:
 
     def __init__(self, setup, folder, report):
         self.setup, self.folder, self.report = setup, folder, report
-        self.H = setup.autoencoder_settings()
-
-    def flags(self, text):
-        """The words of `text` without the flags that these scripts have not."""
-        words = text.split()
-        unknown = {f"--{no}{name}" for name in ("compile",) for no in ("", "no_")
-                   if not has_setting(self.H, name)}
-        return [word for word in words if word not in unknown]
-
     def run(self, command):
         """Run a script with its flags; raises RuntimeError with the end of what it printed."""
-        script, *flags = self.flags(command)
+        script, *flags = command.split()
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
         flags += ["--no_visdom", "--device", str(self.setup.device), "--num_workers", "0"]
         output = subprocess.run(
@@ -104,11 +97,7 @@ def equal(first, second):
 
 def scripts(setup, report):
     """Both stages train, resume to the bit, sample, are measured, by the scripts themselves."""
-    cases = dict(CASES)
-    if not has_setting(setup.autoencoder_settings(), "compile"):
-        cases.pop("amp, compiled")
-    if setup.tiny:
-        cases = {"amp": cases["amp"]}
+    cases = {"amp": CASES["amp"]} if setup.tiny else CASES
     at_once = not setup.tiny  # a card is for several processes, a core is for one
     with tempfile.TemporaryDirectory() as folder:
         place = Workplace(setup, folder, report)
@@ -117,20 +106,21 @@ def scripts(setup, report):
 
 
 def check_case(place, name, flags, at_once):
-    """Check the chain of scripts with these flags of precision."""
+    """Check the chain of scripts with these flags of the two trainings."""
     report, short = place.report, name.replace(", ", "_")
+    autoencoder = AUTOENCODER + (ON_GPU if place.setup.on_gpu else "")
+    sampler = f"{SAMPLER} --ae_load_dir autoencoder_{short}_whole --ae_load_step {STEPS}"
     for stage, command in (
-        ("autoencoder", AUTOENCODER),
-        ("sampler", f"{SAMPLER} --ae_load_dir autoencoder_{short}_whole --ae_load_step {STEPS}"),
+        ("autoencoder", f"{autoencoder} {flags[0]}"), ("sampler", f"{sampler} {flags[1]}")
     ):
         try:
-            found = place.train(f"{command} {flags}", f"{stage}_{short}", at_once)
+            found = place.train(command, f"{stage}_{short}", at_once)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             report.check("scripts train and resume", False, str(error), stage=stage, case=name)
             return
         report.check("scripts train and resume", not found, found or "equal to the bit",
                      stage=stage, case=name)
-    amp = "--amp" if "--amp" in flags else ""
+    amp = "--amp" if "--amp" in flags[1] else ""
     run = f"--load_dir sampler_{short}_whole --load_step {STEPS} --ema {amp} --sample_steps 4"
     in_turn([
         lambda command=command: check_script(place, f"{command} {run}", name) for command in (

@@ -5,17 +5,21 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_setup import STAGES, Operations, precision_of, seconds_a_call, tf32
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from gpu_setup import STAGES, Operations, fastest_convolutions, seconds_a_call, tf32
+from gpu_steps import precision_of
 from models.autoencoder.autoencoder import VQAutoEncoder
-from models.neighborhood_attention import BACKENDS, neighborhood_attention_2d
+from models.neighborhood_attention import BACKENDS, hydra_attention
 from models.sampling.samplers import SAMPLERS
 from utils.evaluation.features import NAMES, Extractor
 
 HEADS, WIDTH = 8, 64  # of the published denoiser
+WAYS = (  # precision, compiled: the most important first
+    ("bfloat16", False), ("bfloat16", True), ("tf32", False), ("float32", False),
+)
 SAMPLES, SAMPLE_STEPS = 64, 16  # the published number of steps is 256
 
 
@@ -35,28 +39,29 @@ def matmul(setup, report):
 
 
 def training(setup, report):
-    """Steps a second of both stages at published sizes, and which share of the peak they use."""
+    """Steps a second of both stages at published sizes, which share of the peak they use, and how
+    many kernels they launch."""
     flops = {stage: flops_of(setup, stage) for stage in STAGES}
     for stage, value in flops.items():
         report.figure("operations of a step", value / 1e12, "TFLOP", stage=stage)
-    cases = [("bfloat16", False), ("bfloat16", True), ("tf32", False), ("tf32", True),
-             ("float32", False), ("float32", True)]
-    for precision, compiled in cases:
+    for precision, compiled in WAYS:
         for stage in STAGES:
             if report.left <= 0:
                 report.say("training: the rest is skipped, the time is spent")
                 return
             try:
                 time_training(setup, report, stage, precision, compiled, flops[stage])
-            except torch.OutOfMemoryError:
-                report.say(f"{stage}, {precision}: out of memory")
-            setup.clean()
+            except Exception as error:  # out of memory, or no compiler
+                reason = str(error).strip().partition("\n")[0]
+                report.check("trains at published sizes", False, reason, stage=stage,
+                             precision=precision, compiled=compiled)
+            setup.clean(code=compiled)
 
 
 def time_training(setup, report, stage, precision, compiled, flops):
     """Figures of one way to train a stage."""
     about = dict(stage=stage, precision=precision, compiled=compiled)
-    with tf32(precision == "tf32"):
+    with tf32(precision == "tf32"), fastest_convolutions():
         step = setup.step(stage, precision)
         if compiled:
             step.compile()
@@ -65,9 +70,11 @@ def time_training(setup, report, stage, precision, compiled, flops):
         step()
         setup.wait()
         first = time.perf_counter() - began
-        seconds = seconds_a_call(step, setup, 0 if setup.tiny else 2, least=3)
+        seconds = seconds_a_call(step, setup, 0 if setup.tiny else 2, least=2)
+        count, unit = launches(step, setup)
     report.figure("training", 1 / seconds, "steps/s", **about)
     report.figure("images in training", step.H.batch_size / seconds, "images/s", **about)
+    report.figure("launches of a step", count, unit, **about)
     if compiled:
         report.figure("compilation", max(first - 2 * seconds, 0), "s", **about)
     peak = report.value("matrix product", precision=precision)
@@ -77,33 +84,17 @@ def time_training(setup, report, stage, precision, compiled, flops):
 
 
 def flops_of(setup, stage):
-    """Floating-point operations of a training step: products and convolutions, both ways."""
+    """Floating-point operations of a training step, both ways: products, convolutions, and those
+    attentions that torch's counter knows, which leaves flex and natten out."""
     step = setup.step(stage, "float32")
-    step()
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
 
-def kernels(setup, report):
-    """How many kernels a step launches: on a GPU as profiled, else operations that torch
-    dispatches, views not counted."""
-    for stage in STAGES:
-        for compiled in (False, True):
-            step = setup.step(stage, "bfloat16")
-            if compiled:
-                step.compile()
-            for _ in range(3):
-                step()
-            setup.wait()
-            count, unit = launches(step, setup)
-            report.figure("launches of a step", count, unit, stage=stage, compiled=compiled)
-            del step
-            setup.clean()
-
-
 def launches(step, setup):
-    """(how many kernels or operations a call of `step` runs, which of the two)."""
+    """(how many kernels a call of `step` launches, "kernels"), as profiled on a GPU; elsewhere
+    (how many operations torch dispatches, views not counted, "operations")."""
     if not setup.on_gpu:
         with Operations() as operations:
             step()
@@ -126,35 +117,32 @@ def backends(setup, report):
     sides = (8,) if setup.tiny else (16, 32, 64, 96)
     for side in sides:
         for bias in (False, True):
-            for kernels_ in ((7,), (3, 7)):
+            for kernels in ((7,), (3, 7)):
                 for backend in (None, *BACKENDS):
                     if report.left <= 0:
                         report.say("backends: the rest is skipped, the time is spent")
                         return
-                    about = dict(side=side, kernels=" ".join(map(str, kernels_)), bias=bias,
+                    about = dict(side=side, kernels=" ".join(map(str, kernels)), bias=bias,
                                  backend=str(backend))
-                    time_attention(setup, report, backend, kernels_, about)
+                    time_attention(setup, report, backend, kernels, about)
         setup.clean()
 
 
-def time_attention(setup, report, backend, kernels_, about):
+def time_attention(setup, report, backend, kernels, about):
     """The figure of one case; a backend that cannot do it says why, and has none."""
-    side, heads = about["side"], HEADS // len(kernels_)
+    side, heads = about["side"], HEADS // len(kernels)
     batch = 2 if setup.tiny else max(1, 20 * 16**2 // side**2)  # as many ids as 20 grids of 16x16
-    shape = (batch, side, side, heads, WIDTH)
-    groups = []
-    for kernel in kernels_:
-        leaves = [torch.randn(shape, device=setup.device, dtype=torch.bfloat16) for _ in range(3)]
-        if about["bias"]:
-            leaves.append(torch.zeros(heads, 2 * kernel - 1, 2 * kernel - 1, device=setup.device))
-        groups.append((kernel, [leaf.requires_grad_() for leaf in leaves]))
+    shape = (batch, side, side, HEADS, WIDTH)
+    leaves = [torch.randn(shape, device=setup.device, dtype=torch.bfloat16) for _ in range(3)]
+    if about["bias"]:
+        leaves += [torch.zeros(heads, 2 * kernel - 1, 2 * kernel - 1, device=setup.device)
+                   for kernel in kernels]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    groups = [(heads, kernel, 1) for kernel in kernels]
 
     def both_ways():
-        for kernel, (query, key, value, *rpb) in groups:
-            out = neighborhood_attention_2d(
-                query, key, value, kernel, rpb=rpb[0] if rpb else None, backend=backend
-            )
-            torch.autograd.grad(out.sum(), [query, key, value, *rpb])
+        out = hydra_attention(*leaves[:3], groups, leaves[3:] or None, backend=backend)
+        torch.autograd.grad(out.sum(), leaves)
 
     try:
         seconds = seconds_a_call(both_ways, setup, 0 if setup.tiny else 0.2)

@@ -1,0 +1,115 @@
+"""A training step of each stage as the training scripts take it, on one batch of noise."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from models import VQGAN
+from models.autoencoder.perceptual import PerceptualDistance
+from utils.training.build import build_sampler
+from utils.training.ema import EMA
+from utils.training.loop import due
+from utils.training.optimizers import (
+    build_optimizer, is_inner_convolution, is_matrix_of_block, learning_rate, set_learning_rate,
+)
+from utils.training.precision import Precision, seed_step
+from utils.training.processes import Processes
+from utils.training.step import Buffers, take_step
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # where the training scripts lie
+from train_sampler import SamplerTraining  # noqa: E402
+from train_vqgan import Objective, VQGANTraining  # noqa: E402
+
+# Of a published training: warmed up, and the discriminator takes part. After two steps comes one
+# that updates the EMA.
+FIRST_STEP = 40007
+
+
+def precision_of(name, device):
+    """Precision "float32", "tf32", "bfloat16" or "float16" of a training step on the device."""
+    precision = Precision(False, device)
+    if name in ("bfloat16", "float16"):
+        precision.dtype = getattr(torch, name)
+    precision.scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
+    return precision
+
+
+class Step:
+    """What both stages have; a call takes one training step and gives its Outcome."""
+
+    def __init__(self, H, device, precision):
+        self.H, self.processes = H, Processes(device=device)
+        self.precision = precision_of(precision, device)
+        self.number = FIRST_STEP
+        torch.manual_seed(0)
+
+    def __call__(self):
+        H, self.number = self.H, self.number + 1
+        seed_step(H.seed, self.number)
+        for optimizer in self.all_optimizers:
+            set_learning_rate(optimizer, learning_rate(H, self.number))
+        self.buffers.keep()
+        losses = self.gradients(self.number, self.batch)[0]
+        outcome = take_step(
+            losses, self.all_optimizers, self.precision, H.clip_grad_norm, self.buffers
+        )
+        if due(self.number, H.steps_per_update_ema):
+            self.ema.update(self.model, self.number // H.steps_per_update_ema, outcome.bad)
+        return outcome
+
+
+class SamplerStep(Step):
+    """A step of train_sampler.py."""
+
+    gradients, noise_of = SamplerTraining.gradients, SamplerTraining.noise_of
+
+    def __init__(self, H, device, precision):
+        super().__init__(H, device, precision)
+        codebook = torch.zeros(H.codebook_size, H.emb_dim)
+        self.model = self.loss = build_sampler(H, codebook).to(device).train()
+        self.model.transformer.checkpoint_blocks = H.checkpoint_blocks
+        self.ema = EMA(self.model, H.ema_beta, ["embedding_weight"], H.ema_warmup)
+        self.optimizer = build_optimizer(self.model, H, is_matrix_of_block)
+        self.all_optimizers = [self.optimizer]
+        self.buffers = Buffers(self.model)
+        shape = (H.batch_size, self.model.tokens)
+        self.batch = torch.randint(H.codebook_size, shape, device=device)
+
+    def compile(self):
+        """Compile what `--compile` compiles."""
+        self.model.transformer.compile_blocks()
+
+
+class AutoencoderStep(Step):
+    """A step of train_vqgan.py, the discriminator's included.
+
+    LPIPS' trunk has random weights: what it costs does not depend on them.
+    """
+
+    gradients = VQGANTraining.gradients
+
+    def __init__(self, H, device, precision):
+        super().__init__(H, device, precision)
+        self.model = model = VQGAN(H, PerceptualDistance()).to(device).train()
+        for network in (model.ae.encoder, model.ae.generator):
+            network.checkpoint_blocks = H.checkpoint_blocks
+        self.ema = EMA(model, H.ema_beta, ["perceptual"], H.ema_warmup)
+        self.optimizers = {
+            name: build_optimizer(part, H, is_inner_convolution)
+            for name, part in (("ae_optim", model.ae), ("disc_optim", model.disc))
+        }
+        self.all_optimizers = list(self.optimizers.values())
+        self.ae_loss = Objective(model.ae, model.generator_losses)
+        self.disc_loss = Objective(model.disc, model.discriminator_losses)
+        self.buffers = Buffers(model, ["perceptual."])
+        shape = (H.batch_size, H.n_channels, H.img_size, H.img_size)
+        self.batch = torch.rand(shape, device=device)
+
+    def compile(self):
+        """Compile what `--compile` compiles."""
+        if hasattr(self.model, "compile_networks"):
+            self.model.compile_networks()
+
+
+STEPS = {"autoencoder": AutoencoderStep, "sampler": SamplerStep}
