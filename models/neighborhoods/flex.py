@@ -151,7 +151,8 @@ def unfused(query, key, value, table, grid, blocks, sizes, scale):
     heads, tokens = query.shape[1:3]
     position = torch.arange(tokens, device=query.device)
     where = torch.arange(heads, device=query.device)[:, None, None], position[:, None], position
-    scores = (query @ key.mT).float() * scale if query.dtype.itemsize < 4 else query @ key.mT * scale
+    scores = query @ key.mT * scale
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if score_mod is not None:
         scores = score_mod(scores, None, *where)
     scores = scores.masked_fill(~mask_mod(None, *where), float("-inf"))

@@ -24,7 +24,7 @@ class Heads(NamedTuple):
 def constant(function):
     """`function` of plain arguments, computed once and kept; a constant in a compiled graph.
 
-    What it returns, tensors or tuples of them, must not be changed.
+    It returns a tuple of tensors (a single one has no shape in a graph), which nobody may change.
     """
     @lru_cache(maxsize=32)
     def computed(*arguments):
@@ -124,15 +124,15 @@ def additive_mask(mask, dtype):
 @constant
 def tile_mask(height, width, kernel_size, dilation, tile, dtype, device):
     """0 where a query of a tile attends to a key of its window, else -inf, for every block of
-    `cut_grid`: [A*A', 1, T*T', S*S']."""
+    `cut_grid`: a tuple of one tensor [A*A', 1, T*T', S*S']."""
     _, _, kind, mask = cut_grid(height, width, kernel_size, dilation, tile, device)
-    return additive_mask(mask if len(kind) == 1 else mask[kind], dtype)[:, None]
+    return (additive_mask(mask if len(kind) == 1 else mask[kind], dtype)[:, None],)
 
 
 @constant
 def dense_mask(height, width, groups, dtype, device):
-    """0 where a query attends to a key, else -inf: [1, h, N, N] for `groups` of Heads; [1, 1, N, N]
-    where all have one neighborhood."""
+    """0 where a query attends to a key, else -inf, a tuple of one tensor: [1, h, N, N] for `groups`
+    of Heads; [1, 1, N, N] where all have one neighborhood."""
     shared = len({group[1:] for group in groups}) == 1
     masks = []
     for count, kernel_size, dilation in groups[:1] if shared else groups:
@@ -140,7 +140,7 @@ def dense_mask(height, width, groups, dtype, device):
         column = axis_offset(width, kernel_size, dilation, device) >= 0
         mask = (row[:, None, :, None] & column[None, :, None, :]).flatten(2, 3).flatten(0, 1)
         masks += [mask] * (1 if shared else count)
-    return additive_mask(torch.stack(masks)[None], dtype)
+    return (additive_mask(torch.stack(masks)[None], dtype),)
 
 
 @constant

@@ -32,25 +32,26 @@ def dense_bias(height, width, groups, tables, dtype, device):
     row, column = dense_lookup(height, width, groups, dtype, device)
     bias = row @ stack_tables(tables).to(dtype) @ column  # [h, H*H, W*W]
     bias = bias.view(len(bias), height, height, width, width).transpose(2, 3)
-    mask = dense_mask(height, width, groups, dtype, device)
+    (mask,) = dense_mask(height, width, groups, dtype, device)
     return bias.reshape(1, len(bias), *mask.shape[2:]) + mask
 
 
-def keeps_scores(query, bias):
+def keeps_scores(query, biased):
     """Whether explicit products are faster than SDPA's kernels: on a CPU, in bfloat16 (half the
-    time) or where the bias is learned, for which CPUs have no kernel."""
+    time) or where a bias is learned, for which CPUs have no kernel."""
     if query.device.type != "cpu":
         return False
-    learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    return learned or (query.dtype == torch.bfloat16 and query.shape[2] <= EXPLICIT_TOKENS)
+    return (biased and torch.is_grad_enabled()) or (
+        query.dtype == torch.bfloat16 and query.shape[2] <= EXPLICIT_TOKENS
+    )
 
 
 def explicit_attention(query, key, value, mask, scale):
     """Attention [B, h, N, e] of its three products; scores are kept in the inputs' type."""
     batch, heads = query.shape[:2]
-    query, key, value = (x.reshape(batch * heads, *x.shape[2:]) for x in (query * scale, key, value))
-    scores = torch.bmm(query, key.mT).unflatten(0, (batch, heads))
-    scores += mask
+    inputs = (query * scale, key, value)
+    query, key, value = (x.reshape(batch * heads, *x.shape[2:]) for x in inputs)
+    scores = torch.bmm(query, key.mT).unflatten(0, (batch, heads)) + mask
     return torch.bmm(scores.softmax(-1).flatten(0, 1), value).unflatten(0, (batch, heads))
 
 
@@ -61,11 +62,13 @@ def dense_attention(query, key, value, groups, tables, scale):
     query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
     with torch.autocast(query.device.type, enabled=False):  # all is of one type here
         if tables is None:
-            mask = dense_mask(*where, query.dtype, query.device)
+            (mask,) = dense_mask(*where, query.dtype, query.device)
         else:
             mask = dense_bias(*where, tables, query.dtype, query.device)
-        attend = explicit_attention if keeps_scores(query, mask) else F.scaled_dot_product_attention
-        out = attend(query, key, value, mask, scale=scale)
+        if keeps_scores(query, tables is not None):
+            out = explicit_attention(query, key, value, mask, scale)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     return out.transpose(1, 2).unflatten(1, (height, width))
 
 
@@ -115,7 +118,7 @@ def tiled_attention(query, key, value, kernel_size, dilation, rpb, scale):
 
     if rpb is None:  # to [A, A', B, h, T, T', e]
         order, leading = (1, 3, 4, 6, 0, 7, 2, 5, 8), (len(kind), batch * heads)
-        mask = tile_mask(*cut, query.dtype, query.device)
+        (mask,) = tile_mask(*cut, query.dtype, query.device)
     else:  # to [B, h, A, A', T, T', e]
         order, leading = (0, 7, 1, 3, 4, 6, 2, 5, 8), (batch, heads * len(kind))
         bias = neighborhood_bias(rows, columns, kind, mask, rpb.to(query.dtype))
