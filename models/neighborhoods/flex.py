@@ -172,7 +172,10 @@ def flex_attend(query, key, value, groups, tables, scale):
     _, height, width, _, _ = query.shape
     device = query.device
     inputs = [x.flatten(1, 2).transpose(1, 2) for x in (query, key, value)]  # [B, h, N, e]
-    table = None if tables is None else stack_tables(tables).contiguous()
+    table = None
+    if tables is not None:
+        wide = torch.promote_types(tables[0].dtype, torch.float32)  # its gradient is a long sum
+        table = stack_tables(tables).to(wide).contiguous()
     differentiated = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (*inputs, table)
     )

@@ -9,6 +9,8 @@ from functools import lru_cache, wraps
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 ALIGNMENT = 16  # CUDA's memory-efficient kernel copies a mask whose rows are not so many apart
 
@@ -19,6 +21,11 @@ class Heads(NamedTuple):
     count: int
     kernel_size: int
     dilation: int
+
+
+def faked():
+    """Whether tensors are fakes now (FakeTensorMode), which no cache may keep."""
+    return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
 
 
 def constant(function):
@@ -33,7 +40,7 @@ def constant(function):
 
     @wraps(function)
     def wrapper(*arguments):
-        return computed(*arguments)
+        return function(*arguments) if faked() else computed(*arguments)
 
     wrapper = torch.compiler.assume_constant_result(wrapper)
     wrapper.cache_clear = computed.cache_clear
@@ -108,6 +115,14 @@ def cut_grid(height, width, kernel_size, dilation, tile, device):
     return rows, columns, kind, mask.flatten(4, 5).flatten(2, 3).flatten(0, 1)
 
 
+def cached_grid(*cut):
+    """`cut_grid`, cached; a part of the graph where one is compiled."""
+    if torch.compiler.is_compiling() or faked():
+        return cut_grid.__wrapped__(*cut)
+    with torch.inference_mode(False):  # else what is cached would not serve training
+        return cut_grid(*cut)
+
+
 def axis_offset(length, kernel_size, dilation, device):
     """`table_offset` of every position against every position, int64 [length, length]."""
     position = torch.arange(length, device=device)
@@ -125,7 +140,7 @@ def additive_mask(mask, dtype):
 def tile_mask(height, width, kernel_size, dilation, tile, dtype, device):
     """0 where a query of a tile attends to a key of its window, else -inf, for every block of
     `cut_grid`: a tuple of one tensor [A*A', 1, T*T', S*S']."""
-    _, _, kind, mask = cut_grid(height, width, kernel_size, dilation, tile, device)
+    _, _, kind, mask = cached_grid(height, width, kernel_size, dilation, tile, device)
     return (additive_mask(mask if len(kind) == 1 else mask[kind], dtype)[:, None],)
 
 

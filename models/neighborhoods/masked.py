@@ -6,7 +6,7 @@ Shapes: B batch, H W grid, N = H*W tokens, h heads, e head_dim; A T S K as in `g
 import torch
 import torch.nn.functional as F
 
-from models.neighborhoods.geometry import cut_grid, dense_lookup, dense_mask, tile_mask
+from models.neighborhoods.geometry import cached_grid, dense_lookup, dense_mask, tile_mask
 
 EXPLICIT_TOKENS = 1024  # up to so many tokens a CPU keeps the scores of bfloat16
 
@@ -75,14 +75,6 @@ def dense_attention(query, key, value, groups, tables, scale):
 def tile_shape(kernel_size, biased):
     """Rows and columns of a tile of queries: the fastest from 4x4 to 16x16 on two CPU cores."""
     return (4, 8) if biased or kernel_size < 7 else (8, 8)
-
-
-def cached_grid(*cut):
-    """`cut_grid`, cached; a part of the graph where one is compiled."""
-    if torch.compiler.is_compiling():
-        return cut_grid.__wrapped__(*cut)
-    with torch.inference_mode(False):  # else what is cached would not serve training
-        return cut_grid(*cut)
 
 
 def neighborhood_bias(rows, columns, kind, mask, rpb):

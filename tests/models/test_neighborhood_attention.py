@@ -197,6 +197,21 @@ def test_grids_cached_in_inference_mode_work_in_training(backend):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("backend", ["tiled", "dense"])
+def test_fake_tensors_leave_the_caches_alone(backend):
+    """Two simulated GPUs one after the other, and a real call after them."""
+    def attend(device):
+        qkv = torch.ones(3, 1, 12, 18, 1, 4, device=device)
+        out = neighborhood_attention_2d(*qkv, 3, backend=backend)
+        tables = rotary_tables(12, 18, 4, qkv.device)
+        return rotate(out[:, :, :, None], tables)
+
+    for device in ("cpu", "cuda", "cuda"):
+        with torch._subclasses.FakeTensorMode():
+            assert attend(device).device.type == device
+    assert attend("cpu").sum().isfinite()
+
+
 def test_falls_back_where_natten_has_no_kernel(monkeypatch):
     """What a GPU without the right kernel does, on a CPU: natten is asked and refuses."""
     qkv = torch.randn(3, 1, 6, 6, 2, 16)
