@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from models.neighborhoods.geometry import axis_offset, constant
-from models.neighborhoods.masked import stack_tables
 
 FLEX_PROBLEM = None
 try:
@@ -102,6 +101,18 @@ def head_sizes(groups, device):
     sizes = [group[1:] for group in groups for _ in range(group.count)]
     kernels, dilations = torch.tensor(sizes, dtype=torch.int32, device=device).unbind(1)
     return kernels.contiguous(), dilations.contiguous()
+
+
+def stack_tables(tables):
+    """Bias tables [heads, side, side] of several sides, one after the other and filled up with
+    zeros to the largest: [h, side, side]."""
+    side = max(table.shape[-1] for table in tables)
+    tables = [
+        table if table.shape[-1] == side
+        else F.pad(table, (0, side - table.shape[-1]) * 2)
+        for table in tables
+    ]
+    return tables[0] if len(tables) == 1 else torch.cat(tables)
 
 
 def attends_along(query, key, length, kernel_size, dilation):

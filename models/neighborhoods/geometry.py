@@ -159,17 +159,9 @@ def dense_mask(height, width, groups, dtype, device):
 
 
 @constant
-def dense_lookup(height, width, groups, dtype, device):
-    """One-hot matrices ([h, H*H, side], [h, side, W*W]) that look relative biases up: row @ table @
-    column is the bias of each pair of rows and pair of columns, 0 outside the neighborhood. `side`
-    is the largest table's."""
-    side = max(2 * group.kernel_size - 1 for group in groups)
-    entries = torch.arange(side, device=device)
-    both = []
-    for length in (height, width):
-        offsets = [
-            axis_offset(length, group.kernel_size, group.dilation, device).flatten()
-            for group in groups for _ in range(group.count)
-        ]
-        both.append((torch.stack(offsets)[:, :, None] == entries).to(dtype))
-    return both[0], both[1].mT.contiguous()
+def dense_lookup(height, width, kernel_size, dilation, dtype, device):
+    """One-hot matrices [H*H, side] and [W*W, side] that look a relative bias up: row @ table @
+    column.T is that of each pair of rows and each pair of columns, 0 outside the neighborhood."""
+    entries = torch.arange(2 * kernel_size - 1, device=device)
+    offsets = (axis_offset(length, kernel_size, dilation, device) for length in (height, width))
+    return tuple((offset.flatten()[:, None] == entries).to(dtype) for offset in offsets)

@@ -11,26 +11,17 @@ from models.neighborhoods.geometry import cached_grid, dense_lookup, dense_mask,
 EXPLICIT_TOKENS = 1024  # up to so many tokens a CPU keeps the scores of bfloat16
 
 
-def stack_tables(tables):
-    """Bias tables [heads, side, side] of several sides, one after the other and filled up with
-    zeros to the largest: [h, side, side]."""
-    side = max(table.shape[-1] for table in tables)
-    tables = [
-        table if table.shape[-1] == side
-        else F.pad(table, (0, side - table.shape[-1]) * 2)
-        for table in tables
-    ]
-    return tables[0] if len(tables) == 1 else torch.cat(tables)
-
-
 def dense_bias(height, width, groups, tables, dtype, device):
     """Relative bias under the mask, -inf where a query does not attend: [1, h, N, N].
 
     Products with one-hot matrices look the tables up: their gradients are products too, which is
     faster than scattering into so small a table, and adds in one order only.
     """
-    row, column = dense_lookup(height, width, groups, dtype, device)
-    bias = row @ stack_tables(tables).to(dtype) @ column  # [h, H*H, W*W]
+    biases = []
+    for group, table in zip(groups, tables, strict=True):
+        row, column = dense_lookup(height, width, *group[1:], dtype, device)
+        biases.append(row @ table.to(dtype) @ column.mT)  # [heads, H*H, W*W]
+    bias = biases[0] if len(biases) == 1 else torch.cat(biases)
     bias = bias.view(len(bias), height, height, width, width).transpose(2, 3)
     (mask,) = dense_mask(height, width, groups, dtype, device)
     return bias.reshape(1, len(bias), *mask.shape[2:]) + mask
@@ -41,9 +32,8 @@ def keeps_scores(query, biased):
     time) or where a bias is learned, for which CPUs have no kernel."""
     if query.device.type != "cpu":
         return False
-    return (biased and torch.is_grad_enabled()) or (
-        query.dtype == torch.bfloat16 and query.shape[2] <= EXPLICIT_TOKENS
-    )
+    learned = biased and torch.is_grad_enabled()  # SDPA keeps them then
+    return query.dtype == torch.bfloat16 and (learned or query.shape[2] <= EXPLICIT_TOKENS)
 
 
 def explicit_attention(query, key, value, mask, scale):
