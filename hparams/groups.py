@@ -263,8 +263,8 @@ class SamplerArchitecture(Settings):
                                    one_for_all=True, only_with=("attention", "hydra"))
     position: list[str] | None = setting(None, "one or more of rpb (hydra: relative bias), "
                                          "rope (hydra: rotary), absolute (a table; ties the model "
-                                         "to its grid) (none: rpb absolute for hydra, rpb for "
-                                         "hydra on textures, absolute for full)",
+                                         "to its grid) (none: rope absolute for hydra, rope "
+                                         "for hydra on textures, absolute for full)",
                                          choices=["rpb", "rope", "absolute"])
     bert_n_emb: int = setting(512, "width of the transformer", minimum=1)
     bert_n_head: int = setting(8, "attention heads", minimum=1)
@@ -279,7 +279,7 @@ class SamplerArchitecture(Settings):
             "full" if self.sampler == "autoregressive" else "hydra"
         )
         if self.position is None:
-            relative = ["rpb"] if self.attention == "hydra" else []
+            relative = ["rope"] if self.attention == "hydra" else []
             aligned = self.attention == "full" or self.dataset not in UNALIGNED
             self.position = relative + (["absolute"] if aligned else [])
         self.block_size = self.block_size or math.prod(self.latent_shape)
