@@ -115,6 +115,14 @@ class VQGAN(nn.Module):
                     f"`perceptual_range` must be 0_1 or -1_1, not {H.perceptual_range!r}"
                 )
 
+    def compile_networks(self, **options):
+        """Compile encoder and generator: `VQAutoEncoder.compile_networks`."""
+        self.ae.compile_networks(**options)
+
+    def checkpoint_blocks(self, on=True):
+        """Whether training computes the insides of blocks again for the backward pass."""
+        self.ae.encoder.checkpoint_blocks = self.ae.generator.checkpoint_blocks = on
+
     def perceptual_loss(self, x, x_hat):
         """Mean perceptual distance of images [B, C, S, S] in [0, 1], 0-d; zero without one."""
         if self.perceptual is None:
