@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from claimed_device import Claimed, claimed_devices
 from helpers import TinyExtractor
@@ -16,9 +17,7 @@ from models.autoencoder.quantizers import NearestQuantizer
 from models.sampling.canvas import WindowedDenoiser, decode_canvas
 from models.sampling.samplers import truncate
 from utils.evaluation import features
-from utils.evaluation.metrics import (
-    FeatureStatistics, frechet_distance_of_features, prdc, psnr,
-)
+from utils.evaluation.metrics import FeatureStatistics, frechet_distance_of_features, prdc, psnr
 from utils.evaluation.neighbours import NearestNeighbours
 from utils.evaluation.reconstruction import ReconstructionDistance
 
@@ -85,6 +84,21 @@ def test_mixed_devices_are_found(gpu):
             mix()
     with pytest.raises(AssertionError, match="generator"):
         torch.rand(3, device=gpu, generator=torch.Generator())
+
+
+def test_networks_run_on_fake_tensors_of_a_gpu():
+    """As above without any values, in torch's own mode."""
+    with FakeTensorMode(), torch.device("cuda"):
+        images = torch.rand(2, 3, 32, 32)
+        model = VQGAN(SimpleNamespace(**AUTOENCODER | dict(perceptual_weight=0.0)))
+        x_hat, loss, _, ids = model.ae(images)
+        losses = model.reconstruction_losses(images, x_hat)
+        d_loss, _ = model.discriminator_losses(images, x_hat)
+        H = SimpleNamespace(**SAMPLER | dict(position=["rope"]))  # a bias is drawn by values
+        logits = Transformer(H)(ids)
+        assert logits.shape == (2, 64, 12)
+        for tensor in (x_hat, loss, *losses, d_loss, logits):
+            assert tensor.device.type == "cuda"
 
 
 # Stage one ---------------------------------------------------------------------------------

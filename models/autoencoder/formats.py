@@ -57,7 +57,7 @@ def in_precision(autoencoder, dtype):
 
 
 def to_fast_format(vqgan, device):
-    """Lay the weights of a `VQGAN` out as its convolutions on `device` are fast; activations follow.
+    """Lay out the weights of a `VQGAN`, which activations follow, as `device` is fast with them.
 
     On CUDA all are channels_last, what tensor cores take. On a CPU only those of the perceptual
     distance are: there GroupNorm's backward pass is 5 times slower in channels_last with bfloat16
