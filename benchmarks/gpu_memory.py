@@ -12,13 +12,13 @@ import contextlib
 import sys
 from unittest import mock
 
+import gpu_steps
 import torch
+from gpu_setup import STAGES, Setup
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-import gpu_steps
-from gpu_setup import STAGES, Setup
 from measure import number
 from models.prior import attention
 from utils.evaluation.experiment import table

@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 
 import torch
+from gpu_setup import STAGES, Operations, fastest_convolutions, seconds_a_call, tf32
+from gpu_steps import precision_of
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from gpu_setup import STAGES, Operations, fastest_convolutions, seconds_a_call, tf32
-from gpu_steps import precision_of
 from models.autoencoder.autoencoder import VQAutoEncoder
 from models.neighborhood_attention import BACKENDS, hydra_attention
 from models.sampling.samplers import SAMPLERS

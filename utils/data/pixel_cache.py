@@ -15,9 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.data.batches import (
-    UnreadableFiles, nothing_readable, pixel_batches, warn_of_unreadable,
-)
+from utils.data.batches import UnreadableFiles, nothing_readable, pixel_batches, warn_of_unreadable
 from utils.data.images import ImageDataset
 from utils.data.pixels import UnreadableImage
 from utils.data.split import part_of
