@@ -6,41 +6,15 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from neighborhood_reference import brute_force
 
 import models.neighborhood_attention as module
 from helpers import assert_close, golden
-from models import HydraNeighborhoodAttention
 from models.neighborhood_attention import hydra_attention, neighborhood_attention_2d
 from models.neighborhoods import flex, geometry
-from models.prior.attention import match_groups, rotary_tables, rotate, split_heads
+from models.prior.attention import rotary_tables, rotate
 
 OURS = ["tiled", "dense", "flex"]
-
-
-def brute_force(query, key, value, kernel_size, dilation, rpb, scale):
-    """The definition, one query at a time."""
-    _, height, width, heads, _ = query.shape
-    out = torch.zeros_like(value)
-
-    def neighbors(position, length):
-        group = list(range(position % dilation, length, dilation))
-        start = group.index(position) - kernel_size // 2
-        start = min(max(start, 0), len(group) - kernel_size)
-        return group[start : start + kernel_size]
-
-    for y in range(height):
-        for x in range(width):
-            rows, columns = neighbors(y, height), neighbors(x, width)
-            keys = key[:, rows][:, :, columns]  # [B, k, k, h, d]
-            scores = torch.einsum("bhd,bijhd->bhij", query[:, y, x], keys) * scale
-            if rpb is not None:
-                dy = [(row - y) // dilation + kernel_size - 1 for row in rows]
-                dx = [(column - x) // dilation + kernel_size - 1 for column in columns]
-                scores = scores + rpb[:, dy][:, :, dx]
-            weights = scores.flatten(2).softmax(-1).view_as(scores)
-            values = value[:, rows][:, :, columns]
-            out[:, y, x] = torch.einsum("bhij,bijhd->bhd", weights, values)
-    return out
 
 
 @st.composite
@@ -315,62 +289,6 @@ def test_invalid_arguments_raise(monkeypatch):
     assert neighborhood_attention_2d(*qkv, 3).shape == (1, 6, 6, 2, 4)
 
 
-def test_heads_of_uneven_groups():
-    assert split_heads(8, 3) == [2, 3, 3]
-    assert split_heads(7, 2) == [3, 4]
-    with pytest.raises(ValueError, match="at least 3 heads"):
-        split_heads(2, 3)
-
-
-def test_match_groups_repeats_a_single_value():
-    assert match_groups(3, 1) == ([3], [1])
-    assert match_groups(7, (1, 2)) == ([7, 7], [1, 2])
-    assert match_groups([3, 5, 7], 2) == ([3, 5, 7], [2, 2, 2])
-    assert match_groups((3, 5), [2, 1]) == ([3, 5], [2, 1])
-    for kernel_sizes, dilations in [([3, 5], [1, 2, 1]), ([3, 5, 7], [1, 1]), ([], [1])]:
-        with pytest.raises(ValueError, match="must be equally many, or one of either"):
-            match_groups(kernel_sizes, dilations)
-
-
-@pytest.mark.parametrize("kernel_sizes, dilations, groups", [
-    ([3], [1, 2, 3], [(3, 1), (3, 2), (3, 3)]),
-    (3, (2, 1), [(3, 2), (3, 1)]),
-    ([3, 5], 2, [(3, 2), (5, 2)]),
-    (5, 1, [(5, 1)]),
-])
-def test_hydra_with_one_value_for_all_groups(kernel_sizes, dilations, groups):
-    """Against a brute-force attention of each group, and against both lists written out."""
-    torch.manual_seed(0)
-    hydra = HydraNeighborhoodAttention(16, kernel_sizes, 4, dilations=dilations)
-    x = torch.randn(1, 10, 11, 16)
-    q, k, v = hydra.qkv(x).view(1, 10, 11, 3, 4, 4).unbind(3)
-    outs, first = [], 0
-    for (kernel, dilation), table in zip(groups, hydra.rpb, strict=True):
-        heads = slice(first, first + len(table))
-        parts = (part[..., heads, :] for part in (q, k, v))
-        outs.append(brute_force(*parts, kernel, dilation, table, 0.5))
-        first += len(table)
-    assert_close(hydra(x), hydra.proj(torch.cat(outs, dim=3).flatten(3)))
-    kernels, spread = zip(*groups)
-    written_out = HydraNeighborhoodAttention(16, kernels, 4, dilations=spread)
-    written_out.load_state_dict(hydra.state_dict())
-    assert torch.equal(written_out(x), hydra(x))
-
-
-def test_hydra_groups_are_independent_attentions():
-    """Each group equals a brute-force attention of its own heads."""
-    torch.manual_seed(0)
-    hydra = HydraNeighborhoodAttention(12, [3, 5], 3, dilations=[2, 1])
-    x = torch.randn(1, 6, 7, 12)
-    q, k, v = hydra.qkv(x).view(1, 6, 7, 3, 3, 4).unbind(3)
-    parts = [
-        brute_force(q[..., :1, :], k[..., :1, :], v[..., :1, :], 3, 2, hydra.rpb[0], 0.5),
-        brute_force(q[..., 1:, :], k[..., 1:, :], v[..., 1:, :], 5, 1, hydra.rpb[1], 0.5),
-    ]
-    expected = hydra.proj(torch.cat(parts, dim=3).flatten(3))
-    assert_close(hydra(x), expected)
-
-
 @pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_groups_of_heads_are_independent_attentions(backend, with_bias):
@@ -405,86 +323,3 @@ def test_tiles_of_equal_groups_are_computed_together(monkeypatch):
     groups = [(1, 3, 1), (2, 5, 1), (2, 3, 1)]
     hydra_attention(*torch.randn(3, 1, 6, 7, 5, 4), groups, backend="tiled")
     assert calls == [(3, 3), (5, 2)]
-
-
-@pytest.mark.parametrize("height, width", [(7, 8), (12, 17), (20, 24)])
-def test_flex_blocks_are_those_that_hold_a_neighbor(height, width):
-    """Against the dense mask, cut into blocks, in both directions."""
-    groups = (geometry.Heads(1, 3, 2), geometry.Heads(2, 7, 1))
-    tokens, size = height * width, flex.BLOCK
-    (mask,) = geometry.dense_mask(height, width, groups, torch.float32, torch.device("cpu"))
-    count = -(-tokens // size)
-    padded = torch.zeros(3, count * size, count * size, dtype=torch.bool)
-    padded[:, :tokens, :tokens] = mask[0] == 0
-    used = padded.view(3, count, size, count, size).any(4).any(2)
-    numbers = flex.neighborhood_blocks(height, width, groups, torch.device("cpu"))
-    for wanted, number, indices in ((used, *numbers[:2]), (used.mT, *numbers[2:])):
-        for head in range(3):
-            for row in range(count):
-                listed = indices[0, head, row, : number[0, head, row]].tolist()
-                assert listed == wanted[head, row].nonzero()[:, 0].tolist()
-
-
-@pytest.mark.parametrize("compiler", [
-    "eager", pytest.param("inductor", marks=pytest.mark.slow),
-])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_flex_kernel_equals_dense(compiler, with_bias):
-    """FlexAttention itself, on several blocks: on a CPU it runs in a compiled graph only."""
-    torch.manual_seed(0)
-    groups = [(1, 3, 2), (2, 7, 1)]
-    qkv = torch.randn(3, 2, 12, 17, 3, 16)
-    tables = [torch.randn(1, 5, 5), torch.randn(2, 13, 13)] if with_bias else None
-
-    def attend(qkv):
-        return hydra_attention(*qkv, groups, tables, backend="flex")
-
-    expected = hydra_attention(*qkv, groups, tables, backend="dense")
-    assert_close(torch.compile(attend, backend=compiler, fullgraph=True)(qkv), expected)
-
-
-def test_rotary_products_depend_on_the_distance_only():
-    torch.manual_seed(0)
-    query, key = torch.randn(2, 8, dtype=torch.float64)
-    tables = [table.double() for table in rotary_tables(9, 9, 8, torch.device("cpu"))]
-    turned = [rotate(x.expand(1, 9, 9, 1, 1, 8), tables)[0, :, :, 0, 0] for x in (query, key)]
-    products = torch.einsum("yxe,vwe->yxvw", *turned)
-    assert_close(products[2, 3, 4, 1], products[5, 7, 7, 5])  # both (2, -2) apart
-    assert (products[2, 3, 4, 1] - products[2, 3, 4, 2]).abs() > 1e-3
-    assert_close(turned[0].norm(dim=-1), query.norm().expand(9, 9))
-    assert rotate(query.bfloat16().expand(1, 9, 9, 1, 1, 8), tables).dtype == torch.bfloat16
-
-
-def test_rotation_gradients():
-    tables = [table.double() for table in rotary_tables(2, 3, 8, torch.device("cpu"))]
-    x = torch.randn(1, 2, 3, 2, 2, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: rotate(x, tables), x)
-    assert torch.autograd.gradgradcheck(lambda x: rotate(x, tables), x)
-
-
-@pytest.mark.parametrize("options", [dict(rpb=True), dict(rpb=False, rope=True)])
-def test_hydra_is_translation_equivariant_away_from_borders(options):
-    torch.manual_seed(0)
-    hydra = HydraNeighborhoodAttention(16, [3, 5], 2, dilations=[2, 1], **options).double()
-    x = torch.randn(1, 20, 20, 16, dtype=torch.float64)
-    shifted = x.roll((3, 2), dims=(1, 2))
-    expected = hydra(x).roll((3, 2), dims=(1, 2))
-    margin = slice(6, -6)  # the reach of 2 tokens, and what the roll brought round
-    assert_close(hydra(shifted)[:, margin, margin], expected[:, margin, margin])
-
-
-def test_hydra_rope_equals_complex_rotation():
-    """Against complex numbers: pair i of the channels is turned by its angle."""
-    torch.manual_seed(0)
-    hydra = HydraNeighborhoodAttention(16, [3], 2, rpb=False, rope=True)
-    x = torch.randn(1, 6, 7, 16)
-    qkv = hydra.qkv(x).view(1, 6, 7, 3, 2, 8).unbind(3)
-    place = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(7), indexing="ij"), dim=-1)
-    angle = (place[..., None] * torch.tensor([1.0, 0.1])).flatten(2)  # frequencies 100^(-i/2)
-    turn = torch.polar(torch.ones_like(angle), angle)[:, :, None]
-    turned = [torch.complex(part[..., :4], part[..., 4:]) * turn for part in qkv[:2]]
-    query, key = (torch.cat((part.real, part.imag), dim=-1) for part in turned)
-    expected = brute_force(query, key, qkv[2], 3, 1, None, 8**-0.5)
-    assert_close(hydra(x), hydra.proj(expected.flatten(3)))
-    with pytest.raises(ValueError, match="a multiple of 4, not 12 / 2"):
-        HydraNeighborhoodAttention(12, [3], 2, rope=True)
