@@ -4,8 +4,9 @@
 
 Weights, gradients, Adam's two averages and the EMA are counted as they are; what the forward pass
 keeps for the backward one is counted on tensors without content (torch's FakeTensorMode), each
-storage once, at the moment when there is most. Attention keeps its inputs and outputs, as fused kernels do. A card takes more:
-temporary results, cuDNN's workspaces, CUDA itself (about 0.5 GB). Prints a Markdown table.
+storage once, at the moment when there is most. Attention keeps its inputs and outputs, as fused
+kernels do. A card takes more: temporary results, cuDNN's workspaces, CUDA itself. Prints a Markdown
+table.
 """
 
 import contextlib

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from gpu_setup import STAGES, Operations, fastest_convolutions, seconds_a_call, tf32
+from gpu_setup import (
+    STAGES, Operations, Products, fastest_convolutions, seconds_a_call, tf32,
+)
 from gpu_steps import precision_of
 from models.autoencoder.autoencoder import VQAutoEncoder
 from models.neighborhood_attention import BACKENDS, hydra_attention
+from models.prior.attention import HydraNeighborhoodAttention
 from models.sampling.samplers import SAMPLERS
 from utils.evaluation.features import NAMES, Extractor
 
@@ -84,12 +86,15 @@ def time_training(setup, report, stage, precision, compiled, flops):
 
 
 def flops_of(setup, stage):
-    """Floating-point operations of a training step, both ways: products, convolutions, and those
-    attentions that torch's counter knows, which leaves flex and natten out."""
+    """Floating-point operations of a training step, both ways, as `Products` counts them;
+    attention counts as that of the whole grid."""
     step = setup.step(stage, "float32")
-    with FlopCounterMode(display=False) as counter:
+    for module in step.model.modules():
+        if isinstance(module, HydraNeighborhoodAttention):
+            module.backend = "dense"
+    with Products() as products:
         step()
-    return counter.get_total_flops()
+    return products.flops
 
 
 def launches(step, setup):
