@@ -10,10 +10,12 @@ import torch
 
 from hparams import get_sampler_hparams
 from hparams.scripts import SAMPLER_ARCHITECTURE
+from models.autoencoder.formats import in_precision
 from utils.data.batches import evaluation_batches
 from utils.data.datasets import load_dataset
 from utils.data.images import augmented
 from utils.data.latents import latent_batches, load_latents
+from utils.data.pixel_cache import cached_pixels
 from utils.data.split import apply_split, describe, sample_of, shuffled
 from utils.evaluation.metrics import psnr
 from utils.evaluation.samples import decode
@@ -43,7 +45,7 @@ class SamplerTraining:
 
     def __init__(self, H, log, processes):
         self.H, self.log, self.processes = H, log, processes
-        dataset = load_dataset(H, log)
+        dataset = cached_pixels(load_dataset(H, log), H, processes, log)
         train_set, validation_set, split = apply_split(
             dataset, choose_split(H, dataset, log, autoencoder=True)
         )
@@ -72,6 +74,7 @@ class SamplerTraining:
             self.best = models[f"{H.sampler}_ema"] = self.ema.model
         self.optimizer = build_optimizer(self.sampler, H, is_matrix_of_block)
         self.precision = Precision(H.amp, processes.device)
+        self.decoder = in_precision(self.autoencoder, self.precision.dtype)
         log.info(f"precision: {self.precision.description}")
         self.checkpoints = Checkpoints(
             log.folder, models, {f"{H.sampler}_optim": self.optimizer}, self.precision.scaler,
@@ -186,7 +189,7 @@ class SamplerTraining:
         seed_step(H.seed, step, "samples")
         with self.precision.autocast(), only_compiled(self.compiled):
             ids = self.best.sample(min(H.batch_size, 64), H.temp)
-        images = decode(self.autoencoder, ids)
+        images = decode(self.decoder, ids)
         with tolerate_full_disk(self.log):
             self.log.images(step, "samples", images, save=save, display=display,
                             individually=H.save_individually)

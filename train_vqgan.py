@@ -11,10 +11,14 @@ from torch import nn
 from hparams import get_vqgan_hparams
 from hparams.scripts import AUTOENCODER_ARCHITECTURE
 from models import VQGAN
+from models.autoencoder.formats import to_fast_format
 from models.autoencoder.quantizers import gumbel_temperature
-from utils.data.batches import UnreadableFiles, evaluation_batches, training_batches
+from utils.data.batches import (
+    RepeatedBatches, UnreadableFiles, evaluation_batches, training_batches,
+)
 from utils.data.datasets import load_dataset
 from utils.data.images import augmented
+from utils.data.pixel_cache import cached_pixels
 from utils.data.split import apply_split, describe, sample_of
 from utils.evaluation.metrics import psnr
 from utils.evaluation.reconstruction import ReconstructionDistance
@@ -53,7 +57,7 @@ class VQGANTraining:
     def __init__(self, H, log, processes):
         self.H, self.log, self.processes = H, log, processes
         self.on_unreadable = UnreadableFiles(log.passed_over)
-        dataset = load_dataset(H, log)
+        dataset = cached_pixels(load_dataset(H, log), H, processes, log)
         self.train_set, self.validation_set, split = apply_split(
             dataset, choose_split(H, dataset, log)
         )
@@ -63,7 +67,7 @@ class VQGANTraining:
             "split": split, "architecture": architecture_of(H, AUTOENCODER_ARCHITECTURE),
         }
         seed_step(H.seed, 0, "weights")
-        self.vqgan = build_vqgan(H, log).to(processes.device)
+        self.vqgan = to_fast_format(build_vqgan(H, log).to(processes.device), processes.device)
         self.best, self.ema = self.vqgan, None
         models = {"vqgan": self.vqgan}
         if H.ema and processes.is_first:
@@ -84,8 +88,7 @@ class VQGANTraining:
         )
         stats = self.checkpoints.restore(H, log, optional=["perceptual."])
         self.seconds = stats.get("seconds", 0.0)
-        for network in (self.vqgan.ae.encoder, self.vqgan.ae.generator):
-            network.checkpoint_blocks = H.checkpoint_blocks
+        self.vqgan.checkpoint_blocks(H.checkpoint_blocks)
         self.compiled = compiles(H, processes.device, log)
         if self.compiled:
             self.vqgan.compile_networks()
@@ -96,8 +99,11 @@ class VQGANTraining:
         self.disc_loss = processes.wrap(Objective(self.vqgan.disc, self.vqgan.discriminator_losses))
         self.buffers = Buffers(self.vqgan, ["perceptual."])
         if processes.is_first:
-            self.looked_at = sample_of(
+            looked_at = sample_of(
                 self.validation_set, H.validation_images or len(self.validation_set)
+            )
+            self.looked_at = RepeatedBatches(
+                looked_at, H.batch_size, H.num_workers, processes.device, self.on_unreadable
             )
             self.distance = ReconstructionDistance(processes.device)
             images = self.validation_set or self.train_set
@@ -111,8 +117,10 @@ class VQGANTraining:
         batches = training_batches(
             self.train_set, H, H.load_step, self.processes, self.on_unreadable
         )
+        self.log.info(f"the loader reads {batches.images_per_second():.0f} images/s alone")
         with training_arithmetic(H), TrainingLoop(
-            H, self.log, self.processes, len(self.train_set), H.load_step, self.seconds
+            H, self.log, self.processes, len(self.train_set), H.load_step, self.seconds,
+            batches=batches,
         ) as loop:
             for step in loop:
                 vqgan.train()
@@ -183,12 +191,10 @@ class VQGANTraining:
         """(figures of images that are held out, always the same ones, what `autoencoder_health`
         must know): means of losses and PSNR in dB, how many codes are used, and the Fréchet
         distance of the features of reconstructions, as FID has it."""
-        H, means, usage, distance = self.H, Means(), 0, self.distance
+        means, usage, distance = Means(), 0, self.distance
         self.best.eval()
         self.vqgan.eval()
-        for images, _ in evaluation_batches(
-            self.looked_at, H.batch_size, H.num_workers, self.processes.device, self.on_unreadable
-        ):
+        for images, _ in self.looked_at:
             reconstructions, _, stats, _ = self.best.ae(images)
             nll, l1, perceptual = self.best.reconstruction_losses(images, reconstructions)
             values = dict(loss=nll, l1=l1, perceptual=perceptual)

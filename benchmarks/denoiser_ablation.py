@@ -30,7 +30,7 @@ PUBLISHED = "full attention, adam as published"
 # published optimiser, learning rate, times and dropout; batch, EMA and warm-up stay those of the
 # dataset, since the published ones (30,000 steps of warm-up) are for longer runs.
 VARIANTS = {
-    "hydra, kernels {small} {large}": "--kernel_sizes {small} {large}",
+    "hydra, kernels {small} {large}": "--kernel_sizes {small} {large} --position rpb absolute",
     "rpb": "--kernel_sizes {small} {large} --position rpb",
     "rope": "--kernel_sizes {small} {large} --position rope",
     "rope + absolute": "--kernel_sizes {small} {large} --position rope absolute",

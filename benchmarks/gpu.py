@@ -17,7 +17,6 @@ import sys
 from functools import partial
 
 import torch
-
 from gpu_advice import advice
 from gpu_report import Report
 from gpu_setup import Setup, tf32

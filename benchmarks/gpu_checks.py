@@ -4,8 +4,8 @@ is checked in gpu_scripts.py."""
 from unittest import mock
 
 import torch
-
 from gpu_setup import STAGES, Operations, fastest_convolutions
+
 from measure import peak_megabytes
 from models.neighborhood_attention import neighborhood_attention_2d
 from models.prior.attention import HydraNeighborhoodAttention

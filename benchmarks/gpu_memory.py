@@ -13,13 +13,13 @@ import contextlib
 import sys
 from unittest import mock
 
+import gpu_steps
 import torch
+from gpu_setup import STAGES, Setup
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-import gpu_steps
-from gpu_setup import STAGES, Setup
 from measure import number
 from models.prior import attention
 from utils.evaluation.experiment import table
@@ -95,7 +95,7 @@ def adapted():
     with (
         mock.patch.object(gpu_steps, "EMA"),
         mock.patch.object(attention, "hydra_attention", fused_attention),
-        mock.patch.object(nn.Module, "to", lambda module, device: module),
+        mock.patch.object(nn.Module, "to", lambda module, *where, **how: module),
         mock.patch.object(nn.Module, "to_empty", emptied),
     ):
         yield

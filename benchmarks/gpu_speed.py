@@ -5,14 +5,15 @@ import time
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
 from gpu_setup import (
     STAGES, Operations, Products, fastest_convolutions, seconds_a_call, tf32,
 )
 from gpu_steps import precision_of
+from torch.profiler import ProfilerActivity, profile
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
 from models.autoencoder.autoencoder import VQAutoEncoder
+from models.autoencoder.formats import in_precision, to_fast_format
 from models.neighborhood_attention import BACKENDS, hydra_attention
 from models.prior.attention import HydraNeighborhoodAttention
 from models.sampling.samplers import SAMPLERS
@@ -196,11 +197,13 @@ def images(setup, report):
     size, tokens = H.img_size, model.grid_shape[0] * model.grid_shape[1]
     inputs = torch.rand(batch, H.n_channels, size, size, device=setup.device)
     ids = torch.randint(H.codebook_size, (batch, tokens), device=setup.device)
+    to_fast_format(model, setup.device)
     for precision in ("float32", "tf32", "bfloat16"):
+        network = in_precision(model, precision_of(precision, setup.device).dtype)
         for what, function, argument in (
-            ("encoding", model.encode, inputs), ("decoding", model.decode_indices, ids)
+            ("encoding", network.encode, inputs), ("decoding", network.decode_indices, ids)
         ):
-            with tf32(precision == "tf32"), precision_of(precision, setup.device).autocast():
+            with tf32(precision == "tf32"), torch.no_grad():
                 seconds = seconds_a_call(lambda: function(argument), setup,
                                          0 if setup.tiny else 1)
             report.figure(what, batch / seconds, "images/s", precision=precision)

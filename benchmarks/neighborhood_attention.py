@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from measure import machine, milliseconds, number, peak_megabytes, print_table, untrained_sampler
-from models.neighborhood_attention import natten, natten_problem, neighborhood_attention_2d
+from models.neighborhood_attention import (
+    hydra_attention, natten, natten_problem, neighborhood_attention_2d,
+)
 
 HEADS, HEAD_DIM = 8, 32
 DENOISER = "--sampler absorbing --bert_n_emb 256 --bert_n_head 8 --bert_n_layers 4 --attention "
@@ -110,15 +112,34 @@ def operator_rows(arguments, curves):
             yield [f"{side}x{side}", kernel, dilation, *map(number, figures)]
 
 
+def backends_compared(device):
+    """The backends that train on `device`, natten aside."""
+    return ("tiled", "dense", "flex") if device.type == "cuda" else ("tiled", "dense")
+
+
 def backend_rows(arguments):
-    """Yield forward and backward of `tiled` and `dense` around where they cross, milliseconds."""
+    """Yield forward and backward of each backend around where they cross, milliseconds."""
     for side, kernel in product((8, 12, 16, 20, 24, 32), (3, 7)):
         times = []
-        for bias_kernel, backend in product((None, kernel), ("tiled", "dense")):
+        for bias_kernel, backend in product((None, kernel), backends_compared(arguments.device)):
             tensors = inputs(side, 8, arguments.device, bias_kernel)
             attention = partial(neighborhood_attention_2d, kernel_size=kernel, backend=backend)
             times.append(costs(attention, tensors, arguments)[1])
         yield [f"{side}x{side}", kernel, *map(number, times)]
+
+
+def layer_rows(arguments):
+    """Yield forward and backward of a Hydra layer, half its heads with kernel 3 and half with 7, in
+    float32 and bfloat16, milliseconds: the figures behind `fastest_backend`."""
+    groups = [(HEADS // 2, kernel, 1) for kernel in (3, 7)]
+    for side, dtype in product((8, 12, 16, 20, 24, 32), (torch.float32, torch.bfloat16)):
+        times = []
+        for backend in backends_compared(arguments.device):
+            tensors = inputs(side, arguments.batch, arguments.device)
+            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            attention = partial(hydra_attention, groups=groups, backend=backend)
+            times.append(costs(attention, tensors, arguments)[1])
+        yield [f"{side}x{side}", str(dtype).removeprefix("torch."), *map(number, times)]
 
 
 def memory_rows(arguments):
@@ -203,9 +224,10 @@ def main():
             "natten / ours", "both ways, ms", "both ways, with bias", "both ways, dense",
             "dense / ours"]
     print_table(head, operator_rows(arguments, operator))
-    head = ["grid", "kernel", "tiled, ms", "dense under the mask", "tiled with bias",
-            "dense with bias"]
-    print_table(head, backend_rows(arguments))
+    names = backends_compared(arguments.device)
+    biased = [f"{name} with bias" for name in names]
+    print_table(["grid", "kernel", *names, *biased], backend_rows(arguments))
+    print_table(["grid", "kernels 3 7 in", *names], layer_rows(arguments))
     head = ["grid", "ours, MB", "ours with bias", "dense under the mask", "the same with bias",
             "dense, no mask"]
     print_table(head, memory_rows(arguments))

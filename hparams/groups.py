@@ -33,8 +33,11 @@ class Data(Settings):
                                     "turned, scaled and sheared at random", minimum=0)
     distortion: float = setting(0.5, "how strongly these are distorted; 1: by up to 6% of the "
                                 "side, 10 degrees, 8%, 12%", minimum=0)
-    num_workers: int | None = setting(None, "processes that read images (none: up to 4, or 0 for "
-                                      "embedded data)", minimum=0)
+    cache_pixels: bool = setting(False, "keep the resized images of files in pixels/, one byte a "
+                                 "value, and read them from there: for GPUs that wait for data")
+    num_workers: int | None = setting(None, "processes that read images (none: as many as CPUs, "
+                                      "one less where there are more than two, 16 at most; 0 for "
+                                      "embedded data and cached pixels)", minimum=0)
 
     def validate(self):
         super().validate()
@@ -260,8 +263,8 @@ class SamplerArchitecture(Settings):
                                    one_for_all=True, only_with=("attention", "hydra"))
     position: list[str] | None = setting(None, "one or more of rpb (hydra: relative bias), "
                                          "rope (hydra: rotary), absolute (a table; ties the model "
-                                         "to its grid) (none: rpb absolute for hydra, rpb for "
-                                         "hydra on textures, absolute for full)",
+                                         "to its grid) (none: rope absolute for hydra, rope "
+                                         "for hydra on textures, absolute for full)",
                                          choices=["rpb", "rope", "absolute"])
     bert_n_emb: int = setting(512, "width of the transformer", minimum=1)
     bert_n_head: int = setting(8, "attention heads", minimum=1)
@@ -276,7 +279,7 @@ class SamplerArchitecture(Settings):
             "full" if self.sampler == "autoregressive" else "hydra"
         )
         if self.position is None:
-            relative = ["rpb"] if self.attention == "hydra" else []
+            relative = ["rope"] if self.attention == "hydra" else []
             aligned = self.attention == "full" or self.dataset not in UNALIGNED
             self.position = relative + (["absolute"] if aligned else [])
         self.block_size = self.block_size or math.prod(self.latent_shape)

@@ -36,6 +36,7 @@ BACKENDS = ("natten", "flex", "tiled", "dense")
 # `tiled` is faster than `dense` where the grid is larger than so many windows: measured by
 # benchmarks/neighborhood_attention.py on CPU cores, assumed for CUDA.
 CPU_WINDOWS = 3
+CPU_BFLOAT16_WINDOWS = 4
 CUDA_WINDOWS = 3
 FLEX_TOKENS = 256  # from so many tokens on, `flex` is taken on CUDA
 
@@ -119,7 +120,9 @@ def fastest_backend(query, groups, biased):
     cuda = query.device.type == "cuda"
     if cuda and height * width >= FLEX_TOKENS and not flex_problem(query):
         return "flex"
-    windows = CUDA_WINDOWS if cuda else CPU_WINDOWS
+    bfloat16 = query.dtype == torch.bfloat16
+    cpu_windows = CPU_BFLOAT16_WINDOWS if bfloat16 else CPU_WINDOWS
+    windows = CUDA_WINDOWS if cuda else cpu_windows
     return "dense" if dense_is_faster(height, width, groups, biased, windows) else "tiled"
 
 

@@ -4,8 +4,10 @@ Shapes: B images of C channels and side S in [0, 1]; h x w grid, D = emb_dim, K 
 Module names give the keys of the published files: `encoder.blocks.N`, `generator.blocks.N`, ...
 """
 
+import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from models.autoencoder.quantizers import GumbelQuantizer, NearestQuantizer, embed_grid
 from models.messages import listed
@@ -59,14 +61,17 @@ class AttentionBlock(nn.Module):
         self.proj_out = nn.Conv2d(width, width, 1)
 
     def forward(self, x):
-        h = self.norm(x)
-        q, k, v = (
-            project(h).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, H*W, width]
-            for project in (self.q, self.k, self.v)
-        )
-        h = F.scaled_dot_product_attention(q, k, v)
-        h = h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])  # [B, width, H, W]
-        return x + self.proj_out(h)
+        # Contiguous tokens, and linear layers in place of 1x1 convolutions: what SDPA gets has
+        # stride 1 in its last dimension, without which no fused kernel takes it.
+        h = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # [B, H*W, width]
+        q, k, v = (pointwise(project, h).unsqueeze(1) for project in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)    # [B, H*W, width]
+        return x + pointwise(self.proj_out, h).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def pointwise(conv, tokens):
+    """The 1x1 convolution `conv` of tokens [B, N, in]: [B, N, out]."""
+    return F.linear(tokens, conv.weight.flatten(1), conv.bias)
 
 
 class Downsample(nn.Module):
@@ -88,7 +93,21 @@ class Upsample(nn.Module):
         self.conv = conv3x3(width, width)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        if x.device.type != "cpu":
+            return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return F.conv_transpose2d(x, doubled(self.conv.weight), self.conv.bias, stride=2, padding=1)
+
+
+def doubled(weight):
+    """Kernels [in, out, 4, 4] of the transposed convolution of stride 2 and padding 1 that is a 3x3
+    convolution `weight` [out, in, 3, 3] of an image doubled by nearest neighbour.
+
+    Pixels that repeat share taps, so 16 products do the work of 36. Measured on a CPU, forward and
+    backward: 2.4 times as fast in float32, 1.7 in bfloat16 (64 channels, 64 x 64 pixels).
+    """
+    taps = F.pad(weight.flip(2, 3), (1, 1, 1, 1))  # [out, in, 5, 5]
+    taps = taps[:, :, 1:] + taps[:, :, :-1]
+    return (taps[..., 1:] + taps[..., :-1]).transpose(0, 1)
 
 
 def check_architecture(H):
@@ -136,7 +155,37 @@ def middle_blocks(width, groups):
     ]
 
 
-class Encoder(nn.Module):
+def formatted(x, blocks):
+    """x [B, D, H, W] in the memory format of the weights of `blocks`, whose first is a convolution.
+
+    A tensor in another format would make every convolution copy its weights.
+    """
+    weight = blocks[0].weight
+    channels_last = not weight.is_contiguous()
+    return x.contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+
+
+class Network(nn.Module):
+    """A chain of `blocks`. With `checkpoint_blocks` training keeps only what goes into each block
+    and computes its inside again in the backward pass: less memory, a third more time."""
+
+    checkpoint_blocks = False
+
+    def run(self, x, blocks):
+        """x through `blocks`, which are all or the first ones of the chain."""
+        x = formatted(x, blocks)
+        checkpoints = self.checkpoint_blocks and self.training and torch.is_grad_enabled()
+        for block in blocks:
+            if checkpoints and not isinstance(block, nn.Conv2d):
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
+        return x
+
+
+class Encoder(Network):
     """Images [B, C, S, S] -> vectors [B, D, h, w], h = w = S / 2^(len(ch_mult) - 1)."""
 
     def __init__(self, H):
@@ -152,10 +201,10 @@ class Encoder(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x):
-        return self.blocks(x)
+        return self.run(x, self.blocks)
 
 
-class Generator(nn.Module):
+class Generator(Network):
     """Vectors [B, D, h, w] -> images [B, C, S, S], the mirror of `Encoder` on grids of any size."""
 
     def __init__(self, H):
@@ -174,11 +223,11 @@ class Generator(nn.Module):
         )
 
     def forward(self, z):
-        return self.blocks(z)
+        return self.run(z, self.blocks)
 
     def probabilistic(self, z):
         """Vectors [B, D, h, w] -> (mu, logsigma), each [B, C, S, S], of a Gaussian a pixel."""
-        features = self.blocks[:-1](z)
+        features = self.run(z, self.blocks[:-1])
         return self.blocks[-1](features), self.logsigma(features)
 
 
@@ -216,6 +265,12 @@ class VQAutoEncoder(nn.Module):
             if isinstance(block, ResBlock) and block.conv1.in_channels == block.conv1.out_channels:
                 names += [f"{name}.conv_out.{part}" for part in ("weight", "bias")]
         return names
+
+    def compile_networks(self, **options):
+        """Compile encoder and generator, with `options` of torch.compile; names of the state dict
+        stay. The quantizer, which is small, runs as it is."""
+        self.encoder.compile(**options)
+        self.generator.compile(**options)
 
     def encode(self, x):
         """Images [B, C, S, S] -> what the quantizer returns: (z_q, codebook loss, stats, ids)."""

@@ -81,7 +81,8 @@ class Discriminator(nn.Module):
                 nn.utils.parametrizations.spectral_norm(layer)
                 if isinstance(layer, nn.Conv2d) else layer for layer in layers
             ]
-        self.main, self.centred = nn.Sequential(*layers), norm != "batch"
+        self.main = nn.Sequential(*layers)
+        self.by_batch = norm == "batch"  # logits depend on the other images of a batch
 
     def forward(self, x):
-        return self.main(2 * x - 1 if self.centred else x)
+        return self.main(x if self.by_batch else 2 * x - 1)

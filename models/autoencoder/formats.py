@@ -8,7 +8,7 @@ import copy
 import torch
 from torch import nn
 
-from models.autoencoder.autoencoder import VQAutoEncoder
+from models.autoencoder.autoencoder import VQAutoEncoder, formatted
 
 
 class HalfNetwork(nn.Module):
@@ -26,7 +26,8 @@ class HalfNetwork(nn.Module):
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            return self.head(self.body(x.to(self.dtype)).float())
+            x = formatted(x.to(self.dtype), self.body)
+            return self.head(self.body(x).float())
 
 
 class HalfAutoEncoder(VQAutoEncoder):
@@ -53,3 +54,20 @@ def in_precision(autoencoder, dtype):
     if dtype == torch.float32:
         return autoencoder
     return HalfAutoEncoder(autoencoder, dtype)
+
+
+def to_fast_format(vqgan, device):
+    """Lay out the weights of a `VQGAN`, or of its autoencoder alone, which activations follow, as
+    `device` is fast with them.
+
+    On CUDA all are channels_last, what tensor cores take. On a CPU only those of the perceptual
+    distance are: there GroupNorm's backward pass is 5 times slower in channels_last with bfloat16
+    and 1.8 times with float32. Training steps on one core of an AMD EPYC (64 pixels, nf 64, batch
+    4), all channels_last / only the distance: 0.99 / 0.82 s in bfloat16, 1.42 / 1.37 s in float32.
+    Names, shapes and values of the state dict stay. Returns `vqgan`.
+    """
+    if device.type == "cuda":
+        return vqgan.to(memory_format=torch.channels_last)
+    if getattr(vqgan, "perceptual", None) is not None:
+        vqgan.perceptual.to(memory_format=torch.channels_last)
+    return vqgan

@@ -5,6 +5,7 @@ Shapes: B images of C channels and side S in [0, 1].
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -31,19 +32,53 @@ def share_right(logits, sign):
     return (sign * logits.detach() > 0).float().mean()
 
 
-def adaptive_weight(nll, g_loss, last_weight, max_weight, grad_scale=1.0):
+def adaptive_weight(nll_gradient, g_gradient, max_weight):
     """Weight that gives the adversarial gradient the size of the reconstruction's (2012.09841).
 
-    lambda = |grad_L nll| / (|grad_L g_loss| + 1e-4), clamped to [0, max_weight], where L is
-    `last_weight` and both losses are 0-d with a graph to it; 0-d, detached. `grad_scale` multiplies
-    the losses only while they are differentiated, so that float16 gradients do not vanish.
+    lambda = |grad_L nll| / (|grad_L g_loss| + 1e-4), clamped to [0, max_weight], of the gradients
+    of both losses with respect to the generator's last weight L; 0-d.
     """
-    def gradient_norm(loss):
-        (gradient,) = torch.autograd.grad(loss * grad_scale, last_weight, retain_graph=True)
-        return (gradient.float() / grad_scale).norm()
+    return (nll_gradient.norm() / (g_gradient.norm() + 1e-4)).clamp(0, max_weight)
 
-    weight = gradient_norm(nll) / (gradient_norm(g_loss) + 1e-4)
-    return weight.clamp(0, max_weight).detach()
+
+class GivenGradient(torch.autograd.Function):
+    """The 0-d `value` of a loss of x, as a function of x whose gradient is known:
+    `scaled_gradient` / `scale`, float32 and of x's shape."""
+
+    @staticmethod
+    def forward(ctx, x, value, scaled_gradient, scale):
+        ctx.save_for_backward(scaled_gradient)
+        ctx.dtype, ctx.scale = x.dtype, scale
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        # With float16 `grad_output` holds the gradient scaler's factor, which is `scale`: their
+        # quotient is about 1, and what x gets is scaled as it is without this function.
+        (scaled_gradient,) = ctx.saved_tensors
+        return (scaled_gradient * (grad_output / ctx.scale)).to(ctx.dtype), None, None, None
+
+
+def weighted_sum(nll, g_loss, share, max_weight, x_hat, seen, last_weight, grad_scale=1.0):
+    """nll + w g_loss with w = share · `adaptive_weight`: (0-d with x_hat's graph, w detached).
+
+    Both losses are functions of `seen`, a leaf that holds the values of x_hat. So each of their
+    networks is passed backward once, to the image: the last layer's gradients and that of the sum
+    follow from the gradients there. `grad_scale`, a float or a 0-d tensor, multiplies the losses
+    while they are differentiated, so that float16 gradients do not vanish.
+    """
+    of_image, of_last_weight = [], []
+    for loss in (nll, g_loss):
+        (gradient,) = torch.autograd.grad(loss * grad_scale, seen)
+        of_image.append(gradient.float())
+        (gradient,) = torch.autograd.grad(x_hat, last_weight, gradient, retain_graph=True)
+        of_last_weight.append(gradient.float() / grad_scale)
+    weight = share * adaptive_weight(*of_last_weight, max_weight)
+    # A weight of 0 also comes of an adversarial gradient that float16 cannot hold: leave it out.
+    adversarial = (weight * of_image[1]).masked_fill(weight == 0, 0)
+    value = (nll + weight * g_loss).detach()  # the graphs of both are used up
+    return GivenGradient.apply(x_hat, value, of_image[0] + adversarial, grad_scale), weight
 
 
 class VQGAN(nn.Module):
@@ -79,6 +114,14 @@ class VQGAN(nn.Module):
                 raise ValueError(
                     f"`perceptual_range` must be 0_1 or -1_1, not {H.perceptual_range!r}"
                 )
+
+    def compile_networks(self, **options):
+        """Compile encoder and generator: `VQAutoEncoder.compile_networks`."""
+        self.ae.compile_networks(**options)
+
+    def checkpoint_blocks(self, on=True):
+        """Whether training computes the insides of blocks again for the backward pass."""
+        self.ae.encoder.checkpoint_blocks = self.ae.generator.checkpoint_blocks = on
 
     def perceptual_loss(self, x, x_hat):
         """Mean perceptual distance of images [B, C, S, S] in [0, 1], 0-d; zero without one."""
@@ -116,20 +159,22 @@ class VQGAN(nn.Module):
 
         Returns (loss, x_hat, stats): loss is 0-d, x_hat [B, C, S, S] keeps its graph, stats are
         0-d and detached. The discriminator, which gets no gradient, takes part by its
-        `adversarial_share`; gradients must be on then. `grad_scale`: see `adaptive_weight`.
+        `adversarial_share`; gradients must be on then. `grad_scale`: see `weighted_sum`.
         """
         x_hat, codebook_loss, usage, _ = self.ae(x)
-        nll, l1, perceptual = self.reconstruction_losses(x, x_hat)
         share = self.adversarial_share(step)
         if share == 0:
-            g_loss = d_weight = torch.zeros_like(nll)
+            nll, l1, perceptual = self.reconstruction_losses(x, x_hat)
+            objective, g_loss, d_weight = nll, torch.zeros_like(nll), torch.zeros_like(nll)
         else:
-            g_loss = generator_adversarial_loss(self.discriminate(x_hat, frozen=True))
-            last_weight = self.ae.generator.blocks[-1].weight
-            d_weight = share * self.disc_weight * adaptive_weight(
-                nll, g_loss, last_weight, self.disc_weight_max, grad_scale
+            seen = x_hat.detach().requires_grad_()
+            nll, l1, perceptual = self.reconstruction_losses(x, seen)
+            g_loss = generator_adversarial_loss(self.discriminate(seen, frozen=True))
+            objective, d_weight = weighted_sum(
+                nll, g_loss, share * self.disc_weight, self.disc_weight_max, x_hat, seen,
+                self.ae.generator.blocks[-1].weight, grad_scale,
             )
-        loss = nll + d_weight * g_loss + codebook_loss
+        loss = objective + codebook_loss
         stats = dict(
             l1=l1, perceptual=perceptual, g_loss=g_loss, d_weight=d_weight,
             codebook_loss=codebook_loss, perplexity=usage["perplexity"],
@@ -139,6 +184,10 @@ class VQGAN(nn.Module):
     def discriminator_losses(self, x, x_hat):
         """(hinge loss, 0-d, stats) of images [B, C, S, S] and reconstructions, which get no
         gradient; the stats are the shares of both that it takes for what they are."""
-        real, fake = self.discriminate(x), self.discriminate(x_hat.detach())
+        x_hat = x_hat.detach()
+        if self.disc.by_batch:
+            real, fake = self.discriminate(x), self.discriminate(x_hat)
+        else:
+            real, fake = self.discriminate(torch.cat((x, x_hat))).chunk(2)
         stats = dict(d_real_right=share_right(real, 1), d_fake_right=share_right(fake, -1))
         return hinge_loss(real, fake), stats

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from models.neighborhoods.geometry import axis_offset, constant
-from models.neighborhoods.masked import stack_tables
 
 FLEX_PROBLEM = None
 try:
@@ -104,6 +103,18 @@ def head_sizes(groups, device):
     return kernels.contiguous(), dilations.contiguous()
 
 
+def stack_tables(tables):
+    """Bias tables [heads, side, side] of several sides, one after the other and filled up with
+    zeros to the largest: [h, side, side]."""
+    side = max(table.shape[-1] for table in tables)
+    tables = [
+        table if table.shape[-1] == side
+        else F.pad(table, (0, side - table.shape[-1]) * 2)
+        for table in tables
+    ]
+    return tables[0] if len(tables) == 1 else torch.cat(tables)
+
+
 def attends_along(query, key, length, kernel_size, dilation):
     """Whether position `query` of an axis attends to `key`: `table_offset` without its -1."""
     members = (length - query % dilation + dilation - 1) // dilation
@@ -151,7 +162,8 @@ def unfused(query, key, value, table, grid, blocks, sizes, scale):
     heads, tokens = query.shape[1:3]
     position = torch.arange(tokens, device=query.device)
     where = torch.arange(heads, device=query.device)[:, None, None], position[:, None], position
-    scores = (query @ key.mT).float() * scale if query.dtype.itemsize < 4 else query @ key.mT * scale
+    scores = query @ key.mT * scale
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if score_mod is not None:
         scores = score_mod(scores, None, *where)
     scores = scores.masked_fill(~mask_mod(None, *where), float("-inf"))
@@ -171,7 +183,10 @@ def flex_attend(query, key, value, groups, tables, scale):
     _, height, width, _, _ = query.shape
     device = query.device
     inputs = [x.flatten(1, 2).transpose(1, 2) for x in (query, key, value)]  # [B, h, N, e]
-    table = None if tables is None else stack_tables(tables).contiguous()
+    table = None
+    if tables is not None:
+        wide = torch.promote_types(tables[0].dtype, torch.float32)  # its gradient is a long sum
+        table = stack_tables(tables).to(wide).contiguous()
     differentiated = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (*inputs, table)
     )

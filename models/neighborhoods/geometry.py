@@ -9,6 +9,8 @@ from functools import lru_cache, wraps
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 ALIGNMENT = 16  # CUDA's memory-efficient kernel copies a mask whose rows are not so many apart
 
@@ -21,10 +23,15 @@ class Heads(NamedTuple):
     dilation: int
 
 
+def faked():
+    """Whether tensors are fakes now (FakeTensorMode), which no cache may keep."""
+    return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
+
+
 def constant(function):
     """`function` of plain arguments, computed once and kept; a constant in a compiled graph.
 
-    What it returns, tensors or tuples of them, must not be changed.
+    It returns a tuple of tensors (a single one has no shape in a graph), which nobody may change.
     """
     @lru_cache(maxsize=32)
     def computed(*arguments):
@@ -33,7 +40,7 @@ def constant(function):
 
     @wraps(function)
     def wrapper(*arguments):
-        return computed(*arguments)
+        return function(*arguments) if faked() else computed(*arguments)
 
     wrapper = torch.compiler.assume_constant_result(wrapper)
     wrapper.cache_clear = computed.cache_clear
@@ -108,6 +115,14 @@ def cut_grid(height, width, kernel_size, dilation, tile, device):
     return rows, columns, kind, mask.flatten(4, 5).flatten(2, 3).flatten(0, 1)
 
 
+def cached_grid(*cut):
+    """`cut_grid`, cached; a part of the graph where one is compiled."""
+    if torch.compiler.is_compiling() or faked():
+        return cut_grid.__wrapped__(*cut)
+    with torch.inference_mode(False):  # else what is cached would not serve training
+        return cut_grid(*cut)
+
+
 def axis_offset(length, kernel_size, dilation, device):
     """`table_offset` of every position against every position, int64 [length, length]."""
     position = torch.arange(length, device=device)
@@ -124,15 +139,15 @@ def additive_mask(mask, dtype):
 @constant
 def tile_mask(height, width, kernel_size, dilation, tile, dtype, device):
     """0 where a query of a tile attends to a key of its window, else -inf, for every block of
-    `cut_grid`: [A*A', 1, T*T', S*S']."""
-    _, _, kind, mask = cut_grid(height, width, kernel_size, dilation, tile, device)
-    return additive_mask(mask if len(kind) == 1 else mask[kind], dtype)[:, None]
+    `cut_grid`: a tuple of one tensor [A*A', 1, T*T', S*S']."""
+    _, _, kind, mask = cached_grid(height, width, kernel_size, dilation, tile, device)
+    return (additive_mask(mask if len(kind) == 1 else mask[kind], dtype)[:, None],)
 
 
 @constant
 def dense_mask(height, width, groups, dtype, device):
-    """0 where a query attends to a key, else -inf: [1, h, N, N] for `groups` of Heads; [1, 1, N, N]
-    where all have one neighborhood."""
+    """0 where a query attends to a key, else -inf, a tuple of one tensor: [1, h, N, N] for `groups`
+    of Heads; [1, 1, N, N] where all have one neighborhood."""
     shared = len({group[1:] for group in groups}) == 1
     masks = []
     for count, kernel_size, dilation in groups[:1] if shared else groups:
@@ -140,21 +155,13 @@ def dense_mask(height, width, groups, dtype, device):
         column = axis_offset(width, kernel_size, dilation, device) >= 0
         mask = (row[:, None, :, None] & column[None, :, None, :]).flatten(2, 3).flatten(0, 1)
         masks += [mask] * (1 if shared else count)
-    return additive_mask(torch.stack(masks)[None], dtype)
+    return (additive_mask(torch.stack(masks)[None], dtype),)
 
 
 @constant
-def dense_lookup(height, width, groups, dtype, device):
-    """One-hot matrices ([h, H*H, side], [h, side, W*W]) that look relative biases up: row @ table @
-    column is the bias of each pair of rows and pair of columns, 0 outside the neighborhood. `side`
-    is the largest table's."""
-    side = max(2 * group.kernel_size - 1 for group in groups)
-    entries = torch.arange(side, device=device)
-    both = []
-    for length in (height, width):
-        offsets = [
-            axis_offset(length, group.kernel_size, group.dilation, device).flatten()
-            for group in groups for _ in range(group.count)
-        ]
-        both.append((torch.stack(offsets)[:, :, None] == entries).to(dtype))
-    return both[0], both[1].mT.contiguous()
+def dense_lookup(height, width, kernel_size, dilation, dtype, device):
+    """One-hot matrices [H*H, side] and [W*W, side] that look a relative bias up: row @ table @
+    column.T is that of each pair of rows and each pair of columns, 0 outside the neighborhood."""
+    entries = torch.arange(2 * kernel_size - 1, device=device)
+    offsets = (axis_offset(length, kernel_size, dilation, device) for length in (height, width))
+    return tuple((offset.flatten()[:, None] == entries).to(dtype) for offset in offsets)

@@ -6,21 +6,9 @@ Shapes: B batch, H W grid, N = H*W tokens, h heads, e head_dim; A T S K as in `g
 import torch
 import torch.nn.functional as F
 
-from models.neighborhoods.geometry import cut_grid, dense_lookup, dense_mask, tile_mask
+from models.neighborhoods.geometry import cached_grid, dense_lookup, dense_mask, tile_mask
 
 EXPLICIT_TOKENS = 1024  # up to so many tokens a CPU keeps the scores of bfloat16
-
-
-def stack_tables(tables):
-    """Bias tables [heads, side, side] of several sides, one after the other and filled up with
-    zeros to the largest: [h, side, side]."""
-    side = max(table.shape[-1] for table in tables)
-    tables = [
-        table if table.shape[-1] == side
-        else F.pad(table, (0, side - table.shape[-1]) * 2)
-        for table in tables
-    ]
-    return tables[0] if len(tables) == 1 else torch.cat(tables)
 
 
 def dense_bias(height, width, groups, tables, dtype, device):
@@ -29,28 +17,31 @@ def dense_bias(height, width, groups, tables, dtype, device):
     Products with one-hot matrices look the tables up: their gradients are products too, which is
     faster than scattering into so small a table, and adds in one order only.
     """
-    row, column = dense_lookup(height, width, groups, dtype, device)
-    bias = row @ stack_tables(tables).to(dtype) @ column  # [h, H*H, W*W]
+    biases = []
+    for group, table in zip(groups, tables, strict=True):
+        row, column = dense_lookup(height, width, *group[1:], dtype, device)
+        biases.append(row @ table.to(dtype) @ column.mT)  # [heads, H*H, W*W]
+    bias = biases[0] if len(biases) == 1 else torch.cat(biases)
     bias = bias.view(len(bias), height, height, width, width).transpose(2, 3)
-    mask = dense_mask(height, width, groups, dtype, device)
+    (mask,) = dense_mask(height, width, groups, dtype, device)
     return bias.reshape(1, len(bias), *mask.shape[2:]) + mask
 
 
-def keeps_scores(query, bias):
+def keeps_scores(query, biased):
     """Whether explicit products are faster than SDPA's kernels: on a CPU, in bfloat16 (half the
-    time) or where the bias is learned, for which CPUs have no kernel."""
+    time) or where a bias is learned, for which CPUs have no kernel."""
     if query.device.type != "cpu":
         return False
-    learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    return learned or (query.dtype == torch.bfloat16 and query.shape[2] <= EXPLICIT_TOKENS)
+    learned = biased and torch.is_grad_enabled()  # SDPA keeps them then
+    return query.dtype == torch.bfloat16 and (learned or query.shape[2] <= EXPLICIT_TOKENS)
 
 
 def explicit_attention(query, key, value, mask, scale):
     """Attention [B, h, N, e] of its three products; scores are kept in the inputs' type."""
     batch, heads = query.shape[:2]
-    query, key, value = (x.reshape(batch * heads, *x.shape[2:]) for x in (query * scale, key, value))
-    scores = torch.bmm(query, key.mT).unflatten(0, (batch, heads))
-    scores += mask
+    inputs = (query * scale, key, value)
+    query, key, value = (x.reshape(batch * heads, *x.shape[2:]) for x in inputs)
+    scores = torch.bmm(query, key.mT).unflatten(0, (batch, heads)) + mask
     return torch.bmm(scores.softmax(-1).flatten(0, 1), value).unflatten(0, (batch, heads))
 
 
@@ -61,25 +52,19 @@ def dense_attention(query, key, value, groups, tables, scale):
     query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
     with torch.autocast(query.device.type, enabled=False):  # all is of one type here
         if tables is None:
-            mask = dense_mask(*where, query.dtype, query.device)
+            (mask,) = dense_mask(*where, query.dtype, query.device)
         else:
             mask = dense_bias(*where, tables, query.dtype, query.device)
-        attend = explicit_attention if keeps_scores(query, mask) else F.scaled_dot_product_attention
-        out = attend(query, key, value, mask, scale=scale)
+        if keeps_scores(query, tables is not None):
+            out = explicit_attention(query, key, value, mask, scale)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     return out.transpose(1, 2).unflatten(1, (height, width))
 
 
 def tile_shape(kernel_size, biased):
     """Rows and columns of a tile of queries: the fastest from 4x4 to 16x16 on two CPU cores."""
     return (4, 8) if biased or kernel_size < 7 else (8, 8)
-
-
-def cached_grid(*cut):
-    """`cut_grid`, cached; a part of the graph where one is compiled."""
-    if torch.compiler.is_compiling():
-        return cut_grid.__wrapped__(*cut)
-    with torch.inference_mode(False):  # else what is cached would not serve training
-        return cut_grid(*cut)
 
 
 def neighborhood_bias(rows, columns, kind, mask, rpb):
@@ -115,7 +100,7 @@ def tiled_attention(query, key, value, kernel_size, dilation, rpb, scale):
 
     if rpb is None:  # to [A, A', B, h, T, T', e]
         order, leading = (1, 3, 4, 6, 0, 7, 2, 5, 8), (len(kind), batch * heads)
-        mask = tile_mask(*cut, query.dtype, query.device)
+        (mask,) = tile_mask(*cut, query.dtype, query.device)
     else:  # to [B, h, A, A', T, T', e]
         order, leading = (0, 7, 1, 3, 4, 6, 2, 5, 8), (batch, heads * len(kind))
         bias = neighborhood_bias(rows, columns, kind, mask, rpb.to(query.dtype))

@@ -141,8 +141,8 @@ class HydraNeighborhoodAttention(nn.Module):
     Group i has kernel `kernel_sizes[i]`, dilation `dilations[i]` (see `match_groups` and
     `split_heads`) and, with `rpb`, a relative positional bias table `rpb.i` [heads, 2k-1, 2k-1].
     With `rope`, queries and keys carry axial rotary positions, which all kernels can do. `backend`
-    is that of `hydra_attention`, which attends for all groups. `attn_drop` must be 0. Raises ValueError for arguments that do not
-    fit together.
+    is that of `hydra_attention`, which attends for all groups. `attn_drop` must be 0. Raises
+    ValueError for arguments that do not fit together.
     """
 
     def __init__(

@@ -79,8 +79,9 @@ class Transformer(nn.Module):
     As a denoiser (`H.sampler == "absorbing"`) it has one more input id, the mask, and does not
     see the time. As a causal prior its input is shifted right by a learned start token.
     `H.position` `absolute` adds a table to the embeddings and ties the model to its grid; `rpb`
-    and `rope` live in the attention. Where `checkpoint_blocks` is true, training keeps the input of
-    each block only and computes the rest again: less memory, a third more time. Raises ValueError for settings that do not fit together.
+    and `rope` live in the attention. Where `checkpoint_blocks` is true, training keeps only the
+    input of each block and computes the rest again: less memory, a third more time. Raises
+    ValueError for settings that do not fit together.
     """
 
     def __init__(self, H):

@@ -5,8 +5,11 @@ where they overlap. A denoiser without absolute positions can run on the whole c
 Shapes: B batch, [h, w] the trained grid, [H, W] the canvas in ids, K codebook size.
 """
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
+
+from models.devices import to_device, to_host
 
 
 class WindowedDenoiser:
@@ -28,20 +31,20 @@ class WindowedDenoiser:
     @torch.no_grad()
     def __call__(self, ids, where):
         """Logits [M, K] of the positions `where` [B, H*W] of ids [B, H*W]."""
-        (height, width), (h, w) = self.canvas, self.window
-        where = where.view(-1, height, width)
-        number = where.flatten().cumsum(0).view(where.shape) - 1  # of each position asked for
-        covers = F.max_pool2d(where[:, None].float(), self.window, stride=1)[:, 0] > 0
-        places = [axis.split(self.batch_size) for axis in covers.nonzero(as_tuple=True)]
-
-        def cut(tensor):
-            return tensor.view(-1, height, width).unfold(1, h, 1).unfold(2, w, 1)
-
+        (height, width), device = self.canvas, ids.device
+        where = to_host(where).reshape(-1, height, width)
+        number = where.cumsum().reshape(where.shape) - 1  # of each position asked for
+        axes = dict(window_shape=self.window, axis=(1, 2))
+        asked_in, number_in = (sliding_window_view(plan, **axes) for plan in (where, number))
+        places = np.stack(asked_in.any((3, 4)).nonzero())  # samples, tops, lefts of the windows
+        cut = ids.view(-1, height, width).unfold(1, self.window[0], 1).unfold(2, self.window[1], 1)
         sums = None
-        for at in zip(*places):  # (samples, tops, lefts) of the windows
-            asked = cut(where)[at].flatten(1)  # [n, h*w]
-            probabilities = self.denoise(cut(ids)[at].flatten(1), asked).float().softmax(-1)
-            target = cut(number)[at].flatten(1)[asked]
+        for first in range(0, places.shape[1], self.batch_size):
+            at = tuple(places[:, first : first + self.batch_size])
+            asked = asked_in[at].reshape(len(at[0]), -1)  # [n, h*w]
+            target = to_device(number_in[at].reshape(asked.shape)[asked], device)
+            seen = cut[tuple(to_device(axis, device) for axis in at)].flatten(1)
+            probabilities = self.denoise(seen, to_device(asked, device)).float().softmax(-1)
             if sums is None:
                 sums = probabilities.new_zeros(int(where.sum()), probabilities.shape[-1])
                 counts = sums.new_zeros(len(sums), 1)

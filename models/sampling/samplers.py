@@ -55,7 +55,7 @@ def draw(logits, temp=1.0, rng=None, rows=None):
         probabilities[:, 0].isfinite().all(), "logits to draw ids from are not finite"
     )
     # As torch.multinomial draws one, without its two waits: p / q is largest with probability p.
-    return (probabilities / exponential(probabilities, rng, rows)).argmax(-1)
+    return probabilities.detach().div_(exponential(probabilities, rng, rows)).argmax(-1)
 
 
 def truncate(logits, top_k=0, top_p=1.0):

@@ -175,7 +175,7 @@ def test_attention_position_and_groups_are_derived():
     H = get_sampler_hparams([*SAMPLER, "--sampler", "autoregressive"])
     assert (H.attention, H.position) == ("full", ["absolute"])
     H = get_sampler_hparams(SAMPLER)
-    assert (H.attention, H.position) == ("hydra", ["rpb", "absolute"])
+    assert (H.attention, H.position) == ("hydra", ["rope", "absolute"])
     assert H.block_size == 64 and len(H.dilations) == len(H.kernel_sizes)
     H = get_sampler_hparams([*SAMPLER, "--kernel_sizes", "3", "--dilations", "1", "2"])
     assert (H.kernel_sizes, H.dilations) == ([3, 3], [1, 2])
@@ -315,7 +315,7 @@ def test_parsers_take_no_abbreviations(capsys):
 def test_textures_default_to_relative_positions_where_the_attention_has_them():
     flags = "--dataset textures --ae_load_dir none --ae_load_step 1 --sampler"
     for rest, position in (
-        ("absorbing", ["rpb"]), ("absorbing --attention full", ["absolute"]),
+        ("absorbing", ["rope"]), ("absorbing --attention full", ["absolute"]),
         ("absorbing --position rope absolute", ["rope", "absolute"]),
         ("autoregressive", ["absolute"]),
     ):

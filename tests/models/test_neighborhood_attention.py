@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 import models.neighborhood_attention as module
 from helpers import assert_close, golden
 from models import HydraNeighborhoodAttention
-from models.neighborhood_attention import neighborhood_attention_2d
-from models.prior.attention import match_groups, rotary_angles, rotate, split_heads
+from models.neighborhood_attention import hydra_attention, neighborhood_attention_2d
+from models.neighborhoods import flex, geometry
+from models.prior.attention import match_groups, rotary_tables, rotate, split_heads
 
-OURS = ["tiled", "dense"]
+OURS = ["tiled", "dense", "flex"]
 
 
 def brute_force(query, key, value, kernel_size, dilation, rpb, scale):
@@ -138,7 +139,7 @@ def test_half_precision(backend, dtype, with_bias):
 def test_tiles_hold_the_keys_that_their_queries_attend_to(kernel, dilation, tile):
     """Every length: what the few kinds of blocks say is what the definition says."""
     for length in range(kernel * dilation, kernel * dilation + 26):
-        axis = module.tiled_axis(length, kernel, dilation, tile, torch.device("cpu"))
+        axis = geometry.tiled_axis(length, kernel, dilation, tile, torch.device("cpu"))
         keys = torch.arange(length)[None] if axis.keys is None else axis.keys
         keys = keys.view(axis.tiles, axis.window, axis.groups)
         for position in range(length):
@@ -185,7 +186,8 @@ def check_compiled(backend, with_bias, compiler):
 
 @pytest.mark.parametrize("backend", OURS)
 def test_grids_cached_in_inference_mode_work_in_training(backend):
-    module.cut_grid.cache_clear()
+    for cached in (geometry.cut_grid, geometry.tile_mask, geometry.dense_mask):
+        cached.cache_clear()
     qkv = torch.randn(3, 1, 12, 18, 1, 4, requires_grad=True)
     rpb = torch.randn(1, 5, 5, requires_grad=True)
     for table in (None, rpb):
@@ -193,6 +195,21 @@ def test_grids_cached_in_inference_mode_work_in_training(backend):
             with context:
                 out = neighborhood_attention_2d(*qkv, 3, rpb=table, backend=backend)
         out.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["tiled", "dense"])
+def test_fake_tensors_leave_the_caches_alone(backend):
+    """Two simulated GPUs one after the other, and a real call after them."""
+    def attend(device):
+        qkv = torch.ones(3, 1, 12, 18, 1, 4, device=device)
+        out = neighborhood_attention_2d(*qkv, 3, backend=backend)
+        tables = rotary_tables(12, 18, 4, qkv.device)
+        return rotate(out[:, :, :, None], tables)
+
+    for device in ("cpu", "cuda", "cuda"):
+        with torch._subclasses.FakeTensorMode():
+            assert attend(device).device.type == device
+    assert attend("cpu").sum().isfinite()
 
 
 def test_falls_back_where_natten_has_no_kernel(monkeypatch):
@@ -215,20 +232,37 @@ def test_falls_back_where_natten_has_no_kernel(monkeypatch):
         neighborhood_attention_2d(*qkv, 3, backend="natten")
 
 
-def test_grids_larger_than_three_windows_go_to_tiles(monkeypatch):
-    seen = []
-    cut = module.cut_grid
-    monkeypatch.setattr(module, "cut_grid", lambda *a: seen.append(a[4]) or cut(*a))
-    for side, kernel, dilation in [(16, 7, 1), (32, 7, 1), (16, 3, 1), (16, 7, 2), (8, 3, 1)]:
-        neighborhood_attention_2d(*torch.randn(3, 1, side, side, 1, 4), kernel, dilation)
-    assert seen == [None, (8, 8), (4, 8), (8, 8), None]
+@pytest.mark.parametrize("groups, side, expected", [
+    ([(8, 7, 1)], 16, "dense"), ([(8, 7, 1)], 32, "tiled"), ([(8, 3, 1)], 8, "dense"),
+    ([(8, 3, 1)], 16, "tiled"), ([(8, 7, 2)], 16, "tiled"),
+    ([(4, 3, 1), (4, 7, 1)], 16, "dense"), ([(4, 3, 1), (4, 7, 1)], 32, "tiled"),
+])
+def test_small_grids_are_attended_to_at_once_on_a_cpu(groups, side, expected):
+    """Small against the windows of all heads: one call of a Hydra layer's two neighborhoods."""
+    groups = [geometry.Heads(*group) for group in groups]
+    heads = sum(group.count for group in groups)
+    query = torch.empty(1, side, side, heads, 4)
+    assert module.fastest_backend(query, groups, biased=False) == expected
+
+
+@pytest.mark.parametrize("side, dim, problem, expected", [
+    (32, 32, None, "flex"), (8, 32, None, "dense"), (64, 32, "no compiler", "tiled"),
+    (64, 24, None, "tiled"), (64, 8, None, "tiled"),
+])
+def test_backend_on_cuda_follows_its_own_rule(monkeypatch, side, dim, problem, expected):
+    """On fake tensors: flex from 256 tokens on, where its kernels take the heads."""
+    monkeypatch.setattr(flex, "compiler_problem", lambda: problem)
+    with torch._subclasses.FakeTensorMode():
+        query = torch.empty(1, side, side, 8, dim, device="cuda")
+        groups = [geometry.Heads(8, 7, 1)]
+        assert module.fastest_backend(query, groups, biased=True) == expected
 
 
 def test_memory_of_tiles_is_linear():
     """The largest tensors, scores and bias, grow with the tokens; what is cached hardly grows."""
     scores, cached = [], []
     for side in (32, 64, 128):
-        _, _, kind, mask = module.cut_grid(side, side, 7, 2, (4, 8), torch.device("cpu"))
+        _, _, kind, mask = geometry.cut_grid(side, side, 7, 2, (4, 8), torch.device("cpu"))
         scores.append(len(kind) * mask[0].numel())
         cached.append(mask.numel())
     assert scores[2] == 4 * scores[1] and scores[1] <= 4 * scores[0]
@@ -236,7 +270,7 @@ def test_memory_of_tiles_is_linear():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backend", [None, "tiled", "dense"])
+@pytest.mark.parametrize("backend", [None, *OURS])
 def test_on_a_gpu(backend):
     """With natten's kernels where they are (None), and without."""
     torch.manual_seed(0)
@@ -337,37 +371,95 @@ def test_hydra_groups_are_independent_attentions():
     assert_close(hydra(x), expected)
 
 
-def test_hydra_computes_equal_groups_together(monkeypatch):
+@pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_groups_of_heads_are_independent_attentions(backend, with_bias):
+    """Groups of 1, 2 and 2 heads, two of them with equal neighborhoods, gradients included."""
     torch.manual_seed(0)
-    hydra = HydraNeighborhoodAttention(20, [3, 5, 3], 5, dilations=[1, 1, 1])
-    x = torch.randn(1, 6, 7, 20)
-    heads, calls = [], []
-    attend = neighborhood_attention_2d
+    groups = [(1, 3, 1), (2, 5, 1), (2, 3, 1)]
+    qkv = torch.randn(3, 2, 6, 7, 5, 4, requires_grad=True)
+    tables = [torch.randn(n, 2 * k - 1, 2 * k - 1, requires_grad=True) for n, k, _ in groups]
+    heads, leaves = [], [qkv, *tables] if with_bias else [qkv]
+    for (count, kernel, dilation), table, last in zip(groups, tables, (1, 3, 5)):
+        parts = qkv[..., last - count : last, :].unbind(0)
+        table = table if with_bias else None
+        heads.append(brute_force(*parts, kernel, dilation, table, 0.5))
+    expected = torch.cat(heads, dim=3)
+    out = hydra_attention(*qkv, groups, tables if with_bias else None, 0.5, backend)
+    assert_close(out, expected)
+    weights = torch.randn_like(out)
+    gradients = (torch.autograd.grad((x * weights).sum(), leaves) for x in (out, expected))
+    for actual, wanted in zip(*gradients, strict=True):
+        assert_close(actual, wanted)
+
+
+def test_tiles_of_equal_groups_are_computed_together(monkeypatch):
+    calls = []
+    attend = module.tiled_attention
 
     def counted(query, key, value, kernel, *rest):
         calls.append((kernel, query.shape[3]))
         return attend(query, key, value, kernel, *rest)
 
-    monkeypatch.setattr("models.prior.attention.neighborhood_attention_2d", counted)
-    out = hydra(x)
-    assert calls == [(3, 3), (5, 2)]  # groups of 1, 2 and 2 heads
-    q, k, v = hydra.qkv(x).view(1, 6, 7, 3, 5, 4).unbind(3)
-    for start, stop, kernel, table in zip((0, 1, 3), (1, 3, 5), (3, 5, 3), hydra.rpb):
-        group = [part[..., start:stop, :] for part in (q, k, v)]
-        heads.append(brute_force(*group, kernel, 1, table, 0.5))
-    assert_close(out, hydra.proj(torch.cat(heads, dim=3).flatten(3)))
+    monkeypatch.setattr(module, "tiled_attention", counted)
+    groups = [(1, 3, 1), (2, 5, 1), (2, 3, 1)]
+    hydra_attention(*torch.randn(3, 1, 6, 7, 5, 4), groups, backend="tiled")
+    assert calls == [(3, 3), (5, 2)]
+
+
+@pytest.mark.parametrize("height, width", [(7, 8), (12, 17), (20, 24)])
+def test_flex_blocks_are_those_that_hold_a_neighbor(height, width):
+    """Against the dense mask, cut into blocks, in both directions."""
+    groups = (geometry.Heads(1, 3, 2), geometry.Heads(2, 7, 1))
+    tokens, size = height * width, flex.BLOCK
+    (mask,) = geometry.dense_mask(height, width, groups, torch.float32, torch.device("cpu"))
+    count = -(-tokens // size)
+    padded = torch.zeros(3, count * size, count * size, dtype=torch.bool)
+    padded[:, :tokens, :tokens] = mask[0] == 0
+    used = padded.view(3, count, size, count, size).any(4).any(2)
+    numbers = flex.neighborhood_blocks(height, width, groups, torch.device("cpu"))
+    for wanted, number, indices in ((used, *numbers[:2]), (used.mT, *numbers[2:])):
+        for head in range(3):
+            for row in range(count):
+                listed = indices[0, head, row, : number[0, head, row]].tolist()
+                assert listed == wanted[head, row].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("compiler", [
+    "eager", pytest.param("inductor", marks=pytest.mark.slow),
+])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_flex_kernel_equals_dense(compiler, with_bias):
+    """FlexAttention itself, on several blocks: on a CPU it runs in a compiled graph only."""
+    torch.manual_seed(0)
+    groups = [(1, 3, 2), (2, 7, 1)]
+    qkv = torch.randn(3, 2, 12, 17, 3, 16)
+    tables = [torch.randn(1, 5, 5), torch.randn(2, 13, 13)] if with_bias else None
+
+    def attend(qkv):
+        return hydra_attention(*qkv, groups, tables, backend="flex")
+
+    expected = hydra_attention(*qkv, groups, tables, backend="dense")
+    assert_close(torch.compile(attend, backend=compiler, fullgraph=True)(qkv), expected)
 
 
 def test_rotary_products_depend_on_the_distance_only():
     torch.manual_seed(0)
     query, key = torch.randn(2, 8, dtype=torch.float64)
-    angles = rotary_angles(9, 9, 8).double()
-    turned = [rotate(x.expand(1, 9, 9, 1, 8), angles)[0, :, :, 0] for x in (query, key)]
+    tables = [table.double() for table in rotary_tables(9, 9, 8, torch.device("cpu"))]
+    turned = [rotate(x.expand(1, 9, 9, 1, 1, 8), tables)[0, :, :, 0, 0] for x in (query, key)]
     products = torch.einsum("yxe,vwe->yxvw", *turned)
     assert_close(products[2, 3, 4, 1], products[5, 7, 7, 5])  # both (2, -2) apart
     assert (products[2, 3, 4, 1] - products[2, 3, 4, 2]).abs() > 1e-3
     assert_close(turned[0].norm(dim=-1), query.norm().expand(9, 9))
-    assert rotate(query.bfloat16().expand(1, 9, 9, 1, 8), angles).dtype == torch.bfloat16
+    assert rotate(query.bfloat16().expand(1, 9, 9, 1, 1, 8), tables).dtype == torch.bfloat16
+
+
+def test_rotation_gradients():
+    tables = [table.double() for table in rotary_tables(2, 3, 8, torch.device("cpu"))]
+    x = torch.randn(1, 2, 3, 2, 2, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, tables), x)
+    assert torch.autograd.gradgradcheck(lambda x: rotate(x, tables), x)
 
 
 @pytest.mark.parametrize("options", [dict(rpb=True), dict(rpb=False, rope=True)])

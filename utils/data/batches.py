@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from hparams.environment import process_count
 from models.devices import to_device
+from utils.data.device import copied_ahead
 from utils.data.pixels import UnreadableImage, to_float
 from utils.errors import UserError
 from utils.signals import SIGNALS
@@ -131,7 +132,7 @@ class TrainingBatches:
         self.workers = workers_for(dataset, H.num_workers)
         self.reader = _read(dataset, plans, True, self.workers, on_unreadable)
         self.early = collections.deque()  # batches that `images_per_second` has read
-        self.copies = _copies(_without_indices(self.early, self.reader), self.device)
+        self.copies = copied_ahead(_without_indices(self.early, self.reader), self.device)
 
     def __iter__(self):
         return self
@@ -282,6 +283,17 @@ def _read(dataset, plans, replace, num_workers, on_unreadable):
     With `replace` every plan must have some: UserError where no image can be read.
     """
     unreadable = UnreadableFiles(on_unreadable)
+    for batch in read_plans(dataset, plans, replace, num_workers):
+        for path, reason in batch.unreadable:
+            unreadable(path, reason)
+        if batch.images is not None:
+            yield torch.from_numpy(batch.images), torch.from_numpy(batch.indices)
+        elif replace:
+            raise nothing_readable(len(dataset), f"images of {dataset.name}", unreadable)
+
+
+def read_plans(dataset, plans, replace, num_workers):
+    """Iterator of the _Batch of each plan, read by `num_workers` processes, or by this one."""
     loader = DataLoader(
         _Batches(dataset, replace),
         sampler=plans,
@@ -293,38 +305,7 @@ def _read(dataset, plans, replace, num_workers, on_unreadable):
         generator=torch.Generator(),
     )
     # The workers live as long as the loader's iterator, which only this generator holds.
-    for batch in _from_workers(loader):
-        for path, reason in batch.unreadable:
-            unreadable(path, reason)
-        if batch.images is not None:
-            yield torch.from_numpy(batch.images), torch.from_numpy(batch.indices)
-        elif replace:
-            raise nothing_readable(len(dataset), f"images of {dataset.name}", unreadable)
-
-
-def _copies(batches, device):
-    """The tensors `batches` on a device; on a GPU the next one is copied, by a stream of its own,
-    while work goes on with the one before."""
-    if device.type != "cuda":
-        for batch in batches:
-            yield batch.to(device)
-        return
-    stream, ahead = torch.cuda.Stream(device), None
-    for batch in batches:
-        with torch.cuda.stream(stream):
-            copy = to_device(batch.numpy(), device)
-            copied = stream.record_event()
-        if ahead is not None:
-            yield _handed_over(*ahead)
-        ahead = copy, copied
-
-
-def _handed_over(tensor, copied):
-    """A tensor that another stream copies, for work of this stream after the event `copied`."""
-    stream = torch.cuda.current_stream(tensor.device)
-    stream.wait_event(copied)
-    tensor.record_stream(stream)
-    return tensor
+    yield from _from_workers(loader)
 
 
 def _without_indices(early, reader):

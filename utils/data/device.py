@@ -1,9 +1,10 @@
-"""How much a device does together, by its memory."""
+"""How much a device does together, by its memory, and copies while it computes."""
 
 import torch
 from torch import nn
 
 from models.autoencoder.autoencoder import Upsample
+from models.devices import to_device
 
 LIVE_MAPS = 6  # of the largest feature map of an image, as many are in memory at once
 
@@ -36,3 +37,28 @@ def bytes_of_image(network, cells):
             largest = max(largest, cells * max(module.in_channels, module.out_channels))
             cells //= module.stride[0] * module.stride[1]
     return 4 * LIVE_MAPS * largest
+
+
+def copied_ahead(batches, device):
+    """The tensors `batches` on a device; on a GPU the next one is copied, by a stream of its own,
+    while work goes on with the one before."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    stream, ahead = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            copy = to_device(batch.numpy(), device)
+            copied = stream.record_event()
+        if ahead is not None:
+            yield _handed_over(*ahead)
+        ahead = copy, copied
+
+
+def _handed_over(tensor, copied):
+    """A tensor that another stream copies, for work of this stream after the event `copied`."""
+    stream = torch.cuda.current_stream(tensor.device)
+    stream.wait_event(copied)
+    tensor.record_stream(stream)
+    return tensor

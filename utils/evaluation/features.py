@@ -18,8 +18,8 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from tqdm import tqdm
 
 from models.autoencoder.perceptual import IMAGENET, lite0_weights
-from utils.data.batches import UnreadableFiles, nothing_readable, pixel_batches
-from utils.data.split import part_of
+from utils.data.batches import UnreadableFiles, nothing_readable
+from utils.data.part_reader import PartReader
 from utils.errors import SettingsError, UserError
 from utils.files import load_file, weights_hash
 
@@ -148,10 +148,10 @@ class ImageStream:
 
 def dataset_stream(dataset, H, device, description="real images"):
     """The ImageStream of a dataset's images, uint8 [b, C, S, S] on the device."""
+    reader = PartReader(dataset, PART, H.batch_size, H.num_workers)
+
     def batches(first, n, on_unreadable):
-        part = part_of(dataset, first, n)
-        found = pixel_batches(part, H.batch_size, H.num_workers, device, on_unreadable)
-        return (pixels for pixels, _ in found)
+        return reader.read(first, n, device, on_unreadable)
 
     return ImageStream(len(dataset), PART, batches, dataset.fingerprint(), description)
 

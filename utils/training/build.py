@@ -6,6 +6,7 @@ import torch
 
 from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
 from models.autoencoder.autoencoder import VQAutoEncoder
+from models.autoencoder.formats import to_fast_format
 from models.autoencoder.perceptual import (
     EfficientNetDistance, PerceptualDistance, lite0_weights, load_vgg16,
 )
@@ -132,7 +133,7 @@ def load_autoencoder(H, device, log, path=None):
     check_architecture(H, stats_beside(path, log), path)
     autoencoder.weights_hash = weights_hash(autoencoder)
     log.info(f"autoencoder: {path}")
-    return autoencoder.requires_grad_(False).eval().to(device)
+    return to_fast_format(autoencoder.requires_grad_(False).eval().to(device), device)
 
 
 def stats_beside(path, log):

@@ -83,7 +83,8 @@ class TrainingLoop:
     on rank 0 only, and after finite steps only, but for `must_save` where the loop `ends` and has
     trained anything. The loop ends after the last step, or raises Stopped soon after any rank gets
     one of SIGNALS, or UserError where no step was finite. `images` is the size of the training set,
-    `seconds` what training took before `start`, and `hint` how an interrupted run goes on.
+    `seconds` what training took before `start`, and `hint` how an interrupted run goes on. Of
+    TrainingBatches that are given as `batches` it logs how long they were waited for.
 
     On a GPU the host is ahead of the device, and finds out what became of the steps, by `settle`,
     only when something is due that depends on it.
@@ -91,9 +92,12 @@ class TrainingLoop:
 
     PATIENCE = 30  # seconds after which a second signal ends the run amid a step
 
-    def __init__(self, H, log, processes, images, start, seconds=0.0, hint=None):
+    def __init__(
+        self, H, log, processes, images, start, seconds=0.0, hint=None, batches=None
+    ):
         self.H, self.log, self.processes = H, log, processes
         self.images, self.start, self.step, self.hint = images, start, start, hint
+        self.batches, self.waited = batches, 0.0
         self.signal, self.finite_steps, self.validation = None, 0, ""
         self.pending, self.late = [], is_asynchronous(processes.device)
         self.bar = ProgressBar(
@@ -235,8 +239,12 @@ class TrainingLoop:
         """Log the means since the last time, images/s of training alone, and seconds in all."""
         images = self.means.counts["loss"] * self.H.batch_size * self.processes.size
         means = self.processes.mean(self.means.take())
-        speed = images / (self.training_time + time.perf_counter() - self.began_step)
+        seconds = self.training_time + time.perf_counter() - self.began_step
+        speed = images / seconds
         metrics = {**means, "images_per_second": speed, "seconds": self.seconds}
+        if self.batches is not None:
+            before, self.waited = self.waited, self.batches.seconds_waited
+            metrics["waiting_for_data"] = (self.waited - before) / seconds  # a share
         self.log.metrics(self.step, metrics)
         if self.step // 100 > (self.step - self.H.steps_per_log) // 100:
             self.log.to_file("INFO", f"step {self.step}: {in_words(means)}")

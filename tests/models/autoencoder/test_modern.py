@@ -12,6 +12,7 @@ from models import VQGAN
 from models.autoencoder.discriminator import BlurPool, Discriminator
 from models.autoencoder.perceptual import EfficientNetDistance, lite0_weights
 from models.autoencoder.quantizers import NearestQuantizer, draw, entropy_loss, kmeans, nearest
+from models.autoencoder.vqgan import hinge_loss
 
 TINY = dict(
     img_size=16, n_channels=3, nf=32, ch_mult=[1, 1], res_blocks=1, attn_resolutions=[8],
@@ -175,11 +176,21 @@ def test_the_adversarial_loss_waits_and_is_faded_in():
 
 def test_discriminator_losses_tell_what_it_takes_for_real():
     model = modern()
-    logits = iter([torch.tensor([1.0, 2.0, -1.0, 0.5]), torch.tensor([-1.0, 3.0, -0.5, 4.0])])
-    model.discriminate = lambda x: next(logits)
+    real, fake = torch.tensor([1.0, 2.0, -1.0, 0.5]), torch.tensor([-1.0, 3.0, -0.5, 4.0])
+    model.discriminate = lambda x: torch.cat((real, fake))
     loss, stats = model.discriminator_losses(images(), images())
     assert stats == {"d_real_right": 0.75, "d_fake_right": 0.5}
     assert loss == pytest.approx(((0 + 0 + 2 + 0.5) / 4 + (0 + 4 + 0.5 + 5) / 4) / 2)
+
+
+@pytest.mark.parametrize("norm, passes", [("batch", 2), ("group", 1), ("spectral", 1)])
+def test_the_discriminator_sees_both_at_once_where_logits_do_not_mix(norm, passes):
+    model, calls = modern(disc_norm=norm).eval(), []
+    model.disc.register_forward_hook(lambda *_: calls.append(1))
+    real, fake = images(), images().flip(3)
+    loss, _ = model.discriminator_losses(real, fake)
+    assert len(calls) == passes
+    torch.testing.assert_close(loss, hinge_loss(model.disc(real), model.disc(fake)))
 
 
 # The perceptual distance -------------------------------------------------------------------

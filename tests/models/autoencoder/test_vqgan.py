@@ -20,7 +20,7 @@ from models.autoencoder.perceptual import PerceptualDistance, load_vgg16
 from models.autoencoder.quantizers import (
     GumbelQuantizer, NearestQuantizer, codebook_usage, embed_grid, gumbel_temperature,
 )
-from models.autoencoder.vqgan import adaptive_weight, hinge_loss
+from models.autoencoder.vqgan import adaptive_weight, hinge_loss, weighted_sum
 
 DATA = Path(__file__).parents[2] / "data"
 
@@ -316,27 +316,88 @@ def test_codebook_is_the_table_that_ids_are_looked_up_in(quantizer):
 
 def test_adaptive_weight_is_the_ratio_of_gradient_norms():
     torch.manual_seed(0)
-    weight = torch.randn(4, 3, requires_grad=True)
     a, b = torch.randn(4, 3), torch.randn(4, 3)
-    nll, g_loss = (weight * a).sum(), (weight * b).sum()
     ratio = a.norm() / (b.norm() + 1e-4)
-    result = adaptive_weight(nll, g_loss, weight, max_weight=1e4)
-    torch.testing.assert_close(result, ratio)
-    assert not result.requires_grad
-    assert adaptive_weight(nll, g_loss, weight, max_weight=ratio.item() / 2) == ratio / 2
+    torch.testing.assert_close(adaptive_weight(a, b, max_weight=1e4), ratio)
+    assert adaptive_weight(a, b, max_weight=ratio.item() / 2) == ratio / 2
     # A gradient of nothing is kept in check by the 1e-4.
-    torch.testing.assert_close(
-        adaptive_weight(nll, 0 * g_loss, weight, max_weight=1e9), a.norm() / 1e-4
-    )
+    torch.testing.assert_close(adaptive_weight(a, 0 * b, max_weight=1e9), a.norm() / 1e-4)
+
+
+def plain_objective(model, x, step):
+    """The generator's loss with the graph of both losses in it, and the weight that it takes."""
+    x_hat, codebook_loss, _, _ = model.ae(x)
+    nll = model.reconstruction_losses(x, x_hat)[0]
+    g_loss = -model.discriminate(x_hat, frozen=True).mean()
+    last, norms = model.ae.generator.blocks[-1].weight, []
+    for loss in (nll, g_loss):
+        norms.append(torch.autograd.grad(loss, last, retain_graph=True)[0].norm())
+    weight = (norms[0] / (norms[1] + 1e-4)).clamp(0, model.disc_weight_max)
+    weight = weight * model.disc_weight * model.adversarial_share(step)
+    return nll + weight * g_loss + codebook_loss, weight
+
+
+@pytest.mark.parametrize("grad_scale", [1.0, 1024.0, torch.tensor(1024.0)])
+@pytest.mark.parametrize("changes", [
+    {}, dict(disc_norm="group", disc_weight=0.3, disc_fade_steps=5), dict(diff_aug=True),
+])
+def test_the_cut_graph_has_the_gradients_of_the_plain_objective(perceptual, changes, grad_scale):
+    found = []
+    for scale in (1.0, grad_scale):
+        model = tiny(perceptual, perceptual_weight=0.7, disc_weight_max=1e4, **changes).double()
+        torch.manual_seed(5)
+        if not found:
+            loss, weight = plain_objective(model, images().double(), step=10)
+        else:
+            loss, _, stats = model.generator_losses(images().double(), 10, scale)
+            weight = stats["d_weight"]
+        (3 * loss * scale).backward()  # as a gradient scaler and a mean over processes do
+        gradients = [p.grad.flatten() for p in model.ae.parameters() if p.grad is not None]
+        found.append((loss.detach(), weight, torch.cat(gradients) / scale))
+    perceptual.float()
+    for expected, actual in zip(*found):
+        assert_near(actual, expected, 1e-6)
+    assert 0 < found[0][1] < 1e4
+
+
+def test_each_network_is_passed_backward_once(perceptual):
+    model, passes = tiny(perceptual, perceptual_weight=1.0), []
+    handles = [
+        network.register_forward_hook(
+            lambda module, _, output: output.register_hook(lambda _: passes.append(module)) and None
+        ) for network in (perceptual, model.disc)
+    ]
+    loss, _, _ = model.generator_losses(images(), step=10)
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    assert passes == [perceptual, model.disc]
 
 
 def test_grad_scale_keeps_float16_gradients_from_vanishing():
-    weight = torch.ones(4, requires_grad=True)
-    faint = (weight.half() * 1e-4).sum().float() * 1e-5  # gradients of 1e-9, zero in float16
-    plain = weight.sum()
-    assert adaptive_weight(faint, plain, weight, max_weight=1.0) == 0
-    kept = adaptive_weight(faint, plain, weight, max_weight=1.0, grad_scale=2.0**24)
-    torch.testing.assert_close(kept.item(), 2e-9 / (2 + 1e-4), rtol=1e-3, atol=0)
+    x_hat, last = torch.ones(4, dtype=torch.float16), torch.ones(4, requires_grad=True)
+
+    def weighted(scale):
+        image = x_hat * last.half()
+        seen = image.detach().requires_grad_()
+        faint = (seen * 1e-4).sum().float() * 1e-5  # gradients of 1e-9, zero in float16
+        loss, weight = weighted_sum(faint, seen.float().sum(), 1.0, 1.0, image, seen, last, scale)
+        last.grad = None
+        (loss * scale).backward()
+        return weight, last.grad / scale
+
+    assert weighted(1.0)[0] == 0
+    weight, gradient = weighted(2.0**13)
+    torch.testing.assert_close(weight.item(), 2e-9 / (2 + 1e-4), rtol=0.01, atol=0)
+    torch.testing.assert_close(gradient, torch.full((4,), 2e-9), rtol=0.01, atol=0)
+    # What float16 cannot hold is left out, and the step goes on with the other loss.
+    image = x_hat * last.half()
+    seen = image.detach().requires_grad_()
+    nll, g_loss = seen.float().sum(), seen.float().sum() * 1e6
+    loss, weight = weighted_sum(nll, g_loss, 1.0, 1.0, image, seen, last)
+    last.grad = None
+    loss.backward()
+    assert weight == 0 and torch.equal(last.grad, torch.ones(4))
 
 
 def test_hinge_loss():
@@ -538,6 +599,17 @@ def test_perceptual_heads_are_those_of_the_lpips_package(perceptual):
     torch.testing.assert_close(shift, torch.tensor([-0.03, -0.088, -0.188]))
     torch.testing.assert_close(scale, torch.tensor([0.458, 0.448, 0.45]))
     assert all(weight.isfinite().all() for weight in state.values())
+
+
+def test_perceptual_is_what_lpips_computes(perceptual):
+    x, y = images().requires_grad_(), images().flip(3)
+    y[:, :, :, :4] = x.detach()[:, :, :, :4]  # differences of zero too
+    expected, actual = lpips.LPIPS.forward(perceptual, x, y), perceptual(x, y)
+    torch.testing.assert_close(actual, expected)
+    gradients = [torch.autograd.grad(value.sum(), x)[0] for value in (expected, actual)]
+    assert_near(gradients[1], gradients[0])
+    dark = torch.zeros(1, 3, 16, 16)
+    assert perceptual(dark, dark) == 0
 
 
 def test_perceptual_stays_frozen_and_eval(perceptual):

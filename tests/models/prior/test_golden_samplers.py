@@ -62,10 +62,12 @@ def test_autoregressive():
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_hydra_modules(index):
+@pytest.mark.parametrize("backend", [None, "dense", "tiled", "flex"])
+def test_hydra_modules(index, backend):
     case = golden("hydra_attention.pt")[index]
     module = HydraNeighborhoodAttention(
-        case["dim"], case["kernel_sizes"], case["num_heads"], dilations=case["dilations"]
+        case["dim"], case["kernel_sizes"], case["num_heads"], dilations=case["dilations"],
+        backend=backend,
     )
     module.load_state_dict(case["state_dict"], strict=True)
     with torch.no_grad():

@@ -1,12 +1,16 @@
-"""Settings of the transformer that do not fit together, in the words of the settings."""
+"""The transformer: settings that do not fit together, compiled and checkpointed blocks."""
 
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 
+from helpers import assert_close
 from models import Transformer
+
+aot_eager = lookup_backend("aot_eager")
 
 SETTINGS = dict(
     sampler="absorbing", attention="hydra", position=["rpb", "absolute"], latent_shape=[1, 8, 8],
@@ -51,3 +55,95 @@ def test_invalid_settings_raise(changes, message):
 def test_one_kernel_serves_several_dilations():
     attn = build(kernel_sizes=[3], dilations=[1, 2]).blocks[0].attn
     assert (attn.kernel_sizes, attn.dilations) == ([3, 3], [1, 2])
+
+
+def small(position="rope absolute", **changes):
+    torch.manual_seed(0)
+    settings = SETTINGS | dict(position=position.split()) | changes
+    return Transformer(SimpleNamespace(**settings))
+
+
+def logits_and_gradients(model, ids):
+    model.zero_grad()
+    logits = model(ids)
+    logits.square().mean().backward()
+    return [logits.detach()] + [p.grad for p in model.parameters() if p.grad is not None]
+
+
+CONFIGURATIONS = [
+    dict(position="rope absolute"), dict(position="rpb"), dict(position="rpb rope absolute"),
+    dict(position="rope absolute", dilations=[2, 1]),
+    dict(position="absolute", attention="full"),
+    dict(position="absolute", attention="full", sampler="autoregressive"),
+]
+
+
+@pytest.mark.parametrize("changes", CONFIGURATIONS)
+def test_compiled_blocks_are_one_graph_that_equals_the_eager_blocks(changes):
+    """`fullgraph` raises at a graph break; one graph serves all blocks, forward and backward."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def compiler(module, inputs):
+        graphs.append(module)
+        return aot_eager(module, inputs)
+
+    eager, compiled = small(bert_n_layers=3, **changes), small(bert_n_layers=3, **changes)
+    compiled.compile_blocks(backend=compiler)
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+    ids = torch.randint(12, (2, 64 - eager.causal))
+    for actual, expected in zip(*(logits_and_gradients(m, ids) for m in (compiled, eager))):
+        assert_close(actual, expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("position", ["rope absolute", "rpb absolute"])
+def test_compiled_blocks_under_autocast(position):
+    """In bfloat16, training and then without gradients, as sampling does."""
+    torch._dynamo.reset()
+    eager, compiled = small(position), small(position)
+    compiled.compile_blocks(backend="aot_eager")
+    ids = torch.randint(12, (2, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        for actual, expected in zip(*(logits_and_gradients(m, ids) for m in (compiled, eager))):
+            assert_close(actual, expected, tolerance=0.03)
+        where = torch.rand(2, 64) < 0.5
+        with torch.inference_mode():
+            assert_close(compiled(ids, where=where), eager(ids, where=where), tolerance=0.03)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_with_inductor():
+    eager, compiled = small("rope absolute", bert_n_layers=1), small(bert_n_layers=1)
+    compiled.compile_blocks()
+    ids = torch.randint(12, (2, 64))
+    for actual, expected in zip(*(logits_and_gradients(m, ids) for m in (compiled, eager))):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("changes", CONFIGURATIONS)
+def test_checkpointed_blocks_have_equal_gradients(changes):
+    """Dropout draws the same noise again."""
+    plain = small(resid_pdrop=0.1, **changes).train()
+    saving = small(resid_pdrop=0.1, **changes).train()
+    saving.checkpoint_blocks = True
+    ids = torch.randint(12, (2, 64 - plain.causal))
+    calls = []
+    saving.blocks[0].ln1.register_forward_hook(lambda *_: calls.append(1))
+    results = []
+    for model in (plain, saving):
+        torch.manual_seed(1)
+        results.append(logits_and_gradients(model, ids))
+    assert len(calls) == 2  # once more in backward
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+    with torch.no_grad():
+        saving(ids)
+    assert len(calls) == 3
+
+
+def test_where_computes_only_those_positions():
+    model, where = small().eval(), torch.rand(2, 64) < 0.3
+    ids = torch.randint(12, (2, 64))
+    with torch.no_grad():
+        assert_close(model(ids, where=where), model(ids)[where])

@@ -136,3 +136,13 @@ def test_methods_mix_no_devices_and_wait_once_a_call(name, monkeypatch):
         ids = torch.full((sum(COUNTS), TOKENS), K, device="cuda")
         ids = SAMPLERS[name].sample(on_gpu, ids, K, 12, **options)
     assert ids.device.type == "cuda" and not values and not calls
+
+
+def test_autoregressive_draws_mix_no_devices_and_wait_for_none():
+    def next_logits(ids):
+        assert ids.device.type == "cuda"
+        return torch.zeros((5, K), device="cuda")
+
+    with FakeTensorMode():  # a look at a value would be an error
+        ids = sample_autoregressive(next_logits, 5, 6, 0.9, device="cuda", top_k=3, top_p=0.8)
+    assert ids.device.type == "cuda" and ids.shape == (5, 6)

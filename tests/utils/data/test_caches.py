@@ -10,6 +10,7 @@ import torch
 from helpers import OneOfMany
 from hparams import UserError
 from utils.data import latents
+from utils.data.batches import stream_positions
 from utils.data.cache import Parts, cached, read_cached
 from utils.data.images import ImageDataset
 from utils.data.latents import load_latents
@@ -274,3 +275,18 @@ def test_a_rank_makes_its_own_parts_at_once(tmp_path):
     numbers.parts.divide(OneOfMany(0, 2))
     assert calls == [[(0, 4), (8, 2)]] and not numbers.made
     assert numbers.parts.after(0, 4, 2) == [(8, 2)] and numbers.parts.after(4, 4) == [(8, 2)]
+
+
+@pytest.mark.parametrize("orientations", [1, 2])
+def test_batches_of_ids_follow_the_stream(orientations):
+    ids = torch.arange(9 * orientations * 4, dtype=torch.int32).view(9, orientations, 4)
+    H = SimpleNamespace(batch_size=3, seed=5)
+    for rank in (0, 1):
+        batches = latents.latent_batches(ids, H, 2, Processes(rank, 2))
+        for number in range(2, 12):
+            indices, flips = stream_positions(9, 6, 5, number)
+            mine = slice(3 * rank, 3 * rank + 3)
+            expected = [ids[index, int(flip) if orientations > 1 else 0]
+                        for index, flip in zip(indices[mine], flips[mine])]
+            batch = next(batches)
+            assert batch.dtype == torch.int64 and torch.equal(batch, torch.stack(expected).long())

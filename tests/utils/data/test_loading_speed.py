@@ -13,6 +13,7 @@ from utils.data.batches import (
     RepeatedBatches, UnreadableFiles, evaluation_batches, training_batches,
 )
 from utils.data.images import ImageDataset
+from utils.data.part_reader import PartReader
 from utils.data.pixels import UnreadableImage
 from utils.errors import UserError
 from utils.training.processes import Processes
@@ -127,3 +128,41 @@ def test_repeated_batches_without_a_readable_image_are_a_user_error():
     for _ in range(2):
         with pytest.raises(UserError, match="none of the 3"):
             list(repeated)
+
+
+def part_of(reader, first, n, report=fail_on_unreadable):
+    """What a PartReader gives of a part: the images' levels, batch by batch."""
+    return [pixels[:, 0, 1, 1].tolist() for pixels in reader.read(first, n, CPU, report)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_part_reader_goes_on_from_part_to_part(workers):
+    reader = PartReader(Fake(10), 4, 3, workers)
+    assert part_of(reader, 0, 4) == [[0, 1, 2], [3]]
+    before = worker_processes()
+    assert part_of(reader, 4, 4) == [[4, 5, 6], [7]]
+    assert worker_processes() == before and len(before) >= workers
+    assert part_of(reader, 8, 2) == [[8, 9]]
+    assert reader.batches is None and not worker_processes() & before
+    assert part_of(reader, 0, 4) == [[0, 1, 2], [3]]  # once more from the start
+
+
+def test_a_part_reader_follows_a_rank_and_any_other_order():
+    reader, started = PartReader(Fake(30), 4, 4, 0), []
+    for first in (4, 12, 20, 28):  # rank 1 of 2
+        n = min(4, 30 - first)
+        assert part_of(reader, first, n) == [[*range(first, first + n)]]
+        started.append(reader.batches)
+    assert started[1] is started[2] and started[3] is None
+    for first in (24, 0, 16, 4, 4):
+        assert part_of(reader, first, 4) == [[*range(first, first + 4)]]
+    abandoned = reader.read(8, 4, CPU, fail_on_unreadable)
+    next(abandoned)
+    assert part_of(reader, 12, 4) == [[12, 13, 14, 15]]
+
+
+def test_a_part_reader_tells_of_unreadable_images():
+    reader, report = PartReader(Fake(12, broken=[1, 4, 5, 6, 7]), 4, 4, 0), UnreadableFiles()
+    assert part_of(reader, 0, 4, report) == [[0, 2, 3]] and len(report) == 1
+    assert part_of(reader, 4, 4, report) == [] and len(report) == 5
+    assert part_of(reader, 8, 4, report) == [[8, 9, 10, 11]]

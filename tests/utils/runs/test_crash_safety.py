@@ -529,20 +529,22 @@ def test_interrupted_encoding_encodes_only_missing_parts(two_runs, workplace, mo
     monkeypatch.setattr(latents, "PART", 512)  # of 1,618 images: four parts
     encode, encoded = latents.encode, []
 
-    def interrupted(dataset, *arguments):
+    def counted(*arguments):
+        ids = encode(*arguments)
+        encoded.append(len(ids))
+        return ids
+
+    def interrupted(*arguments):
         if len(encoded) == 2:
             raise KeyboardInterrupt
-        encoded.append(len(dataset))
-        return encode(dataset, *arguments)
+        return counted(*arguments)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(latents, "encode", interrupted)
         sampler("--log_dir parts --train_steps 1")
     flip_a_bit(path.with_suffix(".part_512_512"))
-    encoded = []
-    monkeypatch.setattr(
-        latents, "encode", lambda part, *how: encoded.append(len(part)) or encode(part, *how)
-    )
+    encoded.clear()
+    monkeypatch.setattr(latents, "encode", counted)
     sampler("--log_dir parts --train_steps 1")
     assert encoded == [512, 512, 82]  # the first part is there, the second one was spoilt
     assert_identical(whole, load_file(path))

@@ -25,8 +25,9 @@ def test_memory_and_open_files_stay_flat_over_20000_steps(two_runs, monkeypatch,
 
     at_the_end_of_steps(monkeypatch, watch)
     sampler(
-        "--log_dir long --train_steps 20000 --bert_n_emb 16 --bert_n_layers 1 --kernel_sizes 3 "
-        "--optimizer adam --ema --batch_size 4 --steps_per_log 10 --steps_per_eval 5000 "
+        "--log_dir long --train_steps 20000 --bert_n_emb 16 --bert_n_head 4 --bert_n_layers 1 "
+        "--kernel_sizes 3 --optimizer adam --ema --batch_size 4 --steps_per_log 10 "
+        "--steps_per_eval 5000 "
         "--steps_per_checkpoint 500 --keep_checkpoints 2 --steps_per_save_output 2500"
     )
     with capsys.disabled():

@@ -13,6 +13,7 @@ from models import VQGAN, AbsorbingDiffusion, Transformer
 from models.autoencoder.autoencoder import VQAutoEncoder
 from models.prior.absorbing_diffusion import diffusion_losses, draw_mask, draw_times
 from models.sampling.samplers import sample_mask_predict
+from utils.data.batches import RepeatedBatches
 from utils.data.pixels import to_uint8
 from utils.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
 from utils.evaluation.reconstruction import ReconstructionDistance
@@ -208,8 +209,8 @@ def test_validation_of_the_autoencoder_is_the_mean_over_images():
     H = get_vqgan_hparams([*DIGITS.split(), "--batch_size", "3"])
     vqgan = VQGAN(H).eval()
     training = training_of(
-        train_vqgan.VQGANTraining, H=H, vqgan=vqgan, best=vqgan, ema=None, looked_at=Images(),
-        on_unreadable=None, distance=ReconstructionDistance(CPU),
+        train_vqgan.VQGANTraining, H=H, vqgan=vqgan, best=vqgan, ema=None,
+        looked_at=RepeatedBatches(Images(), 3, 0, CPU, None), distance=ReconstructionDistance(CPU),
     )
     (values, known), usage = training.validate(1), training.log.usage
     images = torch.stack([Images().pixels(index) for index in range(7)]) / 255
