@@ -5,8 +5,8 @@
 Weights, gradients, Adam's two averages and the EMA are counted as they are; what the forward pass
 keeps for the backward one is counted on tensors without content (torch's FakeTensorMode), each
 storage once, at the moment when there is most. Attention keeps its inputs and outputs, as fused
-kernels do. A card takes more: temporary results, cuDNN's workspaces, CUDA itself (about 0.5 GB).
-Prints a Markdown table.
+kernels do. A card takes more: temporary results, cuDNN's workspaces, CUDA itself. Prints a Markdown
+table.
 """
 
 import contextlib
@@ -95,7 +95,7 @@ def adapted():
     with (
         mock.patch.object(gpu_steps, "EMA"),
         mock.patch.object(attention, "hydra_attention", fused_attention),
-        mock.patch.object(nn.Module, "to", lambda module, device: module),
+        mock.patch.object(nn.Module, "to", lambda module, *where, **how: module),
         mock.patch.object(nn.Module, "to_empty", emptied),
     ):
         yield

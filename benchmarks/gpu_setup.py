@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from hparams import get_sampler_hparams, get_vqgan_hparams
 from utils.training.build import build_sampler
@@ -140,3 +141,19 @@ def is_view(function):
 def has_mask(arguments):
     """Whether the arguments of an indexing operation hold a bool tensor to index by."""
     return any(x is not None and x.dtype == torch.bool for x in arguments[1])
+
+
+class Products(TorchDispatchMode):
+    """Counts floating-point operations, `flops`: of products, convolutions, and those attentions
+    that torch has a formula for, which leaves flex and natten out."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        formula = flop_registry.get(function._overloadpacket)
+        if formula:
+            self.flops += formula(*arguments, **(keywords or {}), out_val=out)
+        return out

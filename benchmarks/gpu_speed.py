@@ -5,14 +5,17 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_setup import STAGES, Operations, fastest_convolutions, seconds_a_call, tf32
+from gpu_setup import (
+    STAGES, Operations, Products, fastest_convolutions, seconds_a_call, tf32,
+)
 from gpu_steps import precision_of
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from models.autoencoder.autoencoder import VQAutoEncoder
+from models.autoencoder.formats import in_precision, to_fast_format
 from models.neighborhood_attention import BACKENDS, hydra_attention
+from models.prior.attention import HydraNeighborhoodAttention
 from models.sampling.samplers import SAMPLERS
 from utils.evaluation.features import NAMES, Extractor
 
@@ -84,12 +87,15 @@ def time_training(setup, report, stage, precision, compiled, flops):
 
 
 def flops_of(setup, stage):
-    """Floating-point operations of a training step, both ways: products, convolutions, and those
-    attentions that torch's counter knows, which leaves flex and natten out."""
+    """Floating-point operations of a training step, both ways, as `Products` counts them;
+    attention counts as that of the whole grid."""
     step = setup.step(stage, "float32")
-    with FlopCounterMode(display=False) as counter:
+    for module in step.model.modules():
+        if isinstance(module, HydraNeighborhoodAttention):
+            module.backend = "dense"
+    with Products() as products:
         step()
-    return counter.get_total_flops()
+    return products.flops
 
 
 def launches(step, setup):
@@ -191,11 +197,13 @@ def images(setup, report):
     size, tokens = H.img_size, model.grid_shape[0] * model.grid_shape[1]
     inputs = torch.rand(batch, H.n_channels, size, size, device=setup.device)
     ids = torch.randint(H.codebook_size, (batch, tokens), device=setup.device)
+    to_fast_format(model, setup.device)
     for precision in ("float32", "tf32", "bfloat16"):
+        network = in_precision(model, precision_of(precision, setup.device).dtype)
         for what, function, argument in (
-            ("encoding", model.encode, inputs), ("decoding", model.decode_indices, ids)
+            ("encoding", network.encode, inputs), ("decoding", network.decode_indices, ids)
         ):
-            with tf32(precision == "tf32"), precision_of(precision, setup.device).autocast():
+            with tf32(precision == "tf32"), torch.no_grad():
                 seconds = seconds_a_call(lambda: function(argument), setup,
                                          0 if setup.tiny else 1)
             report.figure(what, batch / seconds, "images/s", precision=precision)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from models import VQGAN
+from models.autoencoder.formats import to_fast_format
 from models.autoencoder.perceptual import PerceptualDistance
 from utils.training.build import build_sampler
 from utils.training.ema import EMA
@@ -91,9 +92,9 @@ class AutoencoderStep(Step):
 
     def __init__(self, H, device, precision):
         super().__init__(H, device, precision)
-        self.model = model = VQGAN(H, PerceptualDistance()).to(device).train()
-        for network in (model.ae.encoder, model.ae.generator):
-            network.checkpoint_blocks = H.checkpoint_blocks
+        model = to_fast_format(VQGAN(H, PerceptualDistance()).to(device), device).train()
+        model.checkpoint_blocks(H.checkpoint_blocks)
+        self.model = model
         self.ema = EMA(model, H.ema_beta, ["perceptual"], H.ema_warmup)
         self.optimizers = {
             name: build_optimizer(part, H, is_inner_convolution)
@@ -108,8 +109,7 @@ class AutoencoderStep(Step):
 
     def compile(self):
         """Compile what `--compile` compiles."""
-        if hasattr(self.model, "compile_networks"):
-            self.model.compile_networks()
+        self.model.compile_networks()
 
 
 STEPS = {"autoencoder": AutoencoderStep, "sampler": SamplerStep}

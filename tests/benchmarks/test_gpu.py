@@ -59,6 +59,28 @@ def test_the_scripts_train_resume_and_measure(tmp_path):
     assert [check["what"] for check in checks].count("scripts measure") == 3
 
 
+def test_computed_memory_is_less_in_half_precision_and_least_with_checkpoints():
+    """In a process of its own: tables that models keep would be without content afterwards."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+    script = """
+import torch, gpu_memory
+from gpu_memory import computed
+small = computed("sampler", "float32", "--bert_n_layers 1 --batch_size 1 --bert_n_emb 64")
+parameters = 1024 * 64 + 1025 * 64 + 256 * 64 + 64  # head, embeddings, positions, start token
+parameters += 64 * 64 * 12 + (3 + 1 + 4 + 1) * 64 + 3 * 2 * 64  # the block, biases, norms
+assert small["weights"] == 4 * parameters, (small, 4 * parameters)
+kept = [
+    computed("sampler", case[0], f"{case[1]} --bert_n_layers 4")["kept for the backward pass"]
+    for case in gpu_memory.CASES
+]
+assert kept == sorted(kept, reverse=True) and kept[2] < kept[0] / 4, kept
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert output.returncode == 0, output.stderr
+
+
 @pytest.fixture
 def report(tmp_path):
     return Report(Setup(CPU, tiny=True), tmp_path, minutes=1)
