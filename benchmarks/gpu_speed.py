@@ -5,9 +5,7 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_setup import (
-    STAGES, Operations, Products, fastest_convolutions, seconds_a_call, tf32,
-)
+from gpu_setup import STAGES, Operations, Products, fastest_convolutions, seconds_a_call, tf32
 from gpu_steps import precision_of
 from torch.profiler import ProfilerActivity, profile
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

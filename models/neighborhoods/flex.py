@@ -142,6 +142,17 @@ def modifiers(height, width, kernels, dilations, table):
     return mask_mod, None if table is None else score_mod
 
 
+def kernel_options(query):
+    """What FlexAttention's kernels compute at once. Its own choice, made for plain attention, does
+    not leave the registers and the shared memory that these masks and biases take."""
+    wide = query.dtype.itemsize > 2 or query.shape[-1] > 64
+    return {
+        "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32 if wide else 64, "fwd_num_stages": 2,
+        "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 32 if wide else 64,
+        "bwd_BLOCK_M2": 32 if wide else 64, "bwd_BLOCK_N2": 32, "bwd_num_stages": 2,
+    }
+
+
 def fused(query, key, value, table, grid, blocks, sizes, scale):
     """FlexAttention of query, key and value [B, h, N, e] on `grid` (H, W); to be compiled."""
     mask_mod, score_mod = modifiers(*grid, *sizes, table)
@@ -152,7 +163,8 @@ def fused(query, key, value, table, grid, blocks, sizes, scale):
         **Blocks(*blocks)._asdict(),
     )
     return flex_attention(
-        query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale
+        query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale,
+        kernel_options=kernel_options(query),
     )
 
 
