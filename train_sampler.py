@@ -87,7 +87,7 @@ class SamplerTraining:
         transformer.checkpoint_blocks = H.checkpoint_blocks
         self.compiled = compiles(H, processes.device, log)
         if self.compiled:
-            transformer.compile_blocks()
+            transformer.compile_blocks(fullgraph=bool(H.compile))
         self.loss = processes.wrap(self.sampler)
         self.buffers = Buffers(self.sampler)
 

@@ -89,7 +89,7 @@ class VQGANTraining:
         stats = self.checkpoints.restore(H, log, optional=["perceptual."])
         self.seconds = stats.get("seconds", 0.0)
         self.vqgan.checkpoint_blocks(H.checkpoint_blocks)
-        self.compiled = compiles(H, processes.device, log)
+        self.compiled = compiles(H, processes.device, log, pays_on=())
         if self.compiled:
             self.vqgan.compile_networks()
         self.ae_loss = processes.wrap(

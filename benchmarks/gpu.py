@@ -27,6 +27,7 @@ PARTS = {
     "attention": "gpu_checks", "waits": "gpu_checks", "matmul": "gpu_speed",
     "training": "gpu_speed", "memory": "gpu_checks", "scripts": "gpu_scripts",
     "backends": "gpu_speed", "sampling": "gpu_speed", "images": "gpu_speed",
+    "compiled_autoencoder": "gpu_speed",
 }
 CHECKS = ("attention", "waits", "memory", "scripts")  # the others measure
 

@@ -19,7 +19,7 @@ AUTOENCODER = (
     "--batch_size 8 --disc_start_step 3 --disc_layers 1 --ndf 8 --validation_images 16"
 )
 SAMPLER = (
-    "train_sampler.py --sampler absorbing --dataset digits --bert_n_emb 32 --bert_n_head 4 "
+    "train_sampler.py --sampler absorbing --dataset digits --bert_n_emb 64 --bert_n_head 4 "
     "--bert_n_layers 2 --batch_size 8 --validation_images 16 --sample_steps 4"
 )
 ON_GPU = " --img_size 64 --attn_resolutions 16"  # 16x16 ids, of which a GPU's attention takes care

@@ -18,9 +18,10 @@ from models.sampling.samplers import SAMPLERS
 from utils.evaluation.features import NAMES, Extractor
 
 HEADS, WIDTH = 8, 64  # of the published denoiser
-WAYS = (  # precision, compiled: the most important first
-    ("bfloat16", False), ("bfloat16", True), ("tf32", False), ("float32", False),
-)
+WAYS = [  # stage, precision, compiled: the most important first, the longest last
+    *((stage, "bfloat16", False) for stage in STAGES), ("sampler", "bfloat16", True),
+    *((stage, precision, False) for precision in ("tf32", "float32") for stage in STAGES),
+]
 SAMPLES, SAMPLE_STEPS = 64, 16  # the published number of steps is 256
 
 
@@ -45,18 +46,24 @@ def training(setup, report):
     flops = {stage: flops_of(setup, stage) for stage in STAGES}
     for stage, value in flops.items():
         report.figure("operations of a step", value / 1e12, "TFLOP", stage=stage)
-    for precision, compiled in WAYS:
-        for stage in STAGES:
-            if report.left <= 0:
-                report.say("training: the rest is skipped, the time is spent")
-                return
-            try:
-                time_training(setup, report, stage, precision, compiled, flops[stage])
-            except Exception as error:  # out of memory, or no compiler
-                reason = str(error).strip().partition("\n")[0]
-                report.check("trains at published sizes", False, reason, stage=stage,
-                             precision=precision, compiled=compiled)
-            setup.clean(code=compiled)
+    for stage, precision, compiled in WAYS:
+        if report.left <= 0:
+            report.say("training: the rest is skipped, the time is spent")
+            return
+        try:
+            time_training(setup, report, stage, precision, compiled, flops[stage])
+        except Exception as error:  # out of memory, or no compiler
+            reason = str(error).strip().partition("\n")[0]
+            report.check("trains at published sizes", False, reason, stage=stage,
+                         precision=precision, compiled=compiled)
+        setup.clean(code=compiled)
+
+
+def compiled_autoencoder(setup, report):
+    """What --compile makes of the autoencoder, which takes a minute or more to compile."""
+    flops = flops_of(setup, "autoencoder")
+    time_training(setup, report, "autoencoder", "bfloat16", True, flops)
+    setup.clean(code=True)
 
 
 def time_training(setup, report, stage, precision, compiled, flops):
@@ -103,11 +110,21 @@ def launches(step, setup):
         with Operations() as operations:
             step()
         return operations.total, "operations"
+    return len(kernels_of(step, setup)), "kernels"
+
+
+def kernels_of(function, setup):
+    """What the GPU does in a call of `function`, events of torch's profiler."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        step()
+        function()
         setup.wait()
     on_device = torch.autograd.DeviceType.CUDA
-    return sum(event.device_type == on_device for event in profiled.events()), "kernels"
+    return [event for event in profiled.events() if event.device_type == on_device]
+
+
+def device_seconds(function, setup):
+    """Seconds for which the GPU is busy in a call of `function`."""
+    return sum(event.device_time for event in kernels_of(function, setup)) / 1e6
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -116,19 +133,17 @@ def launches(step, setup):
 def backends(setup, report):
     """Milliseconds of attention, forward and backward, by backend; `None` is the one chosen.
 
-    Kernel 7 on all heads, and kernels 3 and 7 on half of them each, without and with a bias.
+    Kernels 3 and 7 on half of the heads each, without and with a bias.
     """
     sides = (8,) if setup.tiny else (16, 32, 64, 96)
     for side in sides:
         for bias in (False, True):
-            for kernels in ((7,), (3, 7)):
-                for backend in (None, *BACKENDS):
-                    if report.left <= 0:
-                        report.say("backends: the rest is skipped, the time is spent")
-                        return
-                    about = dict(side=side, kernels=" ".join(map(str, kernels)), bias=bias,
-                                 backend=str(backend))
-                    time_attention(setup, report, backend, kernels, about)
+            for backend in (None, *BACKENDS):
+                if report.left <= 0:
+                    report.say("backends: the rest is skipped, the time is spent")
+                    return
+                about = dict(side=side, kernels="3 7", bias=bias, backend=str(backend))
+                time_attention(setup, report, backend, (3, 7), about)
         setup.clean()
 
 
@@ -150,10 +165,13 @@ def time_attention(setup, report, backend, kernels, about):
 
     try:
         seconds = seconds_a_call(both_ways, setup, 0 if setup.tiny else 0.2)
+        on_device = device_seconds(both_ways, setup) if setup.on_gpu else None
     except (ValueError, torch.OutOfMemoryError) as error:
         report.say(f"{backend}, {side}x{side}: {str(error).splitlines()[0]}")
         return
     report.figure("attention both ways", 1e3 * seconds, "ms", **about, batch=batch)
+    if on_device:  # what is left where a compiled block calls it, or a graph
+        report.figure("kernels of attention", 1e3 * on_device, "ms", **about, batch=batch)
 
 
 # --- sampling and measuring ----------------------------------------------------------------------

@@ -93,8 +93,8 @@ class Training(Settings):
                         "float16 with a gradient scaler on the others")
     tf32: bool = setting(True, "train in TF32 where a GPU has it and --amp does not say otherwise; "
                          "experiments measure without")
-    compile: bool | None = setting(None, "compile the networks by torch.compile (none: on a GPU "
-                                   "where a compiler is there)")
+    compile: bool | None = setting(None, "compile the networks by torch.compile (none: a "
+                                   "sampler's blocks on a GPU where a compiler is there)")
     accumulate: int = setting(1, "parts in which a batch is computed one after another, for memory "
                               "that is short", minimum=1)
     checkpoint_blocks: bool = setting(False, "keep of each block only its input, and compute it "

@@ -38,7 +38,7 @@ BACKENDS = ("natten", "flex", "tiled", "dense")
 CPU_WINDOWS = 3
 CPU_BFLOAT16_WINDOWS = 4
 CUDA_WINDOWS = 3
-FLEX_TOKENS = 256  # from so many tokens on, `flex` is taken on CUDA
+FLEX_TOKENS = 48 * 48
 
 
 def check_neighborhood(height, width, kernel_size, dilation):

@@ -8,14 +8,13 @@ up by itself.
 Shapes: B batch, H W grid, N = H*W tokens, h heads, e head_dim; n = ceil(N / BLOCK) blocks.
 """
 
-import os
-import shutil
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from models.devices import compiler_problem
 from models.neighborhoods.geometry import axis_offset, constant
 
 FLEX_PROBLEM = None
@@ -50,20 +49,8 @@ def flex_problem(query):
         return f"FlexAttention's kernels need a power of two from 16 channels a head, not {dim}"
     if query.dtype == torch.float64:
         return "FlexAttention's kernels have no float64"
-    return compiler_problem()
-
-
-@lru_cache(maxsize=1)
-def compiler_problem():
-    """Why nothing can be compiled for CUDA here, as a sentence; None when it can."""
-    from torch.utils._triton import has_triton  # asks for the driver: not when this is imported
-
-    if not has_triton():
-        return "FlexAttention needs Triton, which is not installed or does not support this GPU"
-    compilers = [os.environ.get("CC"), "cc", "gcc", "clang"]
-    if not any(name and shutil.which(name) for name in compilers):
-        return "Triton needs a C compiler, and there is none: install gcc"
-    return None
+    problem = compiler_problem("cuda")
+    return problem and f"FlexAttention is compiled, and {problem}"
 
 
 def ordered(used):

@@ -225,7 +225,7 @@ def test_small_grids_are_attended_to_at_once_on_a_cpu(groups, side, expected):
 ])
 def test_backend_on_cuda_follows_its_own_rule(monkeypatch, side, dim, problem, expected):
     """On fake tensors: flex from 256 tokens on, where its kernels take the heads."""
-    monkeypatch.setattr(flex, "compiler_problem", lambda: problem)
+    monkeypatch.setattr(flex, "compiler_problem", lambda kind: problem)
     with torch._subclasses.FakeTensorMode():
         query = torch.empty(1, side, side, 8, dim, device="cuda")
         groups = [geometry.Heads(8, 7, 1)]

@@ -1,32 +1,18 @@
 """Whether torch.compile is to be used: on GPUs where what it needs is there."""
 
 import contextlib
-import importlib.util
-import shutil
-import sysconfig
-from pathlib import Path
 
 import torch
 
-
-def compile_problem(device):
-    """Why torch.compile cannot make code for a device here, as a sentence; None where it can."""
-    compilers = ("cc", "gcc", "clang") if device.type == "cuda" else ("g++", "clang++", "c++")
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not any(map(shutil.which, compilers)):
-        return f"there is no compiler ({', '.join(compilers)})"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        return "Python's header files are not there (on Debian: apt install python3-dev)"
-    return None
+from models.devices import compiler_problem
 
 
-def compiles(H, device, log):
-    """Whether H asks for compiled networks, or leaves it open where a GPU can have them; the log
-    says what came of it."""
-    if H.compile is False or (H.compile is None and device.type != "cuda"):
+def compiles(H, device, log, pays_on=("cuda",)):
+    """Whether H asks for compiled networks, or leaves it open where they pay, on devices of the
+    kinds `pays_on`; the log says what came of it."""
+    if H.compile is False or (H.compile is None and device.type not in pays_on):
         return False
-    problem = compile_problem(device)
+    problem = compiler_problem(device.type)
     if problem:
         log.warning(f"nothing is compiled, which makes training slower: {problem}")
         return False

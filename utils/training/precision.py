@@ -54,9 +54,8 @@ class Precision:
 def allow_tf32(allowed):
     """Whether GPUs may compute float32 products and convolutions in TF32, which has 10 bits of
     precision."""
-    precision = "tf32" if allowed else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextlib.contextmanager
