@@ -34,11 +34,13 @@ except Exception as error:  # a build for another torch fails with more than Imp
 BACKENDS = ("natten", "flex", "tiled", "dense")
 
 # `tiled` is faster than `dense` where the grid is larger than so many windows: measured by
-# benchmarks/neighborhood_attention.py on CPU cores, assumed for CUDA.
+# benchmarks/neighborhood_attention.py on CPU cores, and by benchmarks/gpu.py on an H200 in bfloat16,
+# as is from how many tokens on `flex` is the fastest there.
 CPU_WINDOWS = 3
 CPU_BFLOAT16_WINDOWS = 4
-CUDA_WINDOWS = 3
-FLEX_TOKENS = 48 * 48
+CUDA_WINDOWS = 32
+CUDA_WINDOWS_WITH_BIAS = 12
+FLEX_TOKENS = 64 * 64
 
 
 def check_neighborhood(height, width, kernel_size, dilation):
@@ -113,17 +115,17 @@ def prefers_natten(device):
 
 
 def fastest_backend(query, groups, biased):
-    """The backend for `groups` of Heads where natten is not taken: on CUDA `flex` from FLEX_TOKENS
-    tokens on, unless there is a `flex_problem`; else `dense` on small grids and `tiled` on others.
+    """The backend for `groups` of Heads where natten is not taken: `dense` on small grids and
+    `tiled` on others. On CUDA `flex` from FLEX_TOKENS tokens on, unless there is a `flex_problem`,
+    or a bias, whose gradient it adds up slowly and in no fixed order.
     """
     _, height, width, _, _ = query.shape
-    cuda = query.device.type == "cuda"
-    repeats = biased and torch.are_deterministic_algorithms_enabled()  # flex adds biases up anyhow
-    if cuda and height * width >= FLEX_TOKENS and not repeats and not flex_problem(query):
-        return "flex"
-    bfloat16 = query.dtype == torch.bfloat16
-    cpu_windows = CPU_BFLOAT16_WINDOWS if bfloat16 else CPU_WINDOWS
-    windows = CUDA_WINDOWS if cuda else cpu_windows
+    if query.device.type == "cuda":
+        if height * width >= FLEX_TOKENS:
+            return "tiled" if biased or flex_problem(query) else "flex"
+        windows = CUDA_WINDOWS_WITH_BIAS if biased else CUDA_WINDOWS
+    else:
+        windows = CPU_BFLOAT16_WINDOWS if query.dtype == torch.bfloat16 else CPU_WINDOWS
     return "dense" if dense_is_faster(height, width, groups, biased, windows) else "tiled"
 
 

@@ -219,17 +219,18 @@ def test_small_grids_are_attended_to_at_once_on_a_cpu(groups, side, expected):
     assert module.fastest_backend(query, groups, biased=False) == expected
 
 
-@pytest.mark.parametrize("side, dim, problem, expected", [
-    (32, 32, None, "flex"), (8, 32, None, "dense"), (64, 32, "no compiler", "tiled"),
-    (64, 24, None, "tiled"), (64, 8, None, "tiled"),
+@pytest.mark.parametrize("side, dim, biased, problem, expected", [
+    (64, 32, False, None, "flex"), (32, 32, False, None, "dense"), (16, 32, True, None, "dense"),
+    (64, 32, True, None, "tiled"), (64, 32, False, "no compiler", "tiled"),
+    (64, 24, False, None, "tiled"), (64, 8, False, None, "tiled"),
 ])
-def test_backend_on_cuda_follows_its_own_rule(monkeypatch, side, dim, problem, expected):
-    """On fake tensors: flex from 256 tokens on, where its kernels take the heads."""
+def test_backend_on_cuda_follows_its_own_rule(monkeypatch, side, dim, biased, problem, expected):
+    """On fake tensors: flex on large grids without a bias, where its kernels take the heads."""
     monkeypatch.setattr(flex, "compiler_problem", lambda kind: problem)
     with torch._subclasses.FakeTensorMode():
         query = torch.empty(1, side, side, 8, dim, device="cuda")
         groups = [geometry.Heads(8, 7, 1)]
-        assert module.fastest_backend(query, groups, biased=True) == expected
+        assert module.fastest_backend(query, groups, biased) == expected
 
 
 def test_memory_of_tiles_is_linear():
