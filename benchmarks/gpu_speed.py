@@ -197,8 +197,7 @@ def sampling(setup, report):
         sample(method, samples)
         setup.wait()
         speed = samples / (time.perf_counter() - began)
-        calls = model.tokens if method in ("first_hitting", "raster") else steps
-        report.figure("sampling", speed, "samples/s", method=method, calls=calls)
+        report.figure("sampling", speed, "samples/s", method=method, calls=steps)
 
 
 def images(setup, report):

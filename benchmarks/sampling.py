@@ -93,9 +93,9 @@ def figures(run, held_out, name, steps):
     ids, seconds, network = draw_by(run, name, steps)
     batches = -(-run.H.n_samples // run.H.batch_size)
     seed_step(0, 0, "validation")
-    with torch.no_grad():
+    with torch.no_grad(), run.precision.autocast():
         bits = run.sampler.bits_per_token(ids.repeat(4, 1).to(run.device)).mean().item()
-    images = decode(run.autoencoder, ids.to(run.device))
+    images = decode(run.decoder, ids.to(run.device))
     return {
         "method": name, "steps": steps, "calls of a batch": network.calls / batches,
         "calls per sample": network.samples / run.H.n_samples, "seconds": seconds,
@@ -131,7 +131,8 @@ def main():
         images = [validation.load(index) for index in range(len(validation))]
         held_out = features(torch.stack(images))
         run.load_sampler()
-        run.sampler.sample(min(H.n_samples, H.batch_size), sample_steps=8)  # warms up
+        with run.precision.autocast():
+            run.sampler.sample(min(H.n_samples, H.batch_size), sample_steps=8)  # warms up
         cases = [(name, steps) for name in (PLAIN, *METHODS) for steps in STEPS]
         results = [figures(run, held_out, *case) for case in tqdm(cases)]
         rows = []

@@ -48,7 +48,7 @@ def complete(run, image, hidden):
         seed_step(H.seed, first, "inpaint")
         with run.precision.autocast():
             drawn = sampler.sample(len(part), H.temp, known=part)
-        images.append(decode(run.autoencoder, drawn))
+        images.append(decode(run.decoder, drawn))
     return lay_in(image, torch.cat(images), hidden)
 
 

@@ -34,7 +34,7 @@ except Exception as error:  # a build for another torch fails with more than Imp
 BACKENDS = ("natten", "flex", "tiled", "dense")
 
 # `tiled` is faster than `dense` where the grid is larger than so many windows: measured by
-# benchmarks/neighborhood_attention.py on CPU cores, and by benchmarks/gpu.py on an H200 in bfloat16,
+# benchmarks/neighborhood_attention.py on CPU cores, by benchmarks/gpu.py on an H200 in bfloat16,
 # as is from how many tokens on `flex` is the fastest there.
 CPU_WINDOWS = 3
 CPU_BFLOAT16_WINDOWS = 4

@@ -88,14 +88,26 @@ def assert_identical(left, right, where=""):
         assert left == right, where
 
 
-@pytest.mark.parametrize("quantizer", ["nearest", "gumbel"])
-def test_vqgan_resumes_to_the_bit(bfloat16, quantizer):
+@pytest.fixture
+def compiled_anew():
+    """Nothing is compiled before, nor stays so."""
+    torch._dynamo.reset()
+    yield torch._dynamo.reset
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("quantizer", [
+    "nearest", "gumbel", "nearest --accumulate 2 --checkpoint_blocks",
+    pytest.param("nearest --compile", marks=pytest.mark.slow),
+])
+def test_vqgan_resumes_to_the_bit(bfloat16, compiled_anew, quantizer):
     flags = (
         f"--amp --ema --ema_beta 0.9 --num_workers 2 --diff_aug --disc_start_step 3 "
         f"--horizontal_flip --steps_per_checkpoint 3 --quantizer {quantizer}"
     )
     vqgan(f"{flags} --log_dir through --train_steps 6")
     vqgan(f"{flags} --log_dir parts --train_steps 3")
+    compiled_anew()
     vqgan(f"{flags} --log_dir parts --train_steps 6 --load_dir parts --load_step 3")
     through, parts = files_of("through", 6), files_of("parts", 6)
     names = {f"{name}_6.th" for name in ("vqgan", "vqgan_ema", "ae_optim", "disc_optim")}
@@ -112,8 +124,10 @@ def test_vqgan_resumes_to_the_bit(bfloat16, quantizer):
     "--sampler absorbing --optimizer muon",
     "--sampler absorbing --optimizer adam --mask_schedule fixed --t_sampling uniform",
     "--sampler autoregressive",
+    "--sampler absorbing --compile",
+    "--sampler absorbing --accumulate 2 --checkpoint_blocks",
 ])
-def test_sampler_resumes_to_the_bit(bfloat16, kind):
+def test_sampler_resumes_to_the_bit(bfloat16, compiled_anew, kind):
     vqgan("--log_dir ae --train_steps 2 --ema")
     flags = (
         f"{kind} --amp --ema --horizontal_flip --resid_pdrop 0.1 --num_workers 2 "
@@ -121,6 +135,7 @@ def test_sampler_resumes_to_the_bit(bfloat16, kind):
     )
     sampler(f"{flags} --log_dir through --train_steps 8")
     sampler(f"{flags} --log_dir parts --train_steps 4")
+    compiled_anew()
     sampler(f"{flags} --log_dir parts --train_steps 8 --load_dir parts --load_step 4")
     through, parts = files_of("through", 8), files_of("parts", 8)
     assert len(through) == 3

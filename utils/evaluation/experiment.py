@@ -90,7 +90,9 @@ class Experiment:
         samples are made of: settings of sampling, or the file of `--latents_path`."""
         H = self.H
         self.load_autoencoder()
-        self.sampler = load_sampler(H, self.autoencoder, self.device, self.log)
+        self.sampler = self.precision.frozen(
+            load_sampler(H, self.autoencoder, self.device, self.log)
+        )
         self.note_model("sampler", sampler_path(H), H.load_step)
         if latents := getattr(H, "latents_path", None):
             self.facts["samples"] = {"latents": latents, "sha256": file_hash(latents)}

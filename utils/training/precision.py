@@ -36,6 +36,15 @@ class Precision:
         if amp and self.dtype == torch.float32:
             self.description += f" (--amp set aside: this {device.type} has no bfloat16 units)"
 
+    def frozen(self, module):
+        """A frozen `module` for use in `autocast`, whose linear layers have their weights in its
+        type: what autocast would make of them at every call. Returns the module."""
+        if self.dtype != torch.float32:
+            for layer in module.modules():
+                if isinstance(layer, torch.nn.Linear):
+                    layer.to(self.dtype)
+        return module
+
     @property
     def scale(self):
         """By what losses are multiplied before they are differentiated: 0-d on the device in

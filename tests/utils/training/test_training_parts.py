@@ -172,6 +172,19 @@ def test_a_scaler_that_overflows_skips_muon_and_adamw_together():
         assert not torch.equal(parameter, before[name])
 
 
+def test_a_frozen_module_computes_what_it_did_under_autocast():
+    precision = Precision(False, CPU)
+    precision.dtype = torch.bfloat16
+    torch.manual_seed(0)
+    layers = [torch.nn.Embedding(9, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)]
+    module, ids = torch.nn.Sequential(*layers).requires_grad_(False), torch.arange(9)
+    with precision.autocast():
+        expected = module(ids)
+        assert torch.equal(precision.frozen(module)(ids), expected)
+    assert module[2].weight.dtype == torch.bfloat16 and module[1].weight.dtype == torch.float32
+    assert Precision(False, CPU).frozen(torch.nn.Linear(2, 2)).weight.dtype == torch.float32
+
+
 def test_psnr_of_a_known_error():
     images = torch.zeros(2, 1, 4, 4)
     others = torch.stack([torch.full((1, 4, 4), 0.1), torch.full((1, 4, 4), 0.01)])
