@@ -223,12 +223,16 @@ class Generator(Network):
             conv3x3(width, width), nn.ReLU(), nn.Conv2d(width, H.n_channels, 1)
         )
 
+    def features(self, z):
+        """Vectors [B, D, h, w] -> what the last convolution makes images of: [B, nf, S, S]."""
+        return self.run(z, self.blocks[:-1])
+
     def forward(self, z):
-        return self.run(z, self.blocks)
+        return self.blocks[-1](self.features(z))
 
     def probabilistic(self, z):
         """Vectors [B, D, h, w] -> (mu, logsigma), each [B, C, S, S], of a Gaussian a pixel."""
-        features = self.run(z, self.blocks[:-1])
+        features = self.features(z)
         return self.blocks[-1](features), self.logsigma(features)
 
 
@@ -269,9 +273,10 @@ class VQAutoEncoder(nn.Module):
 
     def compile_networks(self, **options):
         """Compile encoder and generator, with `options` of torch.compile; names of the state dict
-        stay. The quantizer, which is small, runs as it is."""
+        stay. The quantizer, which is small, runs as it is, and so does the last convolution, whose
+        gradient is asked for by itself (see `weighted_sum` in vqgan.py)."""
         self.encoder.compile(**options)
-        self.generator.compile(**options)
+        self.generator.features = torch.compile(self.generator.features, **options)
 
     def encode(self, x):
         """Images [B, C, S, S] -> what the quantizer returns: (z_q, codebook loss, stats, ids)."""
