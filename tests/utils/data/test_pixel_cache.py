@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import Log, OneOfMany, with_small_files
+from helpers import ROOT, Log, OneOfMany, with_small_files
 from utils.data import pixel_cache
 from utils.data.batches import UnreadableFiles, evaluation_batches, training_batches
 from utils.data.datasets import load_dataset
@@ -163,9 +163,9 @@ def test_a_file_cut_short_is_made_again(folder):
 
 KILLED = """
 import sys
-sys.path[:0] = sys.argv[1:3]
+sys.path[:0] = sys.argv[1:4]
 from test_pixel_cache import both, settings
-both(settings(sys.argv[3], num_workers=1))
+both(settings(sys.argv[4], num_workers=1))
 """
 
 
@@ -175,7 +175,8 @@ def test_kill_9_leaves_no_damaged_file(folder, monkeypatch):
     for path in pixel_cache.PIXELS.iterdir():
         path.unlink()
     here = os.path.dirname(__file__)
-    command = [sys.executable, "-c", KILLED, here, os.path.join(here, "..", ".."), str(folder)]
+    tests = os.path.join(here, "..", "..")
+    command = [sys.executable, "-c", KILLED, here, tests, str(ROOT), str(folder)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 60
     while not pixel_cache.PIXELS.exists() or not list(pixel_cache.PIXELS.glob("*.part")):
