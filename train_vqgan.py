@@ -88,6 +88,13 @@ class VQGANTraining:
         )
         stats = self.checkpoints.restore(H, log, optional=["perceptual."])
         self.seconds = stats.get("seconds", 0.0)
+        self.prepare_networks(log)
+        if processes.is_first:
+            self.prepare_validation()
+
+    def prepare_networks(self, log):
+        """Make of the networks what a step calls, as H wants them compiled and spread."""
+        H, processes = self.H, self.processes
         self.vqgan.checkpoint_blocks(H.checkpoint_blocks)
         self.compiled = compiles(H, processes.device, log, pays_on=())
         if self.compiled:
@@ -98,17 +105,20 @@ class VQGANTraining:
         )
         self.disc_loss = processes.wrap(Objective(self.vqgan.disc, self.vqgan.discriminator_losses))
         self.buffers = Buffers(self.vqgan, ["perceptual."])
-        if processes.is_first:
-            looked_at = sample_of(
-                self.validation_set, H.validation_images or len(self.validation_set)
-            )
-            self.looked_at = RepeatedBatches(
-                looked_at, H.batch_size, H.num_workers, processes.device, self.on_unreadable
-            )
-            self.distance = ReconstructionDistance(processes.device)
-            images = self.validation_set or self.train_set
-            batches = evaluation_batches(images, 16, 0, processes.device, self.on_unreadable)
-            self.shown, _ = next(batches)
+
+    def prepare_validation(self):
+        """What rank 0 validates with, and the images that it shows."""
+        H, device = self.H, self.processes.device
+        looked_at = sample_of(
+            self.validation_set, H.validation_images or len(self.validation_set)
+        )
+        self.looked_at = RepeatedBatches(
+            looked_at, H.batch_size, H.num_workers, device, self.on_unreadable
+        )
+        self.distance = ReconstructionDistance(device)
+        images = self.validation_set or self.train_set
+        batches = evaluation_batches(images, 16, 0, device, self.on_unreadable)
+        self.shown, _ = next(batches)
 
     def train(self):
         """Train to `H.train_steps`."""
