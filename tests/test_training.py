@@ -124,7 +124,7 @@ def test_vqgan_resumes_to_the_bit(bfloat16, compiled_anew, quantizer):
     "--sampler absorbing --optimizer muon",
     "--sampler absorbing --optimizer adam --mask_schedule fixed --t_sampling uniform",
     "--sampler autoregressive",
-    "--sampler absorbing --compile",
+    pytest.param("--sampler absorbing --compile", marks=pytest.mark.slow),
     "--sampler absorbing --accumulate 2 --checkpoint_blocks",
 ])
 def test_sampler_resumes_to_the_bit(bfloat16, compiled_anew, kind):
