@@ -40,15 +40,16 @@ demo: .venv/installed ## train both stages on the digits and report on them: min
 	  --load_dir demo_absorbing --load_step $(DEMO_SAMPLER_STEPS) --amp --ema --n_samples 500 \
 	  $(DEMO_FLAGS)
 
-gpu-check: .venv/installed ## check and measure the GPU in eight minutes, into results/
+gpu-check: .venv/installed ## check and measure the GPU in about eight minutes, into results/
 	$(VENV_PYTHON) benchmarks/gpu.py
 
 visdom: .venv/installed ## start the visdom server that the training scripts draw on
 	$(VENV_PYTHON) -m utils.logging.visdom_server
 
-clean: ## remove both environments and what tools left behind, but no logs/, latents/, statistics/
+clean: ## remove both environments and what tools left behind, but nothing that runs have made
 	rm -rf .venv .venv-lowest build *.egg-info .pytest_cache .hypothesis
-	find . \( -name .git -o -path ./logs -o -path ./latents -o -path ./statistics \) -prune -o \
+	find . \( -name .git -o -path ./logs -o -path ./latents -o -path ./statistics -o \
+	  -path ./pixels -o -path ./results \) -prune -o \
 	  -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps are written last: what was interrupted is run again, and pip goes on from what is

@@ -13,9 +13,7 @@ from hparams.scripts import AUTOENCODER_ARCHITECTURE
 from models import VQGAN
 from models.autoencoder.formats import to_fast_format
 from models.autoencoder.quantizers import gumbel_temperature
-from utils.data.batches import (
-    RepeatedBatches, UnreadableFiles, evaluation_batches, training_batches,
-)
+from utils.data.batches import RepeatedBatches, TrainingBatches, UnreadableFiles, evaluation_batches
 from utils.data.datasets import load_dataset
 from utils.data.images import augmented
 from utils.data.pixel_cache import cached_pixels
@@ -124,7 +122,7 @@ class VQGANTraining:
         """Train to `H.train_steps`."""
         H, vqgan, precision = self.H, self.vqgan, self.precision
         ae_optim, disc_optim = self.optimizers.values()
-        batches = training_batches(
+        batches = TrainingBatches(
             self.train_set, H, H.load_step, self.processes, self.on_unreadable
         )
         self.log.info(f"the loader reads {batches.images_per_second():.0f} images/s alone")

@@ -6,9 +6,9 @@ Checks that both stages train, resume, sample and are measured on the card, that
 backends agree, that a training step does not wait for the device, and what the published sizes
 take of its memory; then measures the speed of training, attention, sampling and measuring. Prints
 Markdown tables and a paragraph that says what to set on this card, and writes
-results/gpu_<card>.json after every part. At most eight minutes: what is not begun when `--minutes`
-are spent is skipped. The exit code is 1 where a check failed, and 0 on a machine without a card,
-where there is nothing that could fail. `--device cpu --tiny` runs all parts at tiny sizes.
+results/gpu_<card>.json after every part. Nothing is begun once `--minutes` are spent. The exit code
+is 1 where a check failed, and 0 on a machine without a card, where there is nothing that could
+fail. `--device cpu --tiny` runs all parts at tiny sizes.
 """
 
 import argparse

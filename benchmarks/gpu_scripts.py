@@ -35,6 +35,7 @@ class Workplace:
 
     def __init__(self, setup, folder, report):
         self.setup, self.folder, self.report = setup, folder, report
+
     def run(self, command):
         """Run a script with its flags; raises RuntimeError with the end of what it printed."""
         script, *flags = command.split()

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from hparams import UserError, get_elbo_hparams
 from models.autoencoder.likelihood import bits_per_dim, gaussian_level_nll, gaussian_nll
-from utils.data.batches import evaluation_batches, training_batches
+from utils.data.batches import TrainingBatches, evaluation_batches
 from utils.data.cache import read_cached
 from utils.data.datasets import load_dataset
 from utils.evaluation.experiment import experiment, known
@@ -132,7 +132,7 @@ class LogSigmaFit:
         """Fit to `train_steps`, and save and `evaluate(step)` every `steps_per_eval`."""
         run, H, start = self.run, self.run.H, self.restore()
         precision = Precision(False, run.device)
-        batches = training_batches(self.train_set, H, start, run.processes, on_unreadable)
+        batches = TrainingBatches(self.train_set, H, start, run.processes, on_unreadable)
         with TrainingLoop(
             H, run.log, run.processes, len(self.train_set), start,
             hint="the same command goes on from there",

@@ -66,7 +66,7 @@ class AttentionBlock(nn.Module):
         # takes heads of up to 256 channels; wider ones go to the memory-efficient kernel.)
         h = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # [B, H*W, width]
         q, k, v = (pointwise(project, h).unsqueeze(1) for project in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)    # [B, H*W, width]
+        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # [B, H*W, width]
         return x + pointwise(self.proj_out, h).transpose(1, 2).unflatten(2, x.shape[2:])
 
 

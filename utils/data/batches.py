@@ -163,11 +163,6 @@ class TrainingBatches:
         self.reader.close()
 
 
-def training_batches(dataset, H, start, processes, on_unreadable):
-    """The TrainingBatches of a dataset, from batch `start` on."""
-    return TrainingBatches(dataset, H, start, processes, on_unreadable)
-
-
 def evaluation_batches(dataset, batch_size, num_workers, device, on_unreadable):
     """Iterator of (images [b, C, S, S] in [0, 1] on `device`, indices int64 [b]), each image once.
 

@@ -23,7 +23,7 @@ from PIL import Image
 from helpers import as_torchrun, name_transparent
 from utils.data import batches as loading
 from utils.data.batches import (
-    UnreadableFiles, evaluation_batches, pixel_batches, stream, stream_positions, training_batches,
+    TrainingBatches, UnreadableFiles, evaluation_batches, pixel_batches, stream, stream_positions,
 )
 from utils.data.datasets import DATASETS_YAML, load_dataset
 from utils.data.pixels import UnreadableImage, to_float
@@ -546,7 +546,7 @@ def train(
     processes=Processes(),
 ):
     H = loading_of(workers, batch_size, flip)
-    batches = training_batches(dataset, H, start, processes, report)
+    batches = TrainingBatches(dataset, H, start, processes, report)
     return list(itertools.islice(batches, count))
 
 
@@ -807,7 +807,7 @@ def worker_processes():
 def test_workers_ignore_signals_and_end_with_their_iterator(capfd):
     others = worker_processes()
     H = loading_of(workers=2)
-    batches = training_batches(Fake(5), H, 0, Processes(), fail_on_unreadable)
+    batches = TrainingBatches(Fake(5), H, 0, Processes(), fail_on_unreadable)
     next(batches)
     workers = worker_processes() - others
     assert len(workers) == 2
@@ -858,7 +858,7 @@ def bus_error():
     (bus_error, "has ended, killed or out of memory: lower --num_workers"),
 ])
 def test_what_fails_in_a_worker_ends_the_run_with_one_sentence(fail, says):
-    batches = training_batches(
+    batches = TrainingBatches(
         Failing(5, fail), loading_of(workers=2), 0, Processes(), fail_on_unreadable
     )
     with pytest.raises(UserError, match=re.escape(says)), loading.ends_with_its_workers():
@@ -868,7 +868,7 @@ def test_what_fails_in_a_worker_ends_the_run_with_one_sentence(fail, says):
 def test_a_batch_that_a_worker_cannot_hand_over_ends_the_run(monkeypatch):
     """Its thread fails after the batch was read: the main process would wait for ever."""
     monkeypatch.setattr(loading._Batches, "read", lambda *plan: lambda: "cannot be pickled")
-    batches = training_batches(Fake(5), loading_of(workers=1), 0, Processes(), fail_on_unreadable)
+    batches = TrainingBatches(Fake(5), loading_of(workers=1), 0, Processes(), fail_on_unreadable)
     with pytest.raises(UserError, match="has ended"), loading.ends_with_its_workers():
         next(batches)
 

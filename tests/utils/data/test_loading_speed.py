@@ -9,9 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils.data.batches import (
-    RepeatedBatches, UnreadableFiles, evaluation_batches, training_batches,
-)
+from utils.data.batches import RepeatedBatches, TrainingBatches, UnreadableFiles, evaluation_batches
 from utils.data.images import ImageDataset
 from utils.data.part_reader import PartReader
 from utils.data.pixels import UnreadableImage
@@ -57,11 +55,11 @@ def worker_processes():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_measuring_the_loader_changes_no_batch(workers):
     H = loading_of(workers, flip=True)
-    batches = training_batches(Fake(7), H, 3, Processes(), fail_on_unreadable)
+    batches = TrainingBatches(Fake(7), H, 3, Processes(), fail_on_unreadable)
     assert batches.images_per_second() > 0
     found = [next(batches) for _ in range(20)]
     batches.close()
-    undisturbed = training_batches(
+    undisturbed = TrainingBatches(
         Fake(7), loading_of(0, flip=True), 3, Processes(), fail_on_unreadable
     )
     expected = list(itertools.islice(undisturbed, 20))
@@ -81,7 +79,7 @@ class Slow(Fake):
 
 def test_the_loader_is_measured_and_waiting_for_it_is_counted():
     dataset, H = Slow(7), loading_of(0, batch_size=2)
-    batches = training_batches(dataset, H, 0, Processes(), fail_on_unreadable)
+    batches = TrainingBatches(dataset, H, 0, Processes(), fail_on_unreadable)
     assert 20 < batches.images_per_second(seconds=0.03) <= 100 and dataset.reads <= 8
     assert batches.seconds_waited == 0
     for _ in range(dataset.reads // 2):  # those that were read

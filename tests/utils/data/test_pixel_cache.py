@@ -17,7 +17,7 @@ from PIL import Image
 
 from helpers import ROOT, Log, OneOfMany, with_small_files
 from utils.data import pixel_cache
-from utils.data.batches import UnreadableFiles, evaluation_batches, training_batches
+from utils.data.batches import TrainingBatches, UnreadableFiles, evaluation_batches
 from utils.data.datasets import load_dataset
 from utils.data.images import augmented
 from utils.data.pixel_cache import cached_pixels
@@ -59,7 +59,7 @@ def both(H, log=None, processes=Processes()):
 def batches_of(dataset, H):
     """Training batches, evaluated images with their numbers, and what could not be read."""
     report = UnreadableFiles()
-    found = itertools.islice(training_batches(dataset, H, 3, Processes(), report), 40)
+    found = itertools.islice(TrainingBatches(dataset, H, 3, Processes(), report), 40)
     return [*found, *itertools.chain(*evaluation_batches(dataset, 9, 0, CPU, report))], report
 
 
