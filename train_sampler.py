@@ -33,7 +33,9 @@ from utils.training.loop import Means, TrainingLoop, due, mean_of, tolerate_full
 from utils.training.optimizers import (
     build_optimizer, is_matrix_of_block, learning_rate, set_learning_rate,
 )
-from utils.training.precision import Precision, seed_step, step_seed, training_arithmetic
+from utils.training.precision import (
+    Precision, measuring_arithmetic, seed_step, step_seed, training_arithmetic,
+)
 from utils.training.processes import init_processes
 from utils.training.step import Buffers, backward, take_step
 
@@ -114,8 +116,8 @@ class SamplerTraining:
                 set_learning_rate(self.optimizer, learning_rate(H, step))
                 self.buffers.keep()
                 losses, stats = self.gradients(step, next(batches))
-                outcome = take_step(losses, [self.optimizer], self.precision, H.clip_grad_norm,
-                                    self.buffers)
+                outcome = take_step(losses, [self.optimizer], self.precision, processes,
+                                    H.clip_grad_norm, self.buffers)
                 if self.ema and due(step, H.steps_per_update_ema):
                     self.ema.update(sampler, step // H.steps_per_update_ema, outcome.bad)
                 loop.count(outcome, **stats)
@@ -157,7 +159,8 @@ class SamplerTraining:
 
     def judge(self, step, loop):
         """Validate, and say how it goes; returns the record of the best step if it is this one."""
-        figures, known = self.validate()
+        with measuring_arithmetic():
+            figures, known = self.validate()
         loop.report_validation(figures, partial(sampler_health, known))
         return self.checkpoints.better(step, figures, "bits_per_token")
 

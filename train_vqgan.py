@@ -33,7 +33,7 @@ from utils.training.loop import Means, TrainingLoop, due, mean_of, tolerate_full
 from utils.training.optimizers import (
     build_optimizer, is_inner_convolution, learning_rate, set_learning_rate,
 )
-from utils.training.precision import Precision, seed_step, training_arithmetic
+from utils.training.precision import Precision, measuring_arithmetic, seed_step, training_arithmetic
 from utils.training.processes import init_processes
 from utils.training.step import Buffers, backward, take_step
 
@@ -139,7 +139,8 @@ class VQGANTraining:
                 self.codebook.before(step)
                 self.buffers.keep()
                 losses, optimizers, stats = self.gradients(step, next(batches))
-                outcome = take_step(losses, optimizers, precision, H.clip_grad_norm, self.buffers)
+                outcome = take_step(losses, optimizers, precision, self.processes,
+                                    H.clip_grad_norm, self.buffers)
                 if self.ema and due(step, H.steps_per_update_ema):
                     self.ema.update(vqgan, step // H.steps_per_update_ema, outcome.bad)
                 loop.count(outcome, **stats)
@@ -187,7 +188,7 @@ class VQGANTraining:
 
     def judge(self, step, loop):
         """Validate, and say how it goes; returns the record of the best step if it is this one."""
-        with only_compiled(self.compiled):
+        with only_compiled(self.compiled), measuring_arithmetic():
             figures, known = self.validate(step)
         loop.report_validation(figures, partial(autoencoder_health, self.H, step, known))
         if step < self.H.codebook_start_step:

@@ -53,7 +53,8 @@ class Step:
         self.buffers.keep()
         losses = self.gradients(self.number, self.batch)[0]
         outcome = take_step(
-            losses, self.all_optimizers, self.precision, H.clip_grad_norm, self.buffers
+            losses, self.all_optimizers, self.precision, self.processes, H.clip_grad_norm,
+            self.buffers,
         )
         if due(self.number, H.steps_per_update_ema):
             self.ema.update(self.model, self.number // H.steps_per_update_ema, outcome.bad)

@@ -143,7 +143,8 @@ class LogSigmaFit:
                 loss = bits_per_dim(nats, images[0].numel(), levels=256).mean()
                 self.optimizer.zero_grad()
                 backward(loss, precision)
-                loop.count(take_step([loss], [self.optimizer], precision), loss=loss.detach())
+                outcome = take_step([loss], [self.optimizer], precision, run.processes)
+                loop.count(outcome, loss=loss.detach())
                 loop.end_step()
                 if loop.must_save or loop.must_validate:
                     content = {"key": self.key, "logsigma": self.head.state_dict(),

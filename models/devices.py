@@ -14,7 +14,7 @@ COMPILERS = {"cuda": ("cc", "gcc", "clang"), "cpu": ("g++", "clang++", "c++")}
 
 @torch.compiler.assume_constant_result
 def compiler_problem(kind):
-    """Why torch cannot compile code for devices of a kind, "cuda" or "cpu", as a sentence; None
+    """Why torch cannot compile code for devices of a kind, such as "cuda", as a sentence; None
     where it can."""
     return find_compiler_problem(kind)
 
@@ -22,6 +22,8 @@ def compiler_problem(kind):
 @lru_cache
 def find_compiler_problem(kind):
     """`compiler_problem`, looked for once."""
+    if kind not in COMPILERS:
+        return f"nothing is compiled for {kind}"
     from torch.utils._triton import has_triton  # asks for the driver: not when this is imported
 
     if kind == "cuda" and not has_triton():

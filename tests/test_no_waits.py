@@ -41,7 +41,7 @@ def operations_of_second_step(kind, H, half):
         with Operations() as operations:
             training.buffers.keep()
             losses, *_ = training.gradients(step, batch)
-            outcome = take_step(losses, optimizers, precision, 1.0, training.buffers)
+            outcome = take_step(losses, optimizers, precision, processes, 1.0, training.buffers)
             if training.ema:
                 training.ema.update(model, step, outcome.bad)
         assert not outcome.bad

@@ -54,6 +54,8 @@ def copied_ahead(batches, device):
         if ahead is not None:
             yield _handed_over(*ahead)
         ahead = copy, copied
+    if ahead is not None:
+        yield _handed_over(*ahead)
 
 
 def _handed_over(tensor, copied):

@@ -161,7 +161,8 @@ class TrainingLoop:
         """Note the step's Outcome, and 0-d tensors or floats, among them `loss`, to be logged."""
         self.pending.append((self.step, outcome, stats))
         self.must_record = False
-        if not (self.late and self.finite_steps):
+        enough = len(self.pending) > self.H.max_bad_steps  # to end the run, were they all bad
+        if enough or not (self.late and self.finite_steps):
             self.settle()
 
     def settle(self):

@@ -80,6 +80,19 @@ def training_arithmetic(H):
         torch.backends.cudnn.benchmark = False
 
 
+@contextlib.contextmanager
+def measuring_arithmetic():
+    """What `training_arithmetic` allows is set aside: figures are those that experiments give."""
+    tf32, benchmark = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    allow_tf32(False)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        allow_tf32(tf32)
+        torch.backends.cudnn.benchmark = benchmark
+
+
 def step_seed(seed, step, purpose="train"):
     """The number that (seed, step, purpose) stand for in torch's generators."""
     digest = hashlib.sha256(f"{seed} {step} {purpose}".encode()).digest()

@@ -55,9 +55,9 @@ def backward(loss, precision):
     precision.scaler.scale(loss * (value - value + 1)).backward()
 
 
-def take_step(losses, optimizers, precision, clip=0.0, buffers=None):
+def take_step(losses, optimizers, precision, processes, clip=0.0, buffers=None):
     """Step all optimisers; where a loss or a gradient is not finite, none, and `restore` the
-    `buffers`. Gives the Outcome.
+    `buffers`. Gives the Outcome, which is bad on all ranks or on none.
 
     A gradient that float16's scale has made overflow is not bad: that step is passed over and the
     scaler lowers the scale. `clip` limits the norms of the gradients; 0 does not.
@@ -77,7 +77,8 @@ def take_step(losses, optimizers, precision, clip=0.0, buffers=None):
         optimizer.found_inf = passed_over.float()  # by which it leaves everything as it is
         optimizer.step()
     if scaler.is_enabled():
-        overflow = passed_over & (precision.scale > 1) & finite[: len(losses)].all()
+        finite_losses = processes.all(finite[: len(losses)])  # gradients do not tell whose it was
+        overflow = passed_over & (precision.scale > 1) & finite_losses.all()
         bad = passed_over & ~overflow
     scaler.update()
     if buffers is not None:

@@ -1,5 +1,6 @@
 """What keeps a device from waiting for images: batches read early, and kept in memory."""
 
+import contextlib
 import gc
 import itertools
 import multiprocessing
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from utils.data import device
 from utils.data.batches import RepeatedBatches, TrainingBatches, UnreadableFiles, evaluation_batches
 from utils.data.images import ImageDataset
 from utils.data.part_reader import PartReader
@@ -164,3 +166,26 @@ def test_a_part_reader_tells_of_unreadable_images():
     assert part_of(reader, 0, 4, report) == [[0, 2, 3]] and len(report) == 1
     assert part_of(reader, 4, 4, report) == [] and len(report) == 5
     assert part_of(reader, 8, 4, report) == [[8, 9, 10, 11]]
+
+
+def test_batches_that_are_copied_ahead_all_arrive_in_order(monkeypatch):
+    """Without a card: its streams and events do nothing here."""
+    events = []
+
+    class Stream:
+        def record_event(self):
+            events.append("copied")
+            return len(events)
+
+        def wait_event(self, event):
+            assert event <= len(events)
+
+    monkeypatch.setattr(device, "to_device", lambda array, where: torch.from_numpy(array))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda where: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: Stream())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    batches = (torch.full((2,), n) for n in range(3))
+    copies = device.copied_ahead(batches, torch.device("cuda"))
+    assert next(copies)[0] == 0 and len(events) == 2  # the next one is on its way
+    assert [int(batch[0]) for batch in copies] == [1, 2]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train_vqgan
+import utils.training.loop
 import utils.training.step
 from helpers import at_the_end_of_steps
 from models import AbsorbingDiffusion
@@ -128,6 +129,20 @@ def test_a_host_that_is_ahead_of_the_device_finds_out_later(stage, how, monkeypa
     log = RunFolder("bad").log.read_text()
     assert all(f"step {step} is passed over" in log for step in (4, 5, 7))
     assert "step 6 is passed over" not in log
+
+
+def test_a_host_that_is_ahead_ends_a_run_of_bad_steps_in_time(monkeypatch, capsys, workplace):
+    """Nothing is due before step 20, but no step is begun after three bad ones."""
+    begun, seed_step = [], utils.training.loop.seed_step
+    monkeypatch.setattr(
+        utils.training.loop, "seed_step", lambda *step: begun.append(step) or seed_step(*step)
+    )
+    monkeypatch.setattr(utils.training.step, "ASYNCHRONOUS", ("cpu",))
+    spoil(monkeypatch, VQGAN, "generator_losses", range(2, 21), "nan")
+    later = "--steps_per_log 20 --steps_per_eval 0 --steps_per_checkpoint 100 --log_dir a"
+    flags = f"{VQGAN_FLAGS} {later} --max_bad_steps 2 --train_steps 20"
+    line = sentence(train_vqgan.main, flags, capsys, monkeypatch)
+    assert "3 steps in a row up to step 4 were not finite" in line and len(begun) == 4
 
 
 class Counted:

@@ -33,7 +33,7 @@ from utils.evaluation import samples as sampling
 from utils.evaluation.experiment import read_results
 from utils.files import load_file
 from utils.runs.folder import RunFolder
-from utils.training.precision import step_seed
+from utils.training.precision import Precision, step_seed
 from utils.training.processes import init_processes
 
 __all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
@@ -87,8 +87,11 @@ def test_two_processes_train_an_autoencoder_and_keep_the_same_weights(workplace)
     assert_near(files_of("two", 6)["vqgan_6.th"], files_of("one", 6)["vqgan_6.th"], 1e-3)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_bad_step_of_one_process_is_passed_over_by_all(rank, two_runs, monkeypatch):
+@pytest.mark.parametrize("rank, half", [(0, False), (1, False), (0, True), (1, True)])
+def test_a_bad_step_of_one_process_is_passed_over_by_all(rank, half, two_runs, monkeypatch):
+    """With `half` in float16, where gradients that are not finite may be the scale's doing."""
+    if half:
+        monkeypatch.setattr(train_sampler, "Precision", HalfPrecision)
     forward, seeds = AbsorbingDiffusion.forward, {step_seed(0, 2, f"train, process {rank} of 2")}
 
     def spoilt(self, *arguments, **options):
@@ -105,6 +108,15 @@ def test_a_bad_step_of_one_process_is_passed_over_by_all(rank, two_runs, monkeyp
     state = files_of("two", 4)["absorbing_4.th"]
     assert all(value.isfinite().all() for value in state.values())
     assert float(state["Lt_count"].sum()) == 3 * 8
+
+
+class HalfPrecision(Precision):
+    """float16 and its gradient scaler on a CPU."""
+
+    def __init__(self, amp, device):
+        super().__init__(amp, device)
+        self.dtype = torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**8)
 
 
 @pytest.mark.parametrize("sign", ["a signal", "torchrun is gone"])

@@ -11,6 +11,7 @@ import train_vqgan
 from hparams import get_sampler_hparams, get_vqgan_hparams
 from models import VQGAN, AbsorbingDiffusion, Transformer
 from models.autoencoder.autoencoder import VQAutoEncoder
+from models.devices import find_compiler_problem
 from models.prior.absorbing_diffusion import diffusion_losses, draw_mask, draw_times
 from models.sampling.samplers import sample_mask_predict
 from utils.data.batches import RepeatedBatches
@@ -22,7 +23,7 @@ from utils.training.ema import EMA
 from utils.training.optimizers import (
     Muon, MuonWithAdamW, build_optimizer, is_inner_convolution, learning_rate,
 )
-from utils.training.precision import Precision, seed_step
+from utils.training.precision import Precision, measuring_arithmetic, seed_step, training_arithmetic
 from utils.training.processes import Processes
 from utils.training.step import backward, take_step
 
@@ -136,7 +137,7 @@ def step(loss, optimizer, precision, clip=0.0):
     """The Outcome of one step on a loss."""
     optimizer.zero_grad()
     backward(loss, precision)
-    return take_step([loss], [optimizer], precision, clip)
+    return take_step([loss], [optimizer], precision, Processes(), clip)
 
 
 def test_clipping_limits_the_gradient():
@@ -183,6 +184,25 @@ def test_a_frozen_module_computes_what_it_did_under_autocast():
         assert torch.equal(precision.frozen(module)(ids), expected)
     assert module[2].weight.dtype == torch.bfloat16 and module[1].weight.dtype == torch.float32
     assert Precision(False, CPU).frozen(torch.nn.Linear(2, 2)).weight.dtype == torch.float32
+
+
+def test_what_is_measured_during_training_is_not_in_tf32():
+    H = types.SimpleNamespace(tf32=True, deterministic=False)
+
+    def allowed():
+        convolutions = torch.backends.cudnn
+        return torch.get_float32_matmul_precision(), convolutions.allow_tf32, convolutions.benchmark
+
+    with training_arithmetic(H):
+        assert allowed() == ("high", True, True)
+        with measuring_arithmetic():
+            assert allowed() == ("highest", False, False)
+        assert allowed() == ("high", True, True)
+    assert allowed() == ("highest", False, False)
+
+
+def test_what_cannot_be_compiled_is_said_in_a_sentence():
+    assert find_compiler_problem("mps") == "nothing is compiled for mps"
 
 
 def test_psnr_of_a_known_error():
