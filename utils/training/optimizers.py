@@ -16,19 +16,20 @@ import torch
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan et al.
 
 
-def orthogonalize(matrices):
-    """Matrices [n, r, c] with their singular values brought near 1, between about 0.7 and 1.2.
+def orthogonalize(matrices, dtype=torch.float32):
+    """Matrices [n, r, c] with their singular values brought near 1, between about 0.7 and 1.2, by
+    products of numbers of a `dtype`.
 
     Five Newton-Schulz iterations X <- aX + b(XX')X + c(XX')^2 X.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).to(dtype).contiguous()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        square = x @ x.mT  # [n, r, r], r the shorter side
-        x = a * x + (b * square + c * square @ square) @ x
+        square = torch.bmm(x, x.mT)  # [n, r, r], r the shorter side
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
 
 
@@ -37,11 +38,13 @@ class Muon(torch.optim.Optimizer):
     dimensions, of which all but the first count as one; ValueError for others.
 
     A step's root mean square is 0.2 lr, about that of AdamW, so AdamW's learning rate serves.
+    Products are of bfloat16 on a GPU, and on a CPU where `bfloat16` asks for it.
     """
 
     found_inf = None
 
-    def __init__(self, parameters, lr=1e-3, momentum=0.95, weight_decay=0.0):
+    def __init__(self, parameters, lr=1e-3, momentum=0.95, weight_decay=0.0, bfloat16=False):
+        self.bfloat16 = bfloat16
         super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -67,7 +70,10 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         gradients, before = torch.stack([p.grad for p in parameters]), torch.stack(buffers)
         average = before.lerp(gradients, 1 - momentum)  # [n, r, ...]
-        steps = orthogonalize(gradients.lerp(average, momentum).flatten(2))  # [n, r, c]
+        half = self.bfloat16 or average.device.type != "cpu"
+        steps = orthogonalize(  # [n, r, c]
+            gradients.lerp(average, momentum).flatten(2), torch.bfloat16 if half else torch.float32
+        )
         steps = steps.mul_(-0.2 * lr * max(steps.shape[1:]) ** 0.5).view_as(average)
         shrink = 1 - lr * weight_decay
         if self.found_inf is not None:
@@ -96,7 +102,7 @@ def build_optimizer(model, H, takes_muon):
     """Adam, as published, AdamW, or Muon on those parameters of which `takes_muon(name, parameter)`
     says so and AdamW on the others."""
     if H.optimizer == "muon":
-        return MuonWithAdamW(model, H.lr, H.weight_decay, takes_muon)
+        return MuonWithAdamW(model, H.lr, H.weight_decay, takes_muon, H.amp)
     if H.optimizer == "adamw":
         return torch.optim.AdamW(
             model.parameters(), H.lr, weight_decay=H.weight_decay, fused=True
@@ -107,13 +113,15 @@ def build_optimizer(model, H, takes_muon):
 class MuonWithAdamW:
     """One optimiser: Muon on the parameters that `takes_muon` chooses, AdamW on everything else."""
 
-    def __init__(self, model, lr, weight_decay=0.0, takes_muon=is_matrix_of_block):
+    def __init__(
+        self, model, lr, weight_decay=0.0, takes_muon=is_matrix_of_block, bfloat16=False
+    ):
         matrices, others = [], []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 (matrices if takes_muon(name, parameter) else others).append(parameter)
         self.parts = {
-            "muon": Muon(matrices, lr, weight_decay=weight_decay),
+            "muon": Muon(matrices, lr, weight_decay=weight_decay, bfloat16=bfloat16),
             "adamw": torch.optim.AdamW(
                 others, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
             ),

@@ -6,19 +6,21 @@ import torch
 from utils.training.optimizers import Muon, orthogonalize
 
 
-def test_orthogonalize_brings_singular_values_near_one():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_brings_singular_values_near_one(dtype):
     torch.manual_seed(0)
     for shape in ((3, 16, 16), (2, 48, 16), (2, 16, 48)):
-        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape), dtype))
         assert values.min() > 0.3 and values.max() < 1.3
 
 
-def test_muon_agrees_with_torch():
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_muon_agrees_with_torch(bfloat16):
     torch.manual_seed(0)
     shapes = [(16, 16), (48, 16), (16, 48), (16, 16)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    optimizer = Muon(ours, lr=0.1, weight_decay=0.05)
+    optimizer = Muon(ours, lr=0.1, weight_decay=0.05, bfloat16=bfloat16)
     reference = torch.optim.Muon(
         theirs, lr=0.1, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
     )

@@ -71,7 +71,7 @@ def test_muon_of_an_autoencoder_leaves_colours_and_codebook_to_adamw():
     H = types.SimpleNamespace(
         img_size=16, n_channels=3, nf=32, ch_mult=[1, 1], res_blocks=1, attn_resolutions=[],
         emb_dim=8, codebook_size=5, latent_shape=[1, 8, 8], quantizer="nearest", beta=0.25,
-        optimizer="muon", lr=1e-3, weight_decay=0.0,
+        optimizer="muon", lr=1e-3, weight_decay=0.0, amp=False,
     )
     model = VQAutoEncoder(H)
     optimizer = build_optimizer(model, H, is_inner_convolution)
