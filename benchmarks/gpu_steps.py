@@ -39,6 +39,8 @@ def precision_of(name, device):
 class Step:
     """What both stages have; a call takes one training step and gives its Outcome."""
 
+    buffers = None  # what a bad step must not change
+
     def __init__(self, H, device, precision):
         self.H, self.processes = H, Processes(device=device)
         self.precision = precision_of(precision, device)
@@ -50,7 +52,8 @@ class Step:
         seed_step(H.seed, self.number)
         for optimizer in self.all_optimizers:
             set_learning_rate(optimizer, learning_rate(H, self.number))
-        self.buffers.keep()
+        if self.buffers is not None:
+            self.buffers.keep()
         losses = self.gradients(self.number, self.batch)[0]
         outcome = take_step(
             losses, self.all_optimizers, self.precision, self.processes, H.clip_grad_norm,
@@ -58,7 +61,11 @@ class Step:
         )
         if due(self.number, H.steps_per_update_ema):
             self.ema.update(self.model, self.number // H.steps_per_update_ema, outcome.bad)
+        self.end_step(outcome)
         return outcome
+
+    def end_step(self, outcome):
+        """What a stage does besides."""
 
 
 class SamplerStep(Step):
@@ -74,9 +81,13 @@ class SamplerStep(Step):
         self.ema = EMA(self.model, H.ema_beta, ["embedding_weight"], H.ema_warmup)
         self.optimizer = build_optimizer(self.model, H, is_matrix_of_block)
         self.all_optimizers = [self.optimizer]
-        self.buffers = Buffers(self.model)
         shape = (H.batch_size, self.model.tokens)
         self.batch = torch.randint(H.codebook_size, shape, device=device)
+
+    def end_step(self, outcome):
+        self.model.end_step(outcome.bad)
+        if due(self.number, self.H.steps_per_log):
+            self.model.update_histories()
 
     def compile(self):
         """Compile what `--compile` compiles."""

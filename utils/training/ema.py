@@ -36,6 +36,11 @@ class EMA:
             torch._foreach_lerp_(averages, values, 1 - beta)
         else:
             move(averages, values, (1 - beta) * (~skip).float())
+        self.copy_buffers(model)
+
+    @torch.no_grad()
+    def copy_buffers(self, model):
+        """Make the buffers those of the model."""
         for average, value in zip(self.model.buffers(), model.buffers()):
             if average is not value:
                 average.copy_(value)

@@ -387,10 +387,38 @@ def test_an_error_of_one_process_ends_all(two_runs, workplace):
     assert len(ours) <= 2 and "Traceback" not in done.stderr.split("the data is gone")[0]
 
 
-def test_histories_are_those_of_the_whole_batch(two_runs):
-    flags = f"{SAMPLER} {EXACT} --train_steps 2 --batch_size 4 --log_dir two"
-    assert on_processes(2, train_sampler.main, flags) == [0, 0]
-    sampler(f"{EXACT} --train_steps 2 --batch_size 8 --log_dir one")
-    two, one = (files_of(run, 2)["absorbing_2.th"] for run in ("two", "one"))
-    assert torch.equal(two["Lt_count"], one["Lt_count"]) and float(one["Lt_count"].sum()) == 16
-    assert_near({"h": two["loss_history"]}, {"h": one["loss_history"]}, 1e-5)
+@pytest.mark.parametrize("steps_per_log", [1, 2, 10])
+def test_histories_are_those_of_the_whole_batch(steps_per_log, two_runs):
+    """Also the EMA's copies, with an odd step after which no more is logged."""
+    flags = f"{EXACT} --t_sampling uniform --train_steps 5 --steps_per_log"
+    statuses = on_processes(
+        2, train_sampler.main, f"{SAMPLER} {flags} {steps_per_log} --batch_size 4 --log_dir two"
+    )
+    assert statuses == [0, 0]
+    sampler(f"{flags} 1 --batch_size 8 --log_dir one")
+    for name in ("absorbing_5.th", "absorbing_ema_5.th"):
+        two, one = (files_of(run, 5)[name] for run in ("two", "one"))
+        assert torch.equal(two["Lt_count"], one["Lt_count"]) and float(one["Lt_count"].sum()) == 40
+        assert float(one["Lt_count"].max()) > 5  # so some step has a time twice
+        for history in ("loss_history", "Lt_history"):
+            assert_near({"h": two[history]}, {"h": one[history]}, 1e-4 * one[history].max())
+
+
+def test_a_step_has_no_collective_beside_that_of_the_gradients(
+    two_runs, workplace, monkeypatch
+):
+    """But where something is due: the histories before a checkpoint, after steps 3 and 5."""
+    calls, all_reduce = workplace / "calls", torch.distributed.all_reduce
+
+    def counted(tensor, *arguments, **options):
+        with calls.open("a") as file:
+            file.write(f"{os.environ['RANK']} {list(tensor.shape)}\n")
+        return all_reduce(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", counted)
+    flags = "--batch_size 4 --train_steps 5 --steps_per_log 20 --steps_per_checkpoint 3"
+    command = f"{SAMPLER} {flags} --steps_per_eval 0 --log_dir two"
+    assert on_processes(2, train_sampler.main, command) == [0, 0]
+    for rank in "01":
+        lines = [line[2:] for line in calls.read_text().splitlines() if line[0] == rank]
+        assert lines == ["[3, 3, 17]", "[2, 3, 17]"]
