@@ -7,10 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import train_sampler
@@ -33,6 +35,7 @@ from utils.evaluation import samples as sampling
 from utils.evaluation.experiment import read_results
 from utils.files import load_file
 from utils.runs.folder import RunFolder
+from utils.training import processes
 from utils.training.precision import Precision, step_seed
 from utils.training.processes import init_processes
 
@@ -139,6 +142,33 @@ def test_several_processes_leave_together_and_go_on(sign, two_runs, monkeypatch)
     assert on_processes(2, train_sampler.main, f"{flags} --log_dir parts --resume") == [0, 0]
     assert on_processes(2, train_sampler.main, f"{flags} --log_dir through") == [0, 0]
     assert_identical(files_of("through", 6), files_of("parts", 6))
+
+
+def test_who_was_interrupted_is_asked_without_the_device(workplace):
+    """Values on a meta device cannot be read."""
+    def main(flags):
+        processes = replace(init_processes("cpu"), device=torch.device("meta"))
+        assert processes.any(processes.rank == 1) and not processes.any(False)
+
+    assert on_processes(2, main) == [0, 0]
+
+
+def test_processes_on_gpus_have_a_group_on_their_hosts(monkeypatch):
+    """Of gloo, with the timeout of a step, besides that of nccl."""
+    for name, value in as_torchrun(0, 2).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "resolve_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    made = []
+    monkeypatch.setattr(dist, "init_process_group", lambda name, **how: made.append((name, how)))
+    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: (backend, timeout))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    found = init_processes("cuda")
+    device = torch.device("cuda:0")
+    assert made == [("nccl", dict(timeout=processes.TIMEOUT, device_id=device))]
+    assert found.hosts == ("gloo", processes.TIMEOUT)
+    assert found.patient == ("gloo", processes.PATIENCE)
 
 
 def test_an_unreadable_image_of_any_rank_is_named_in_the_log(workplace):
@@ -408,14 +438,14 @@ def test_a_step_has_no_collective_beside_that_of_the_gradients(
     two_runs, workplace, monkeypatch
 ):
     """But where something is due: the histories before a checkpoint, after steps 3 and 5."""
-    calls, all_reduce = workplace / "calls", torch.distributed.all_reduce
+    calls, all_reduce = workplace / "calls", dist.all_reduce
 
     def counted(tensor, *arguments, **options):
         with calls.open("a") as file:
             file.write(f"{os.environ['RANK']} {list(tensor.shape)}\n")
         return all_reduce(tensor, *arguments, **options)
 
-    monkeypatch.setattr(torch.distributed, "all_reduce", counted)
+    monkeypatch.setattr(dist, "all_reduce", counted)
     flags = "--batch_size 4 --train_steps 5 --steps_per_log 20 --steps_per_checkpoint 3"
     command = f"{SAMPLER} {flags} --steps_per_eval 0 --log_dir two"
     assert on_processes(2, train_sampler.main, command) == [0, 0]
