@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from gpu_setup import HALF
 
 from models import VQGAN
 from models.autoencoder.formats import to_fast_format
@@ -30,7 +31,7 @@ FIRST_STEP = 40007
 def precision_of(name, device):
     """Precision "float32", "tf32", "bfloat16" or "float16" of a training step on the device."""
     precision = Precision(False, device)
-    if name in ("bfloat16", "float16"):
+    if name in HALF:
         precision.dtype = getattr(torch, name)
     precision.scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
     return precision
