@@ -118,7 +118,7 @@ class SamplerTraining:
                                     H.clip_grad_norm)
                 sampler.end_step(outcome.bad)
                 if self.ema and due(step, H.steps_per_update_ema):
-                    self.ema.update(sampler, step // H.steps_per_update_ema, outcome.bad)
+                    self.ema.update(step // H.steps_per_update_ema, outcome.bad)
                 loop.count(outcome, **stats)
                 if loop.must_record:
                     record_settings(H, self.log)
@@ -162,7 +162,7 @@ class SamplerTraining:
         """Bring the losses of each time up to date, with those of all ranks."""
         self.sampler.update_histories(self.processes.sum)
         if self.ema:
-            self.ema.copy_buffers(self.sampler)
+            self.ema.copy_buffers()
 
     def judge(self, step, loop):
         """Validate, and say how it goes; returns the record of the best step if it is this one."""

@@ -61,7 +61,7 @@ class Step:
             self.buffers,
         )
         if due(self.number, H.steps_per_update_ema):
-            self.ema.update(self.model, self.number // H.steps_per_update_ema, outcome.bad)
+            self.ema.update(self.number // H.steps_per_update_ema, outcome.bad)
         self.end_step(outcome)
         return outcome
 

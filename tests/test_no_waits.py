@@ -45,7 +45,7 @@ def operations_of_second_step(kind, H, half):
             losses, *_ = training.gradients(step, batch)
             outcome = take_step(losses, optimizers, precision, processes, 1.0, buffers)
             if training.ema:
-                training.ema.update(model, step, outcome.bad)
+                training.ema.update(step, outcome.bad)
             if kind is train_sampler.SamplerTraining:
                 model.end_step(outcome.bad)
                 training.update_histories()
