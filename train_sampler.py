@@ -37,7 +37,7 @@ from utils.training.precision import (
     Precision, measuring_arithmetic, seed_step, step_seed, training_arithmetic,
 )
 from utils.training.processes import init_processes
-from utils.training.step import Buffers, backward, take_step
+from utils.training.step import backward, take_step
 
 VALIDATION_DRAWS = 8
 
@@ -91,7 +91,6 @@ class SamplerTraining:
         if self.compiled:
             transformer.compile_blocks(fullgraph=bool(H.compile))
         self.loss = processes.wrap(self.sampler)
-        self.buffers = Buffers(self.sampler)
 
     @torch.no_grad()
     def log_reconstruction(self, dataset):
@@ -114,16 +113,18 @@ class SamplerTraining:
             for step in loop:
                 sampler.train()
                 set_learning_rate(self.optimizer, learning_rate(H, step))
-                self.buffers.keep()
                 losses, stats = self.gradients(step, next(batches))
                 outcome = take_step(losses, [self.optimizer], self.precision, processes,
-                                    H.clip_grad_norm, self.buffers)
+                                    H.clip_grad_norm)
+                sampler.end_step(outcome.bad)
                 if self.ema and due(step, H.steps_per_update_ema):
-                    self.ema.update(sampler, step // H.steps_per_update_ema, outcome.bad)
+                    self.ema.update(step // H.steps_per_update_ema, outcome.bad)
                 loop.count(outcome, **stats)
                 if loop.must_record:
                     record_settings(H, self.log)
                 loop.end_step()
+                if loop.must_add_up:
+                    self.update_histories()
                 best = self.judge(step, loop) if loop.must_validate else None
                 if loop.must_show or loop.must_save_images:
                     self.show_samples(step, loop.must_save_images, loop.must_show)
@@ -155,7 +156,13 @@ class SamplerTraining:
             return {}
         rng = torch.Generator(processes.device).manual_seed(step_seed(self.H.seed, step))
         part = processes.rank * parts + index, processes.size * parts
-        return dict(rng=rng, part=part, reduce=processes.sum)
+        return dict(rng=rng, part=part)
+
+    def update_histories(self):
+        """Bring the losses of each time up to date, with those of all ranks."""
+        self.sampler.update_histories(self.processes.sum)
+        if self.ema:
+            self.ema.copy_buffers()
 
     def judge(self, step, loop):
         """Validate, and say how it goes; returns the record of the best step if it is this one."""

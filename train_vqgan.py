@@ -142,7 +142,7 @@ class VQGANTraining:
                 outcome = take_step(losses, optimizers, precision, self.processes,
                                     H.clip_grad_norm, self.buffers)
                 if self.ema and due(step, H.steps_per_update_ema):
-                    self.ema.update(vqgan, step // H.steps_per_update_ema, outcome.bad)
+                    self.ema.update(step // H.steps_per_update_ema, outcome.bad)
                 loop.count(outcome, **stats)
                 self.codebook.after(step, loop)
                 if loop.must_record:

@@ -19,7 +19,8 @@ def advice(report):
     failed = [name for name, part in report.parts.items() if part["state"] == "failed"]
     if failed:
         sentences.append(f"Not all is well: {', '.join(failed)} failed, see above.")
-    return [f"On {report.facts['card']}:", *sentences] if sentences else []
+    first = [f"On {report.facts['card']}:", *amp_words(report)]
+    return [*first, *sentences] if sentences else []
 
 
 def speed(report, stage, precision, compiled=False):
@@ -27,9 +28,20 @@ def speed(report, stage, precision, compiled=False):
     return report.value("training", stage=stage, precision=precision, compiled=compiled)
 
 
+def amp_words(report):
+    """What --amp is on a card without bfloat16."""
+    if report.facts["amp"] == "bfloat16":
+        return []
+    found = report.facts["compute_capability"]
+    return [f"This card has no bfloat16 (compute capability {found}; 8.0 has it): --amp computes "
+            f"in float16 with a gradient scaler, which passes over a step where gradients overflow "
+            f"and then lowers its scale."]
+
+
 def precision_words(report, stage):
     """Whether --amp pays, and TF32 where it is not given."""
-    plain, tf32, half = (speed(report, stage, x) for x in ("float32", "tf32", "bfloat16"))
+    names = ("float32", "tf32", report.facts["amp"])
+    plain, tf32, half = (speed(report, stage, name) for name in names)
     words = []
     if half and (tf32 or plain):
         other = max(filter(None, (tf32, plain)))
@@ -51,8 +63,9 @@ def compilation_words(report, stage):
     if failed:
         return [f"Give --no_compile for the {stage}, which does not compile here "
                 f"({failed[0]['detail'][:150]})."]
-    eager, compiled = (speed(report, stage, "bfloat16", on) for on in (False, True))
-    seconds = report.value("compilation", stage=stage, precision="bfloat16")
+    amp = report.facts["amp"]
+    eager, compiled = (speed(report, stage, amp, on) for on in (False, True))
+    seconds = report.value("compilation", stage=stage, precision=amp)
     if not eager or not compiled or seconds is None:
         return []
     if compiled < CLEAR * eager:

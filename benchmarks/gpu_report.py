@@ -135,7 +135,7 @@ def describe(what, about):
 def facts(setup):
     """What the figures depend on beside the code: card, driver, versions."""
     found = {"card": machine(setup.device).partition(";")[0], "torch": torch.__version__,
-             "cuda": torch.version.cuda, "driver": driver(), "tiny": setup.tiny}
+             "cuda": torch.version.cuda, "driver": driver(), "tiny": setup.tiny, "amp": setup.half}
     if setup.on_gpu:
         properties = torch.cuda.get_device_properties(setup.device)
         found |= {"memory_bytes": properties.total_memory,

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from hparams import get_sampler_hparams, get_vqgan_hparams
 from utils.training.build import build_sampler
-from utils.training.precision import allow_tf32
+from utils.training.precision import Precision, allow_tf32
 
 PUBLISHED = "--dataset ffhq --ema"  # churches and bedrooms have the same sizes and batches
 SMALL_AUTOENCODER = (
@@ -21,6 +21,7 @@ SMALL_AUTOENCODER = (
 )
 SMALL_SAMPLER = "--bert_n_emb 32 --bert_n_head 4 --bert_n_layers 2 --batch_size 2"
 STAGES = ("sampler", "autoencoder")
+HALF = ("bfloat16", "float16")
 WAITS = ("_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "equal")
 
 
@@ -34,6 +35,12 @@ class Setup:
     @property
     def on_gpu(self):
         return self.device.type == "cuda"
+
+    @property
+    def half(self):
+        """The type that `--amp` takes on the device; "bfloat16" where it takes none."""
+        name = Precision(True, self.device).description
+        return name if name in HALF else "bfloat16"
 
     def wait(self):
         """Wait until the device has done what it was given."""

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from gpu_setup import HALF
 
 from models import VQGAN
 from models.autoencoder.formats import to_fast_format
@@ -30,7 +31,7 @@ FIRST_STEP = 40007
 def precision_of(name, device):
     """Precision "float32", "tf32", "bfloat16" or "float16" of a training step on the device."""
     precision = Precision(False, device)
-    if name in ("bfloat16", "float16"):
+    if name in HALF:
         precision.dtype = getattr(torch, name)
     precision.scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
     return precision
@@ -38,6 +39,8 @@ def precision_of(name, device):
 
 class Step:
     """What both stages have; a call takes one training step and gives its Outcome."""
+
+    buffers = None  # what a bad step must not change
 
     def __init__(self, H, device, precision):
         self.H, self.processes = H, Processes(device=device)
@@ -50,15 +53,20 @@ class Step:
         seed_step(H.seed, self.number)
         for optimizer in self.all_optimizers:
             set_learning_rate(optimizer, learning_rate(H, self.number))
-        self.buffers.keep()
+        if self.buffers is not None:
+            self.buffers.keep()
         losses = self.gradients(self.number, self.batch)[0]
         outcome = take_step(
             losses, self.all_optimizers, self.precision, self.processes, H.clip_grad_norm,
             self.buffers,
         )
         if due(self.number, H.steps_per_update_ema):
-            self.ema.update(self.model, self.number // H.steps_per_update_ema, outcome.bad)
+            self.ema.update(self.number // H.steps_per_update_ema, outcome.bad)
+        self.end_step(outcome)
         return outcome
+
+    def end_step(self, outcome):
+        """What a stage does besides."""
 
 
 class SamplerStep(Step):
@@ -74,9 +82,13 @@ class SamplerStep(Step):
         self.ema = EMA(self.model, H.ema_beta, ["embedding_weight"], H.ema_warmup)
         self.optimizer = build_optimizer(self.model, H, is_matrix_of_block)
         self.all_optimizers = [self.optimizer]
-        self.buffers = Buffers(self.model)
         shape = (H.batch_size, self.model.tokens)
         self.batch = torch.randint(H.codebook_size, shape, device=device)
+
+    def end_step(self, outcome):
+        self.model.end_step(outcome.bad)
+        if due(self.number, self.H.steps_per_log):
+            self.model.update_histories()
 
     def compile(self):
         """Compile what `--compile` compiles."""

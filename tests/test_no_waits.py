@@ -37,13 +37,18 @@ def operations_of_second_step(kind, H, half):
     else:
         batch = training.ids[: H.batch_size, 0].long()
         optimizers = [training.optimizer]
+    buffers = getattr(training, "buffers", None)
     for step in (H.train_steps - 1, H.train_steps):
         with Operations() as operations:
-            training.buffers.keep()
+            if buffers is not None:
+                buffers.keep()
             losses, *_ = training.gradients(step, batch)
-            outcome = take_step(losses, optimizers, precision, processes, 1.0, training.buffers)
+            outcome = take_step(losses, optimizers, precision, processes, 1.0, buffers)
             if training.ema:
-                training.ema.update(model, step, outcome.bad)
+                training.ema.update(step, outcome.bad)
+            if kind is train_sampler.SamplerTraining:
+                model.end_step(outcome.bad)
+                training.update_histories()
         assert not outcome.bad
     return operations
 
@@ -79,8 +84,11 @@ def test_a_modern_step_on_photographs_waits_for_nothing(photos):
     assert operations.total > 100 and operations.waits == {}
 
 
-@pytest.mark.parametrize("flags", ["--optimizer adam", "--optimizer muon --mask_schedule fixed"])
+@pytest.mark.parametrize("flags", [
+    "--optimizer adam", "--optimizer muon --mask_schedule fixed --t_sampling uniform"
+])
 def test_a_sampler_learns_the_same_in_parts(flags, two_runs):
+    """Weights and what is known of each time's loss."""
     flags = f"{flags} --embd_pdrop 0 --resid_pdrop 0 --steps_per_log 1 --train_steps 4"
     sampler(f"{flags} --log_dir whole")
     sampler(f"{flags} --log_dir parts --accumulate 4")
@@ -89,8 +97,7 @@ def test_a_sampler_learns_the_same_in_parts(flags, two_runs):
     for run in ("parts", "blocks"):
         state = files_of(run, 4)["absorbing_4.th"]
         for name, value in whole.items():
-            if name.startswith("_denoise_fn"):
-                assert torch.allclose(value, state[name], atol=2e-3), (run, name)
+            assert torch.allclose(value, state[name], rtol=1e-3, atol=2e-3), (run, name)
 
 
 def test_an_autoencoder_learns_the_same_in_parts(workplace):

@@ -66,7 +66,8 @@ def weighted_sum(nll, g_loss, share, max_weight, x_hat, seen, last_weight, grad_
     Both losses are functions of `seen`, a leaf that holds the values of x_hat. So each of their
     networks is passed backward once, to the image: the last layer's gradients and that of the sum
     follow from the gradients there. `grad_scale`, a float or a 0-d tensor, multiplies the losses
-    while they are differentiated, so that float16 gradients do not vanish.
+    while they are differentiated, so that float16 gradients do not vanish. Where that makes both
+    gradients of the last layer overflow, the sum is finite, with a w of 0, and its gradient is not.
     """
     of_image, of_last_weight = [], []
     for loss in (nll, g_loss):
@@ -77,6 +78,7 @@ def weighted_sum(nll, g_loss, share, max_weight, x_hat, seen, last_weight, grad_
     weight = share * adaptive_weight(*of_last_weight, max_weight)
     # A weight of 0 also comes of an adversarial gradient that float16 cannot hold: leave it out.
     adversarial = (weight * of_image[1]).masked_fill(weight == 0, 0)
+    weight = weight.nan_to_num(0.0)  # of two infinite gradients
     value = (nll + weight * g_loss).detach()  # the graphs of both are used up
     return GivenGradient.apply(x_hat, value, of_image[0] + adversarial, grad_scale), weight
 

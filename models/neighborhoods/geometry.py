@@ -5,13 +5,16 @@ group and its window the S keys that any of them attends to; there are A blocks.
 columns: A' T' S'.
 """
 
+from collections import OrderedDict
 from functools import lru_cache, wraps
+from threading import RLock
 from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+KEPT_BYTES = 2**29  # of each `constant` function; two masks of 8 heads over 63x63 ids in bfloat16
 ALIGNMENT = 16  # CUDA's memory-efficient kernel copies a mask whose rows are not so many apart
 
 
@@ -28,22 +31,48 @@ def faked():
     return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
 
 
+class Kept:
+    """What a function gives, tuples of tensors, by its arguments: the last one used, and those
+    before it as long as all together take at most KEPT_BYTES."""
+
+    def __init__(self, function):
+        self.function, self.bytes = function, 0
+        self.values = OrderedDict()  # arguments to (value, its bytes), the last used at the end
+        self.lock = RLock()  # blocks are computed again in the thread of the backward pass
+
+    def __call__(self, *arguments):
+        with self.lock:
+            if arguments in self.values:
+                self.values.move_to_end(arguments)
+                return self.values[arguments][0]
+            with torch.inference_mode(False), torch.no_grad():  # training may need it later
+                value = self.function(*arguments)
+            self.values[arguments] = value, sum(tensor.nbytes for tensor in value)
+            self.bytes += self.values[arguments][1]
+            while self.bytes > KEPT_BYTES and len(self.values) > 1:
+                self.bytes -= self.values.popitem(last=False)[1][1]
+            return value
+
+    def clear(self):
+        with self.lock:
+            self.values.clear()
+            self.bytes = 0
+
+
 def constant(function):
-    """`function` of plain arguments, computed once and kept; a constant in a compiled graph.
+    """`function` of plain arguments, computed once and `Kept`; a constant in a compiled graph,
+    which keeps it as long as it lives.
 
     It returns a tuple of tensors (a single one has no shape in a graph), which nobody may change.
     """
-    @lru_cache(maxsize=32)
-    def computed(*arguments):
-        with torch.inference_mode(False), torch.no_grad():  # training may need it later
-            return function(*arguments)
+    kept = Kept(function)
 
     @wraps(function)
     def wrapper(*arguments):
-        return function(*arguments) if faked() else computed(*arguments)
+        return function(*arguments) if faked() else kept(*arguments)
 
     wrapper = torch.compiler.assume_constant_result(wrapper)
-    wrapper.cache_clear = computed.cache_clear
+    wrapper.cache_clear = kept.clear
     return wrapper
 
 

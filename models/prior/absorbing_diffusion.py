@@ -63,7 +63,9 @@ class AbsorbingDiffusion(nn.Module):
     `mask_id` is the id of the absorbing state, K; `embedding_weight` [K, emb_dim] is the codebook,
     which is neither copied nor saved. The running averages of each time's losses (`loss_history`
     of the objective, `Lt_history` of the squared bound; decay 0.9) and the number of visits
-    `Lt_count` are buffers [T+1], saved with the weights.
+    `Lt_count` are buffers [T+1], saved with the weights. In training, forward passes note losses,
+    `end_step` makes a step of them, and `update_histories` averages the steps into the histories,
+    before these are read.
     """
 
     def __init__(self, H, denoise_fn, mask_id, embedding_weight):
@@ -81,6 +83,7 @@ class AbsorbingDiffusion(nn.Module):
         }
         for name in ("Lt_history", "Lt_count", "loss_history"):
             self.register_buffer(name, torch.zeros(H.total_steps + 1))
+        self.noted, self.steps = None, []  # sums of losses: of this step, of those before it
         self.register_buffer("embedding_weight", embedding_weight.detach(), persistent=False)
         self._denoise_fn = denoise_fn
 
@@ -98,12 +101,11 @@ class AbsorbingDiffusion(nn.Module):
         logits = self._denoise_fn(ids.masked_fill(mask, self.mask_id))
         return diffusion_losses(logits, ids, mask, t, self.total_steps)
 
-    def forward(self, ids, rng=None, part=(0, 1), reduce=None):
+    def forward(self, ids, rng=None, part=(0, 1)):
         """Training objective for ids [B, N]: a dict with `loss` and `bits_per_token`, means.
 
         With `part` (r, R) the ids are part r of R of a batch, whose noise is drawn for all parts
-        from `rng`. In training mode the histories are updated with all parts: `reduce` adds a
-        tensor up over them in place, as `torch.distributed.all_reduce` does.
+        from `rng`. In training mode the losses are noted for the histories.
         """
         index, parts = part
         t = draw_times(len(ids) * parts, self.total_steps, self.low_discrepancy, rng, ids.device)
@@ -112,22 +114,46 @@ class AbsorbingDiffusion(nn.Module):
         losses = self.losses(ids, t, mask)
         loss = losses[self.loss_type]
         if self.training:
-            self.update_histories(t, loss.detach(), losses["elbo"].detach(), reduce)
+            self.note(t, loss.detach(), losses["elbo"].detach())
         return {"loss": loss.mean(), "bits_per_token": losses["elbo"].detach().mean()}
 
     @torch.no_grad()
-    def update_histories(self, t, loss, elbo, reduce=None):
-        """Average the losses [B] at times t into the histories; a first visit sets them."""
+    def note(self, t, loss, elbo):
+        """Add losses [B] at times t to the sums of this step: visits, losses, squared bounds."""
         values = torch.stack((torch.ones_like(loss), loss, elbo**2))  # [3, B]
-        sums = values.new_zeros(3, self.total_steps + 1).index_add_(1, t, values)
-        if reduce is not None:
-            reduce(sums)
-        visits = sums[0]
-        decay = torch.where(self.Lt_count > 0, 0.9, 0.0)
-        for history, total in ((self.loss_history, sums[1]), (self.Lt_history, sums[2])):
-            mean = total / visits.clamp(min=1)
-            history.copy_(torch.where(visits > 0, decay * history + (1 - decay) * mean, history))
-        self.Lt_count += visits
+        if self.noted is None:
+            self.noted = values.new_zeros(3, self.total_steps + 1)
+        self.noted.index_add_(1, t, values)
+
+    @torch.no_grad()
+    def end_step(self, bad):
+        """The losses noted since the last call are those of one step of training; where `bad`, bool
+        0-d, is true, they are left out."""
+        self.steps.append(self.noted.masked_fill_(bad, 0.0))
+        self.noted = None
+
+    @torch.no_grad()
+    def update_histories(self, add_up=None):
+        """Average the steps since the last call into the histories, one after another: the mean of
+        the losses at each time, whose first visit sets its entry.
+
+        `add_up` adds a tensor up over several processes in place, as
+        `torch.distributed.all_reduce` does: the means are then those of all.
+        """
+        if not self.steps:
+            return
+        steps, self.steps = torch.stack(self.steps), []  # [n, 3, T+1]
+        if add_up is not None:
+            add_up(steps)
+        histories = torch.stack((self.loss_history, self.Lt_history))
+        for visits, *totals in steps:
+            means = torch.stack(totals) / visits.clamp(min=1)
+            decay = torch.where(self.Lt_count > 0, 0.9, 0.0)
+            averages = decay * histories + (1 - decay) * means
+            histories = torch.where(visits > 0, averages, histories)
+            self.Lt_count += visits
+        self.loss_history.copy_(histories[0])
+        self.Lt_history.copy_(histories[1])
 
     @torch.no_grad()
     def bits_per_token(self, ids):

@@ -32,13 +32,19 @@ class AutoregressiveTransformer(nn.Module):
         nats = F.cross_entropy(logits.transpose(1, 2).float(), ids, reduction="none")
         return nats / math.log(2)
 
-    def forward(self, ids, rng=None, part=(0, 1), reduce=None):
+    def forward(self, ids, rng=None, part=(0, 1)):
         """Training objective for ids [B, N]: `loss` and `bits_per_token`, both the mean of `bits`.
 
         The other arguments are those of `AbsorbingDiffusion.forward` and are ignored.
         """
         loss = self.bits(ids).mean()
         return {"loss": loss, "bits_per_token": loss.detach()}
+
+    def end_step(self, bad):
+        """It has no times, and so no histories of their losses."""
+
+    def update_histories(self, add_up=None):
+        """See `end_step`."""
 
     @torch.no_grad()
     def bits_per_token(self, ids):

@@ -1,5 +1,6 @@
 """`make gpu-check`: every part runs at tiny sizes on the CPU, and says what it has found."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import time
 import gpu
 import gpu_advice
 import gpu_checks
+import gpu_speed
 import pytest
 import torch
 from gpu_report import Report
@@ -124,10 +126,10 @@ def test_operations_that_wait_are_counted():
     assert operations.total == 5  # gt, index, sum, _local_scalar_dense, mean; no view
 
 
-def measured(*figures, memory=None, checks=()):
+def measured(*figures, memory=None, checks=(), **facts):
     """A report with these figures."""
     report = Report.__new__(Report)
-    report.facts = {"card": "a card", "memory_bytes": memory}
+    report.facts = {"card": "a card", "memory_bytes": memory, "amp": "bfloat16", **facts}
     report.figures, report.checks, report.parts = list(figures), list(checks), {}
     return report
 
@@ -149,6 +151,42 @@ def test_advice_follows_from_the_figures():
     assert "more than 600 steps: 20 steps/s compiled after 30 s" in words  # 30 / (1/10 - 1/20)
     report.figures[3]["value"] = 10.1
     assert "Give --no_compile for the sampler" in " ".join(gpu_advice.advice(report))
+
+
+def test_advice_for_a_card_without_bfloat16_is_of_float16():
+    """Also where the figures hold bfloat16, which such a card emulates."""
+    report = measured(
+        training("float32", 5.0), training("bfloat16", 1.0), training("float16", 9.0),
+        training("float16", 18.0, compiled=True),
+        training("float16", 30.0, compiled=True, what="compilation"),
+        amp="float16", compute_capability="7.5",
+    )
+    words = " ".join(gpu_advice.advice(report))
+    assert "no bfloat16 (compute capability 7.5; 8.0 has it): --amp computes in float16" in words
+    assert "Give --amp for the sampler: 9 steps/s with it, 5 without." in words
+    assert "18 steps/s compiled after 30 s, 9 not" in words
+    report.facts["amp"] = "bfloat16"
+    words = " ".join(gpu_advice.advice(report))
+    assert "float16" not in words and "Leave out --amp for the sampler: 1 steps/s with it" in words
+
+
+@pytest.mark.parametrize("capability, amp", [((7, 5), "float16"), ((8, 0), "bfloat16")])
+def test_what_is_measured_is_what_amp_takes_on_the_card(capability, amp, monkeypatch):
+    """Training, memory, and what the report says of the card."""
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(Setup, "clean", lambda setup, code=False: None)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0)
+    )
+    setup, report, asked = Setup(torch.device("cuda")), measured(), []
+    assert setup.half == amp
+    monkeypatch.setattr(gpu_speed, "flops_of", lambda *arguments: 1)
+    monkeypatch.setattr(gpu_speed, "time_training", lambda *case: asked.append(case[3]))
+    monkeypatch.setattr(gpu_checks, "peak_of_training", lambda *case: asked.append(case[2]))
+    report.began, report.seconds, report.part = time.perf_counter(), 60, ""
+    gpu_speed.training(setup, report)
+    gpu_checks.memory(setup, report)
+    assert set(asked) == {amp, "tf32", "float32"}
 
 
 def test_advice_on_batches_draws_a_line_through_two():

@@ -1,6 +1,7 @@
 """Neighborhood attention against golden data, a brute-force definition, and natten itself."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
@@ -169,6 +170,24 @@ def test_grids_cached_in_inference_mode_work_in_training(backend):
             with context:
                 out = neighborhood_attention_2d(*qkv, 3, rpb=table, backend=backend)
         out.sum().backward()
+
+
+def test_masks_of_many_sizes_take_no_more_memory_than_allowed(monkeypatch):
+    """The last used stay; one that is larger than the limit is kept until the next."""
+    monkeypatch.setattr(geometry, "KEPT_BYTES", 100_000)
+    geometry.dense_mask.cache_clear()
+    there, groups = [], (geometry.Heads(1, 3, 1),)
+
+    def mask_of(side):
+        return geometry.dense_mask(side, side, groups, torch.float32, torch.device("cpu"))[0]
+
+    for side in (4, 8, 12, 11, 8, 10, 20, 9):  # 80 kB and more from 12 on
+        there.append(weakref.ref(mask_of(side)))
+        alive = {id(mask()): mask().nbytes for mask in there if mask() is not None}
+        assert len(alive) == 1 or sum(alive.values()) <= 100_000
+        assert mask_of(side) is there[-1]()
+    assert there[4]() is None and there[6]() is None and there[7]() is not None
+    geometry.dense_mask.cache_clear()
 
 
 @pytest.mark.parametrize("backend", ["tiled", "dense"])

@@ -19,7 +19,7 @@ from utils.data.batches import UnreadableFiles, nothing_readable, pixel_batches,
 from utils.data.images import ImageDataset
 from utils.data.pixels import UnreadableImage
 from utils.data.split import part_of
-from utils.errors import DiskError
+from utils.errors import DiskError, UserError
 from utils.files import make_folder, remove_leftovers, sync_folder, whole_file
 
 try:
@@ -78,7 +78,8 @@ class CachedPixels(ImageDataset):
 
 def cached_pixels(dataset, H, processes, log):
     """`dataset`, or with `--cache_pixels` its CachedPixels, which rank 0 makes where they are not
-    there. Raises UserError where no image can be read, DiskError where the disk is full."""
+    there. Raises UserError where no image can be read, or the system fails to read them, DiskError
+    where the disk is full."""
     if not H.cache_pixels or dataset.reads_fast:
         return dataset
     key = dataset.fingerprint()
@@ -192,12 +193,20 @@ class PixelFile:
                 record["unreadable"][str(missing)] = unreadable.get(name, "it cannot be read")
                 file.write(bytes(self.image_bytes))
 
-        for pixels, indices in pixel_batches(
-            part_of(self.dataset, first, count), READ, num_workers, torch.device("cpu"), unreadable
-        ):
+        for pixels, indices in self.read(first, count, num_workers, unreadable):
             for index, image in zip(indices.tolist(), pixels):
                 fill_up(first + index)
                 file.write(image.numpy().tobytes())
                 place = first + index + 1
             bar.update(place - bar.n)
         fill_up(first + count)
+
+    def read(self, first, count, num_workers, unreadable):
+        """`pixel_batches` of `count` images from number `first` on; UserError where the system does
+        not let them be read."""
+        part = part_of(self.dataset, first, count)
+        try:
+            yield from pixel_batches(part, READ, num_workers, torch.device("cpu"), unreadable)
+        except OSError as error:
+            what = error.filename or f"the images of {self.dataset.name}"
+            raise UserError(f"cannot read {what}: {error.strerror or error}") from None

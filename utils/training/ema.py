@@ -8,7 +8,7 @@ from utils.training.step import is_asynchronous
 
 
 class EMA:
-    """Exponential moving average of a model's parameters; `.model` is the averaged copy.
+    """Exponential moving average of the parameters of `model`; `.model` is the averaged copy.
 
     Buffers are copied; submodules and buffers named in `shared`, which never change, are shared.
     With `warmup` the n-th update keeps at most (n + 1) / (n + 10) of the average, which so is not
@@ -19,9 +19,13 @@ class EMA:
         never_copied = {id(value): value for value in (getattr(model, name) for name in shared)}
         self.model = copy.deepcopy(model, never_copied).requires_grad_(False).eval()
         self.beta, self.warmup = beta, warmup
+        # To walk through the modules takes longer than to average: once, here.
+        own = pairs_of(self.model.parameters(), model.parameters())
+        self.averages, self.values = (list(tensors) for tensors in zip(*own))
+        self.buffers = pairs_of(self.model.buffers(), model.buffers())
 
     @torch.no_grad()
-    def update(self, model, n, skip=None):
+    def update(self, n, skip=None):
         """average <- beta * average + (1 - beta) * parameter; `n` is the number of the update.
 
         With `skip`, bool 0-d, nothing changes where it is true.
@@ -31,14 +35,22 @@ class EMA:
                 return
             skip = None
         beta = min(self.beta, (n + 1) / (n + 10)) if self.warmup else self.beta
-        averages, values = list(self.model.parameters()), list(model.parameters())
         if skip is None:
-            torch._foreach_lerp_(averages, values, 1 - beta)
+            torch._foreach_lerp_(self.averages, self.values, 1 - beta)
         else:
-            move(averages, values, (1 - beta) * (~skip).float())
-        for average, value in zip(self.model.buffers(), model.buffers()):
-            if average is not value:
-                average.copy_(value)
+            move(self.averages, self.values, (1 - beta) * (~skip).float())
+        self.copy_buffers()
+
+    @torch.no_grad()
+    def copy_buffers(self):
+        """Make the buffers those of the model."""
+        for average, value in self.buffers:
+            average.copy_(value)
+
+
+def pairs_of(averages, values):
+    """The pairs of two iterables of tensors, without those that are one tensor."""
+    return [(average, value) for average, value in zip(averages, values) if average is not value]
 
 
 def move(averages, values, weight):

@@ -38,6 +38,7 @@ class Processes:
     device: torch.device = torch.device("cpu")
     launcher: int = 0  # the process id of torchrun
     patient: object = None  # the group of all processes that waits for PATIENCE, on the CPU
+    hosts: object = None  # that which waits for TIMEOUT, on the CPU; None: the default group is it
 
     @property
     def is_first(self):
@@ -89,10 +90,12 @@ class Processes:
         return flags.bool()
 
     def any(self, flag):
-        """Whether a bool is true in any process."""
+        """Whether a bool is true in any process. No device is waited for."""
         if self.size == 1:
             return flag
-        return not bool(self.all(torch.tensor([not flag], device=self.device)))
+        number = torch.tensor(int(flag))
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.hosts)
+        return bool(number)
 
     def mean(self, values):
         """The dict of numbers `values` as means over the processes."""
@@ -165,16 +168,18 @@ def init_processes(name):
     waiting = threading.Timer(10, print, [message], {"file": sys.stderr, "flush": True})
     waiting.daemon = True
     waiting.start()
+    hosts = None
     try:
         with default_signals():  # torch waits without letting Python handle any
             if device.type == "cuda":
                 dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+                hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)
             else:
                 dist.init_process_group("gloo", timeout=TIMEOUT)
             patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     finally:
         waiting.cancel()
-    return Processes(dist.get_rank(), dist.get_world_size(), device, os.getppid(), patient)
+    return Processes(dist.get_rank(), dist.get_world_size(), device, os.getppid(), patient, hosts)
 
 
 def single_process(name):

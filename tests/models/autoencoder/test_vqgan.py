@@ -398,6 +398,14 @@ def test_grad_scale_keeps_float16_gradients_from_vanishing():
     last.grad = None
     loss.backward()
     assert weight == 0 and torch.equal(last.grad, torch.ones(4))
+    # Where both are too large the loss is what it is, and its gradient tells.
+    image = x_hat * last.half()
+    seen = image.detach().requires_grad_()
+    nll, g_loss = seen.float().sum(), 3 * seen.float().sum()
+    loss, weight = weighted_sum(nll, g_loss, 1.0, 1.0, image, seen, last, 2.0**20)
+    last.grad = None
+    loss.backward()
+    assert weight == 0 and loss == 4 and not last.grad.isfinite().any()
 
 
 def test_hinge_loss():

@@ -399,46 +399,62 @@ def test_likelihood_of_the_autoregressive_prior_is_exact():
     assert float((-nats).exp().sum()) == pytest.approx(1, abs=1e-5)
 
 
+HISTORIES = ("Lt_count", "Lt_history", "loss_history")
+
+
 def test_histories_average_with_decay():
+    """Step by step, however many steps are averaged in together; a bad step leaves no trace."""
     H = get_sampler_hparams([*FLAGS, "absorbing"])
-    model = AbsorbingDiffusion(H, Transformer(H), 12, torch.zeros(12, 4))
-    model.update_histories(
-        torch.tensor([3, 3, 5]), torch.tensor([1.0, 3.0, 7.0]), torch.tensor([2.0, 2.0, 3.0])
-    )
-    model.update_histories(torch.tensor([3]), torch.tensor([12.0]), torch.tensor([4.0]))
-    assert model.loss_history[3] == pytest.approx(0.9 * 2 + 0.1 * 12)
-    assert model.Lt_history[3] == pytest.approx(0.9 * 4 + 0.1 * 16)
-    assert model.loss_history[5] == 7 and model.Lt_history[5] == 9
-    assert model.Lt_count.tolist() == [0, 0, 0, 3, 0, 1, *[0] * 11]
+    together, alone = (AbsorbingDiffusion(H, Transformer(H), 12, torch.zeros(12, 4)) for _ in "ab")
+    for t, loss, elbo, bad in (
+        ([3, 3, 5], [1.0, 3.0, 7.0], [2.0, 2.0, 3.0], False),
+        ([3, 4, 9], [float("nan")] * 3, [float("inf")] * 3, True), ([3], [12.0], [4.0], False),
+    ):
+        for model in (together, alone):
+            model.note(torch.tensor(t), torch.tensor(loss), torch.tensor(elbo))
+            model.end_step(torch.tensor(bad))
+        alone.update_histories()
+    assert not together.Lt_count.any()
+    together.update_histories()
+    assert together.loss_history[3] == pytest.approx(0.9 * 2 + 0.1 * 12)
+    assert together.Lt_history[3] == pytest.approx(0.9 * 4 + 0.1 * 16)
+    assert together.loss_history[5] == 7 and together.Lt_history[5] == 9
+    assert together.Lt_count.tolist() == [0, 0, 0, 3, 0, 1, *[0] * 11]
+    for name in HISTORIES:
+        assert torch.equal(getattr(together, name), getattr(alone, name))
 
 
 @pytest.mark.parametrize("flags", [
     "--t_sampling low_discrepancy", "--t_sampling uniform --mask_schedule fixed"
 ])
-def test_parts_of_a_batch_train_as_the_whole(flags):
-    """The mean of the parts' losses, and histories that `reduce` adds up over the parts."""
+@pytest.mark.parametrize("processes", [1, 3])
+def test_parts_of_a_batch_train_as_the_whole(processes, flags):
+    """The mean of the parts' losses, and the same histories: whether one process computes all parts
+    or each one, whose sums are added up. There are fewer times than ids, and so some twice."""
     torch.manual_seed(0)
-    flags = f"{flags} --embd_pdrop 0 --resid_pdrop 0"
+    flags = f"{flags} --embd_pdrop 0 --resid_pdrop 0 --total_steps 4"
     H = get_sampler_hparams([*FLAGS, "absorbing", *flags.split()])
-    model = AbsorbingDiffusion(H, Transformer(H), 12, torch.zeros(12, 4))
-    ids = torch.randint(12, (6, 64))
-    sums, losses = [], []
-
-    def run(index, reduce):
-        part = copy.deepcopy(model)
-        noise = torch.Generator().manual_seed(1)
-        return part, part(ids.chunk(3)[index], noise, part=(index, 3), reduce=reduce)
-
-    for index in range(3):
-        losses.append(run(index, lambda tensor: sums.append(tensor.clone()))[1])
-    parts = [run(index, lambda tensor: tensor.copy_(sum(sums)))[0] for index in range(3)]
-    whole = model(ids, torch.Generator().manual_seed(1))
-    for name in ("loss", "bits_per_token"):
-        assert_close(torch.stack([loss[name] for loss in losses]).mean(), whole[name])
-    assert model.Lt_count.sum() == 6
-    for part in parts:
-        for name in ("Lt_count", "Lt_history", "loss_history"):
-            assert_close(getattr(part, name), getattr(model, name))
+    whole = AbsorbingDiffusion(H, Transformer(H), 12, torch.zeros(12, 4))
+    models, sums = [copy.deepcopy(whole) for _ in range(processes)], []
+    for step in range(3):
+        ids, losses = torch.randint(12, (6, 64)), []
+        for index in range(3):
+            rng = torch.Generator().manual_seed(step)
+            losses.append(models[index % processes](ids.chunk(3)[index], rng, part=(index, 3)))
+        stats = whole(ids, torch.Generator().manual_seed(step))
+        for name in ("loss", "bits_per_token"):
+            assert_close(torch.stack([loss[name] for loss in losses]).mean(), stats[name])
+        for model in (whole, *models):
+            model.end_step(torch.tensor(False))
+    for model in copy.deepcopy(models):
+        model.update_histories(lambda steps: sums.append(steps.clone()))
+    for model in models:
+        model.update_histories(lambda steps: steps.copy_(sum(sums)))
+    whole.update_histories()
+    assert whole.Lt_count.sum() == 18 and whole.Lt_count.max() > 3
+    for model in models:
+        for name in HISTORIES:
+            assert_close(getattr(model, name), getattr(whole, name))
 
 
 def test_the_autoregressive_prior_ignores_noise_and_parts():
@@ -446,7 +462,7 @@ def test_the_autoregressive_prior_ignores_noise_and_parts():
     model = AutoregressiveTransformer(H, torch.zeros(12, 4)).eval()
     ids, noise = torch.randint(12, (2, 64)), torch.Generator().manual_seed(1)
     before = noise.get_state()
-    loss = model(ids, rng=noise, part=(1, 2), reduce=lambda tensor: tensor.zero_())["loss"]
+    loss = model(ids, rng=noise, part=(1, 2))["loss"]
     assert loss == model(ids)["loss"] and torch.equal(noise.get_state(), before)
 
 

@@ -1,5 +1,6 @@
 """Cached pixels: batches as without them, made once, never damaged by what interrupts them."""
 
+import errno
 import itertools
 import json
 import os
@@ -204,3 +205,27 @@ def test_a_folder_without_a_readable_image_is_a_user_error(folder):
     for _ in range(2):
         with pytest.raises(UserError, match="none of the 100 images of custom can be read"):
             both(settings(folder))
+
+
+def test_images_that_the_system_does_not_let_be_read_are_not_a_full_disk(folder, monkeypatch):
+    """The second attempt goes on where the first has ended."""
+    H, asked, fails = settings(folder), [], [True]
+    monkeypatch.setattr(pixel_cache, "PART", 32 * 8 * 8 * 3)
+
+    class Dataset(type(load_dataset(H))):
+        def pixels(self, index):
+            asked.append(index)
+            if index == 70 and fails:
+                raise OSError(errno.ENFILE, "Too many open files in system", "photos/070.png")
+            return super().pixels(index)
+
+    dataset = load_dataset(H)
+    dataset.__class__ = Dataset
+    sentence = "cannot read photos/070.png: Too many open files in system"
+    with pytest.raises(UserError, match=sentence) as raised:
+        cached_pixels(dataset, H, Processes(), Log())
+    assert not isinstance(raised.value, DiskError)
+    asked.clear()
+    fails.clear()
+    assert torch.equal(cached_pixels(dataset, H, Processes(), Log()).pixels(99), dataset.pixels(99))
+    assert asked[0] == 64

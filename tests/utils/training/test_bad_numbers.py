@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 
+import models.autoencoder.vqgan
 import train_vqgan
 import utils.training.loop
 import utils.training.step
@@ -19,7 +20,7 @@ from utils.data.batches import stream_positions
 from utils.runs.folder import RunFolder
 from utils.signals import Stopped
 from utils.training.loop import TrainingLoop
-from utils.training.precision import step_seed
+from utils.training.precision import Precision, step_seed
 
 __all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
 
@@ -99,6 +100,35 @@ def test_too_many_bad_steps_in_a_row_end_training(monkeypatch, capsys, workplace
     assert "3 steps in a row up to step 7 were not finite" in line
     assert "the last checkpoint is that of step 4" in line
     assert RunFolder("a").complete_steps() == [4]
+
+
+class HalfPrecision(Precision):
+    """float16 on a CPU, with a scale by which gradients overflow."""
+
+    def __init__(self, amp, device):
+        super().__init__(amp, device)
+        self.dtype = torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**24)
+
+
+def test_overflow_of_the_adaptive_weight_lowers_the_scale(monkeypatch, workplace):
+    """Both gradients of the last layer are infinite at first: no such step is bad."""
+    weights, adaptive_weight = [], models.autoencoder.vqgan.adaptive_weight
+
+    def noted(*arguments):
+        weights.append(float(adaptive_weight(*arguments)))
+        return torch.tensor(weights[-1])
+
+    monkeypatch.setattr(models.autoencoder.vqgan, "adaptive_weight", noted)
+    monkeypatch.setattr(train_vqgan, "Precision", HalfPrecision)
+    vqgan("--disc_start_step 1 --log_dir a --steps_per_log 1 --max_bad_steps 0 --train_steps 20")
+    overflows = sum(weight != weight for weight in weights)
+    assert 2 < overflows < 20
+    assert "passed over" not in RunFolder("a").log.read_text()
+    lines = [line for line in lines_of("a") if line["group"] == "train"]
+    assert len(lines) == 20 and all(line["d_weight"] is not None for line in lines)
+    scale = torch.load(RunFolder("a").stats(20), weights_only=True)["scaler"]["scale"]
+    assert scale <= 2.0 ** (24 - overflows)
 
 
 def test_training_continues_after_a_bad_step(monkeypatch, two_runs):

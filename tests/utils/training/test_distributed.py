@@ -7,10 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import train_sampler
@@ -33,6 +35,7 @@ from utils.evaluation import samples as sampling
 from utils.evaluation.experiment import read_results
 from utils.files import load_file
 from utils.runs.folder import RunFolder
+from utils.training import processes
 from utils.training.precision import Precision, step_seed
 from utils.training.processes import init_processes
 
@@ -139,6 +142,33 @@ def test_several_processes_leave_together_and_go_on(sign, two_runs, monkeypatch)
     assert on_processes(2, train_sampler.main, f"{flags} --log_dir parts --resume") == [0, 0]
     assert on_processes(2, train_sampler.main, f"{flags} --log_dir through") == [0, 0]
     assert_identical(files_of("through", 6), files_of("parts", 6))
+
+
+def test_who_was_interrupted_is_asked_without_the_device(workplace):
+    """Values on a meta device cannot be read."""
+    def main(flags):
+        processes = replace(init_processes("cpu"), device=torch.device("meta"))
+        assert processes.any(processes.rank == 1) and not processes.any(False)
+
+    assert on_processes(2, main) == [0, 0]
+
+
+def test_processes_on_gpus_have_a_group_on_their_hosts(monkeypatch):
+    """Of gloo, with the timeout of a step, besides that of nccl."""
+    for name, value in as_torchrun(0, 2).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "resolve_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    made = []
+    monkeypatch.setattr(dist, "init_process_group", lambda name, **how: made.append((name, how)))
+    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: (backend, timeout))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    found = init_processes("cuda")
+    device = torch.device("cuda:0")
+    assert made == [("nccl", dict(timeout=processes.TIMEOUT, device_id=device))]
+    assert found.hosts == ("gloo", processes.TIMEOUT)
+    assert found.patient == ("gloo", processes.PATIENCE)
 
 
 def test_an_unreadable_image_of_any_rank_is_named_in_the_log(workplace):
@@ -387,10 +417,38 @@ def test_an_error_of_one_process_ends_all(two_runs, workplace):
     assert len(ours) <= 2 and "Traceback" not in done.stderr.split("the data is gone")[0]
 
 
-def test_histories_are_those_of_the_whole_batch(two_runs):
-    flags = f"{SAMPLER} {EXACT} --train_steps 2 --batch_size 4 --log_dir two"
-    assert on_processes(2, train_sampler.main, flags) == [0, 0]
-    sampler(f"{EXACT} --train_steps 2 --batch_size 8 --log_dir one")
-    two, one = (files_of(run, 2)["absorbing_2.th"] for run in ("two", "one"))
-    assert torch.equal(two["Lt_count"], one["Lt_count"]) and float(one["Lt_count"].sum()) == 16
-    assert_near({"h": two["loss_history"]}, {"h": one["loss_history"]}, 1e-5)
+@pytest.mark.parametrize("steps_per_log", [1, 2, 10])
+def test_histories_are_those_of_the_whole_batch(steps_per_log, two_runs):
+    """Also the EMA's copies, with an odd step after which no more is logged."""
+    flags = f"{EXACT} --t_sampling uniform --train_steps 5 --steps_per_log"
+    statuses = on_processes(
+        2, train_sampler.main, f"{SAMPLER} {flags} {steps_per_log} --batch_size 4 --log_dir two"
+    )
+    assert statuses == [0, 0]
+    sampler(f"{flags} 1 --batch_size 8 --log_dir one")
+    for name in ("absorbing_5.th", "absorbing_ema_5.th"):
+        two, one = (files_of(run, 5)[name] for run in ("two", "one"))
+        assert torch.equal(two["Lt_count"], one["Lt_count"]) and float(one["Lt_count"].sum()) == 40
+        assert float(one["Lt_count"].max()) > 5  # so some step has a time twice
+        for history in ("loss_history", "Lt_history"):
+            assert_near({"h": two[history]}, {"h": one[history]}, 1e-4 * one[history].max())
+
+
+def test_a_step_has_no_collective_beside_that_of_the_gradients(
+    two_runs, workplace, monkeypatch
+):
+    """But where something is due: the histories before a checkpoint, after steps 3 and 5."""
+    calls, all_reduce = workplace / "calls", dist.all_reduce
+
+    def counted(tensor, *arguments, **options):
+        with calls.open("a") as file:
+            file.write(f"{os.environ['RANK']} {list(tensor.shape)}\n")
+        return all_reduce(tensor, *arguments, **options)
+
+    monkeypatch.setattr(dist, "all_reduce", counted)
+    flags = "--batch_size 4 --train_steps 5 --steps_per_log 20 --steps_per_checkpoint 3"
+    command = f"{SAMPLER} {flags} --steps_per_eval 0 --log_dir two"
+    assert on_processes(2, train_sampler.main, command) == [0, 0]
+    for rank in "01":
+        lines = [line[2:] for line in calls.read_text().splitlines() if line[0] == rank]
+        assert lines == ["[3, 3, 17]", "[2, 3, 17]"]

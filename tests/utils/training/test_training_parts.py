@@ -90,7 +90,7 @@ def test_ema_is_the_weighted_mean_and_copies_buffers():
     for n, value in enumerate((1.0, 2.0), start=1):
         torch.nn.init.constant_(model.weight, value)
         model.running_mean.fill_(value)
-        ema.update(model, n)
+        ema.update(n)
     # started at 1: 0.75 * (0.75 * 1 + 0.25 * 1) + 0.25 * 2
     assert torch.allclose(ema.model.weight, torch.full((2,), 1.25))
     assert torch.equal(ema.model.running_mean, torch.full((2,), 2.0))
@@ -102,15 +102,15 @@ def test_ema_with_warmup_follows_from_the_first_updates_on():
     plain, warm = EMA(model, 0.999), EMA(model, 0.999, warmup=True)
     torch.nn.init.constant_(model.weight, 1.0)
     for n in range(1, 51):
-        plain.update(model, n)
-        warm.update(model, n)
+        plain.update(n)
+        warm.update(n)
     left = math.prod((n + 1) / (n + 10) for n in range(1, 51))  # of the random start
     start = (plain.model.weight - 1) / 0.999**50
     assert torch.allclose(warm.model.weight, 1 + left * start, atol=1e-6)
     assert left < 1e-6
-    late, before = EMA(torch.nn.Linear(1, 1), 0.9, warmup=True), EMA(model, 0.9).model.weight
-    late.model.weight.copy_(before + 1)
-    late.update(model, 10**6)  # then beta is the limit
+    late = EMA(model, 0.9, warmup=True)
+    late.model.weight.add_(1)
+    late.update(10**6)  # then beta is the limit
     assert torch.allclose(late.model.weight, model.weight + 0.9)
 
 
@@ -119,6 +119,7 @@ def test_ema_shares_the_tensors_and_modules_that_never_change():
     model.frozen, model.live = model["frozen"], model["live"]
     ema = EMA(model, 0.5, shared=["frozen"])
     assert ema.model.frozen is model.frozen and ema.model.live is not model.live
+    assert {id(tensor) for tensor in ema.values} == {id(p) for p in model.live.parameters()}
 
 
 def test_amp_uses_bfloat16_only_where_the_cpu_has_it(monkeypatch):
