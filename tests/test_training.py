@@ -513,10 +513,11 @@ def start(script, flags, port):
 
 
 @pytest.mark.parametrize("script, flags, windows", [
-    ("train_vqgan.py", VQGAN, ["metric: loss", "metric: psnr", "bars: codebook_use",
-                               "image: reconstructions", "table: hyperparameters"]),
-    ("train_sampler.py", SAMPLER, ["metric: loss", "metric: bits_per_token", "image: samples",
-                                   "bars: loss_per_timestep", "table: hyperparameters"]),
+    ("train_vqgan.py", VQGAN, ["metric: Loss", "metric: Reconstruction PSNR, dB",
+                               "bars: codebook_use", "image: reconstructions", "table: settings",
+                               "table: health"]),
+    ("train_sampler.py", SAMPLER, ["metric: Loss", "metric: Bits per token", "image: samples",
+                                   "bars: loss_per_timestep", "table: settings"]),
 ])
 def test_training_continues_while_visdom_restarts(server, script, flags, windows, two_runs):
     """A real server has the windows, is stopped, started again, and has them all again."""
@@ -529,7 +530,7 @@ def test_training_continues_while_visdom_restarts(server, script, flags, windows
         wait_until(lambda: lines_of(script)[-1]["step"] > before + 20, seconds=60)
         server.start()  # knows nothing of what was there before
         wait_until(lambda: set(windows) <= set(server.windows(script)), seconds=60)
-        steps = server.windows(script)["metric: loss"]["content"]["data"][0]["x"]
+        steps = server.windows(script)["metric: Loss"]["content"]["data"][0]["x"]
         assert steps[0] == 2 and steps[-1] > before + 20
     finally:
         process.send_signal(signal.SIGINT)

@@ -221,8 +221,8 @@ class Experiment:
             file.write(json.dumps(results, indent=1, allow_nan=False).encode())
         self.log.info(self.name, markdown_table(figures))
         self.log.info(f"kept as {key!r} in {path}")
-        self.log.table(self.name, figures)
         self.log.metrics(self.H.load_step, known(figures), group=self.name)
+        self.log.table(self.name, in_words(figures))
 
 
 def known(figures):
@@ -246,10 +246,13 @@ def only_finite(value, unknown=None, name=""):
 
 def markdown_table(figures):
     """Figures, a dict of numbers or None, as a Markdown table of two columns."""
-    return table(["", ""], [
-        [name, "unknown" if value is None else format(value, ".6g")]
-        for name, value in figures.items()
-    ])
+    return table(["", ""], in_words(figures).items())
+
+
+def in_words(figures):
+    """Figures, a dict of numbers or None, as a dict of strings."""
+    return {name: "unknown" if value is None else format(value, ".6g")
+            for name, value in figures.items()}
 
 
 def table(head, rows):

@@ -5,7 +5,7 @@ import os
 import time
 
 from hparams.parser import read_settings
-from hparams.scripts import COMMAND
+from hparams.scripts import COMMAND, default_settings
 from hparams.settings import show
 from utils.errors import UserError
 from utils.files import remove_leftovers, whole_file
@@ -113,7 +113,8 @@ def record_settings(H, log):
         log.rewind(start or -1)
     with whole_file(folder.hparams) as file:
         file.write(H.as_yaml().encode())
-    log.table("hyperparameters", dataclasses.asdict(H))
+    settings = dataclasses.asdict(H)
+    log.settings(settings, default_settings(settings))
 
 
 def move_aside(log):

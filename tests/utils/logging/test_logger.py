@@ -56,7 +56,7 @@ class TimedLogger(RunLogger):
         return timed
 
 
-def curve(window, group="train"):
+def curve(window, group="training"):
     """(steps, values) of a trace in the window data of visdom."""
     trace = next(trace for trace in window["content"]["data"] if trace["name"] == group)
     return trace["x"], trace["y"]
@@ -224,7 +224,7 @@ class Recorder:
     def curve(self, name, step, value, group):
         self.curves.setdefault((name, group), []).append((step, value))
 
-    def clear_curves(self):
+    def clear(self):
         self.curves.clear()
 
     def close(self, timeout):
@@ -312,13 +312,13 @@ def test_windows_arrive_at_a_visdom_server(server, folder):
         log.metrics(40, {"loss": 2.5}, group="validation")
         log.bars(40, "loss per step", torch.tensor([1.0, torch.nan, 3.0]))
         log.images(40, "samples", images.float() / 255, save=False)
-        log.table("hyperparameters", {"dataset": "<digits>", "kernel_sizes": [3, 5]})
+        log.settings({"dataset": "<digits>", "kernel_sizes": [3, 5]}, {"kernel_sizes": [3, 7]})
     # Closing has sent what was left.
     windows = server.windows("group_run")
     assert len(windows) == 5
-    assert curve(windows["metric: loss"]) == ([0, 10, 20, 30, 40], [0, 1.25, 2.5, 3.75, 5])
-    assert curve(windows["metric: loss"], "validation") == ([40], [2.5])
-    assert windows["metric: loss"]["content"]["layout"]["showlegend"]
+    assert curve(windows["metric: Loss"]) == ([0, 10, 20, 30, 40], [0, 1.25, 2.5, 3.75, 5])
+    assert curve(windows["metric: Loss"], "validation, reconstruction alone") == ([40], [2.5])
+    assert windows["metric: Loss"]["content"]["layout"]["showlegend"]
     assert curve(windows["metric: lr"])[1] == [None, 1e-4, 1e-4, 1e-4, 1e-4]
     bars = windows["bars: loss per step"]
     assert bars["title"] == "loss per step, step 40"
@@ -326,8 +326,8 @@ def test_windows_arrive_at_a_visdom_server(server, folder):
     source = windows["image: samples"]["content"]["src"].removeprefix("data:image/png;base64,")
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source))))
     assert np.array_equal(pixels[:, :, 1], image_grid(images)[0].numpy())
-    table = windows["table: hyperparameters"]["content"]
-    assert "&lt;digits&gt;" in table and "[3, 5]" in table
+    table = windows["table: settings"]["content"]
+    assert table.index(">3 5<") < table.index(">3 7<") < table.index("&lt;digits&gt;")
     assert not warnings_in(folder)
 
     # A run that resumes finds the windows there; a curve that it takes back goes away.
@@ -338,8 +338,8 @@ def test_windows_arrive_at_a_visdom_server(server, folder):
         log.rewind(20)
     windows = server.windows("group_run")
     assert "metric: late" not in windows
-    assert curve(windows["metric: loss"])[0] == [0, 10, 20]
-    assert len(windows["metric: loss"]["content"]["data"]) == 1
+    assert curve(windows["metric: Loss"])[0] == [0, 10, 20]
+    assert len(windows["metric: Loss"]["content"]["data"]) == 1
 
 
 def test_plots_survive_the_death_of_the_server(server, folder):
@@ -353,8 +353,8 @@ def test_plots_survive_the_death_of_the_server(server, folder):
 
         def arrived():
             windows = server.windows("run")
-            return {"metric: loss", "image: samples", "bars: use"} <= set(windows) and (
-                curve(windows["metric: loss"]) == (steps, [step / 4 for step in steps])
+            return {"metric: Loss", "image: samples", "bars: use"} <= set(windows) and (
+                curve(windows["metric: Loss"]) == (steps, [step / 4 for step in steps])
             )
 
         log.images(0, "samples", torch.rand(2, 3, 8, 8), save=False)
@@ -447,7 +447,8 @@ def test_curves_are_thinned_evenly_and_keep_both_ends():
     board = VisdomBoard()  # never started: looks into its memory
     for step in range(50_001):
         board.curve("loss", step, step / 2)
-    steps, values = np.array(board._windows["metric: loss"]["train"].points).T
+    (curves,) = board._curves.values()
+    steps, values = np.array(curves["loss", "train"].points).T
     assert MAX_POINTS / 2 <= len(steps) <= MAX_POINTS
     assert steps[0] == 0 and steps[-1] == 50_000
     assert len(set(np.diff(steps)[:-1])) == 1

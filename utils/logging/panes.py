@@ -1,0 +1,106 @@
+"""What the windows of the dashboard show, as visdom's messages have it."""
+
+import base64
+import html
+import io
+
+from hparams.settings import show
+from utils.logging.curves import FEW_POINTS
+
+WIDTH = 400  # pixels of every window: three stand side by side on a screen of 1280
+HEIGHT = 300  # pixels of curves and bars
+TALL = 435  # pixels of pictures and of what stands beside them: a title bar and a square
+TITLE_BAR = 35  # pixels that visdom takes from the height of an image's window
+LARGEST_PICTURE = 2000  # pixels of the longer side, beyond which a picture is sent smaller
+COLOURS = ("#1f77b4", "#d95f02", "#2a9d4a", "#c0399f", "#7f7f7f", "#8c6d31")
+
+
+def curves_pane(plot, tall=False):
+    """A `curves.Plot` over the step."""
+    traces = []
+    for trace in plot.traces:
+        points = [value for value in trace.values if value is not None]
+        traces.append({
+            "type": "scatter", "name": trace.label, "x": trace.steps, "y": trace.values,
+            "mode": "lines+markers" if len(points) <= FEW_POINTS else "lines",
+            "line": {"color": COLOURS[trace.stat % len(COLOURS)], "width": 2,
+                     "dash": "dot" if trace.dashed else "solid"},
+        })
+    axis = {"title": {"text": plot.axis, "standoff": 5}}
+    if plot.logarithmic:
+        axis |= {"type": "log", "dtick": "D2"}  # labels at 1, 2 and 5
+    return _plot(plot.title, traces, "step", axis, tall)
+
+
+def bars_pane(bars, step, values):
+    """A list of numbers, or None, as bars over their index."""
+    values = [None if value is None else value * bars.scale for value in values]
+    if bars.sort:
+        values = sorted(values, key=lambda value: -1 if value is None else value, reverse=True)
+    index = list(range(bars.first, bars.first + len(values)))
+    trace = {"type": "bar", "x": index, "y": values, "marker": {"color": COLOURS[0]}}
+    axis = {"title": {"text": bars.axis, "standoff": 5}}
+    return _plot(f"{bars.title}, step {step}", [trace], bars.index, axis)
+
+
+def _plot(title, traces, x_title, y_axis, tall=False):
+    several = len(traces) > 1
+    layout = {
+        "showlegend": several,
+        # below the axis: inside it would hide curves
+        "legend": {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top", "font": {"size": 11}},
+        "margin": {"l": 60, "r": 15, "t": 35, "b": 50},
+        "xaxis": {"title": {"text": x_title, "standoff": 5}},
+        "yaxis": {"exponentformat": "e", "automargin": True, **y_axis},
+    }
+    size = {"width": WIDTH, "height": TALL if tall else HEIGHT}
+    return {"data": traces, "layout": layout, "opts": {"title": title, **size}}
+
+
+def picture_pane(title, picture):
+    """A PIL image, in a window of its shape."""
+    picture = picture.convert("RGB")
+    picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    scale = WIDTH / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return {
+        "data": [{"type": "image", "content": {"src": source, "caption": None}}],
+        "opts": {"title": title, "width": width, "height": height + TITLE_BAR},
+    }
+
+
+def table_pane(title, rows):
+    """A dict as a table of two columns."""
+    return _text(title, _table("".join(_row(name, value) for name, value in rows.items())))
+
+
+def settings_pane(title, settings, defaults):
+    """Settings, a dict, as a table: what differs from `defaults` first, then the rest."""
+    other = {name: value for name, value in settings.items()
+             if name in defaults and defaults[name] != value}
+    rest = {name: value for name, value in settings.items() if name not in other}
+    rows = "".join(_row(name, show(value), show(defaults[name])) for name, value in other.items())
+    if rows:
+        rows = _row("differ from the defaults", "here", "default", head=True) + rows
+        rows += _row("as by default", head=True)
+    rows += "".join(_row(name, show(value)) for name, value in rest.items())
+    return _text(title, _table(rows))
+
+
+def _row(*cells, head=False):
+    kind = "th" if head else "td"
+    style = f"style='padding: {8 if head else 1}px 1em 1px 0; text-align: left'"
+    cells = "".join(f"<{kind} {style}>{html.escape(str(cell))}</{kind}>" for cell in cells)
+    return f"<tr>{cells}</tr>"
+
+
+def _table(rows):
+    return f"<table style='font-size: 12px; margin: 8px; color: #222'>{rows}</table>"
+
+
+def _text(title, content):
+    size = {"width": WIDTH, "height": TALL}
+    return {"data": [{"type": "text", "content": content}], "opts": {"title": title, **size}}
