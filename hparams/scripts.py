@@ -183,7 +183,7 @@ def default_settings(settings):
     """The settings, a dict, of a training for which only CHOSEN of the dict `settings` are given:
     that of a run's hparams.yaml.
 
-    A sampler keeps those of its autoencoder. Raises SettingsError where they do not go together.
+    What a command says of itself stays, and a sampler keeps what is its autoencoder's. Raises SettingsError where they do not go together.
     """
     is_sampler = "sampler" in settings
     settings_class = SamplerSettings if is_sampler else VQGANSettings
@@ -199,7 +199,7 @@ def default_settings(settings):
         if name in settings_class.__dataclass_fields__:
             setattr(H, name, value)
     H.validate()
-    return dataclasses.asdict(H)
+    return dataclasses.asdict(H) | {name: settings[name] for name in COMMAND & settings.keys()}
 
 
 def runs_to_train_on(architecture, training):

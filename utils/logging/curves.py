@@ -24,7 +24,8 @@ class Window:
 
     `axis` says what the values are, with their unit, `stats` how each metric is called in the
     legend: a word, or one for each group. Values are multiplied by `scale`. The title ends with
-    the setting `of`, where that is known, such as the size of the codebook.
+    the setting `of`, where that is known, such as the size of the codebook. `tall` windows stand
+    beside pictures. Where the metric `unless` is recorded, the window would say the same.
     """
 
     part: str
@@ -34,6 +35,8 @@ class Window:
     scale: float = 1.0
     logarithmic: bool = False
     of: str = ""
+    tall: bool = False
+    unless: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +85,14 @@ PICTURES = {
 
 CURVES = (
     Window("loss", "Bits per token", "bits per token",
-           {"bits_per_token": "bits per token", "ids: bits per token": "summed over all times"}),
+           {"bits_per_token": "bits per token", "ids: bits per token": "summed over all times"},
+           tall=True),
     Window("loss", "Loss", "loss",
-           {"loss": {"train": "training", "validation": "validation, reconstruction alone"}}),
+           {"loss": {"train": "training", "validation": "validation, reconstruction alone"}},
+           tall=True),
     Window("loss", "Parts of the loss", "loss, before its weight",
            {"l1": "L1", "perceptual": "perceptual", "codebook_loss": "codebook"},
-           logarithmic=True),
+           logarithmic=True, tall=True),
     Window("loss", "Adversarial loss", "loss",
            {"g_loss": "generator", "d_loss": "discriminator"}),
     Window("validation", "Reconstruction PSNR, dB", "dB", {"psnr": "PSNR"}),
@@ -108,7 +113,8 @@ CURVES = (
            {"d_real_right": "images", "d_fake_right": "reconstructions"}, scale=100.0),
     Window("health", "Weight of the adversarial loss", "weight", {"d_weight": "weight"}),
     Window("speed", "Steps per second", "steps per second", {"steps_per_second": "steps"}),
-    Window("speed", "Images per second", "images per second", {"images_per_second": "images"}),
+    Window("speed", "Images per second", "images per second", {"images_per_second": "images"},
+           unless="steps_per_second"),
     Window("speed", "Waiting for data", "% of the time", {"waiting_for_data": "waiting"},
            scale=100.0),
     Window("speed", "Time of training", "minutes", {"seconds": "minutes"}, scale=1 / 60),
@@ -184,7 +190,7 @@ def plot(window, curves, settings):
         traces.append(Trace(label, stats.index(stat), dashed, steps, values))
     title = window.title
     if isinstance(settings.get(window.of), int):
-        title += f", of {settings[window.of]:,}"
+        title += f" of {settings[window.of]:,}"
     return Plot(title, window.axis, window.logarithmic, traces)
 
 
@@ -196,6 +202,11 @@ def is_alive(group, points):
     return any(value for _, value in points)
 
 
+def is_superfluous(window, windows):
+    """Whether a window says the same as another one of `windows`."""
+    return bool(window.unless) and window_of(window.unless) in windows
+
+
 def plots(lines, settings):
     """The Plots of the lines of a metrics.jsonl, dicts, in the order in which one looks."""
     curves = {}
@@ -204,7 +215,8 @@ def plots(lines, settings):
             points = curves.setdefault(window_of(stat), {}).setdefault((stat, line["group"]), [])
             points.append((line["step"], value if math.isfinite(value) else None))
     shown = (plot(window, curves[window], settings)
-             for window in sorted(curves, key=lambda window: rank(window.part, window.title)))
+             for window in sorted(curves, key=lambda window: rank(window.part, window.title))
+             if not is_superfluous(window, curves))
     return [found for found in shown if found is not None]
 
 

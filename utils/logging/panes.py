@@ -28,7 +28,7 @@ def curves_pane(plot, tall=False):
         })
     axis = {"title": {"text": plot.axis, "standoff": 5}}
     if plot.logarithmic:
-        axis |= {"type": "log", "dtick": "D2"}  # labels at 1, 2 and 5
+        axis |= {"type": "log", "dtick": "D2", "tickformat": "~g"}  # labels at 1, 2 and 5
     return _plot(plot.title, traces, "step", axis, tall)
 
 
@@ -79,21 +79,24 @@ def table_pane(title, rows):
 
 def settings_pane(title, settings, defaults):
     """Settings, a dict, as a table: what differs from `defaults` first, then the rest."""
-    other = {name: value for name, value in settings.items()
-             if name in defaults and defaults[name] != value}
-    rest = {name: value for name, value in settings.items() if name not in other}
-    rows = "".join(_row(name, show(value), show(defaults[name])) for name, value in other.items())
+    other = {name for name, value in settings.items() if defaults.get(name, value) != value}
+    rows = "".join(
+        _row(name, f"{show(settings[name])} (default {show(defaults[name])})")
+        for name in settings if name in other
+    )
     if rows:
-        rows = _row("differ from the defaults", "here", "default", head=True) + rows
+        rows = _row("differ from the defaults", head=True) + rows
         rows += _row("as by default", head=True)
-    rows += "".join(_row(name, show(value)) for name, value in rest.items())
+    rows += "".join(_row(name, show(settings[name])) for name in settings if name not in other)
     return _text(title, _table(rows))
 
 
 def _row(*cells, head=False):
-    kind = "th" if head else "td"
-    style = f"style='padding: {8 if head else 1}px 1em 1px 0; text-align: left'"
-    cells = "".join(f"<{kind} {style}>{html.escape(str(cell))}</{kind}>" for cell in cells)
+    style = "padding: 1px 1em 1px 0; vertical-align: top; overflow-wrap: anywhere"
+    if head:
+        style = "padding: 8px 0 2px 0; font-weight: bold"
+    span = "colspan='2' " if head else ""
+    cells = "".join(f"<td {span}style='{style}'>{html.escape(str(cell))}</td>" for cell in cells)
     return f"<tr>{cells}</tr>"
 
 

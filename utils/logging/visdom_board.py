@@ -245,9 +245,9 @@ class VisdomBoard:
         with self._lock:
             found = self._curves.get(window, {})
             found = {key: list(curve.points) for key, curve in found.items()}
-            settings = self._settings
-        plot = curves.plot(window, found, settings)
-        return plot and curves_pane(plot, window.part == "loss")
+            settings, superfluous = self._settings, curves.is_superfluous(window, self._curves)
+        plot = None if superfluous else curves.plot(window, found, settings)
+        return plot and curves_pane(plot, window.tall)
 
     def _post(self, endpoint, **message):
         """Send one message and give back the answer's text; raises Outage."""
