@@ -176,14 +176,16 @@ COMMAND = {"load_dir", "load_step", "load_optim", "log_dir", "resume", "overwrit
 
 
 # What a person chooses first, from which the defaults of a training follow.
-CHOSEN = {"dataset", "custom_dataset_path", "recipe", "preset", "train_steps", "sampler"}
+CHOSEN = {"dataset", "custom_dataset_path", "recipe", "preset", "train_steps", "sampler",
+          "ae_load_dir", "ae_load_step"}
 
 
 def default_settings(settings):
     """The settings, a dict, of a training for which only CHOSEN of the dict `settings` are given:
     that of a run's hparams.yaml.
 
-    What a command says of itself stays, and a sampler keeps what is its autoencoder's. Raises SettingsError where they do not go together.
+    What a command says of itself stays, and a sampler keeps what is its autoencoder's. Raises
+    SettingsError where they do not go together.
     """
     is_sampler = "sampler" in settings
     settings_class = SamplerSettings if is_sampler else VQGANSettings

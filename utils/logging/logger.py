@@ -124,6 +124,17 @@ class RunLogger:
         if display and self._board is not None:
             self._board.image(name, int(step), grid)
 
+    def picture(self, step, name, picture):
+        """Save a PIL image as `images/<name>_<step>.png`, show it on the board, and give its path.
+
+        Raises DiskError where the disk does not take it.
+        """
+        path = self.folder.images / f"{name}_{step}.png"
+        save_image(picture, path)
+        if self._board is not None:
+            self._board.picture(name, int(step), picture)
+        return path
+
     def table(self, name, values):
         """Show a dict as a table of two columns on the board."""
         if self._board is not None:

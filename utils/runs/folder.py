@@ -24,6 +24,7 @@ class RunFolder:
         self.images = self.path / "images"
         self.board = self.path / "board.json"  # what the dashboard shows beside metrics and images
         self.results = self.path / "results.json"
+        self.report = self.path / "report.html"
         self.samples = self.path / "samples"
         self.models = self.path / "saved_models"
         self.saved_stats = self.path / "saved_stats"

@@ -5,10 +5,11 @@ import os
 import time
 
 from hparams.parser import read_settings
-from hparams.scripts import COMMAND, default_settings
+from hparams.scripts import COMMAND
 from hparams.settings import show
 from utils.errors import UserError
 from utils.files import remove_leftovers, whole_file
+from utils.logging.replay import defaults_of
 from utils.runs.folder import RunFolder
 from utils.runs.manifest import damage, read_best
 from utils.runs.script import hold_lock, without_credentials
@@ -114,7 +115,7 @@ def record_settings(H, log):
     with whole_file(folder.hparams) as file:
         file.write(H.as_yaml().encode())
     settings = dataclasses.asdict(H)
-    log.settings(settings, default_settings(settings))
+    log.settings(settings, defaults_of(settings))
 
 
 def move_aside(log):
