@@ -80,8 +80,8 @@ def section(name, figures, pictures, manifest):
     return "".join([
         f"<section>\n<h2>{html.escape(name)}</h2>\n<p class='small'>{html.escape(when)}<br>\n",
         f"<code>{html.escape(manifest['command'])}</code></p>\n",
-        f"<table>\n{rows}</table>\n" if rows else "",
         *[figure_of(caption, path) for caption, path in pictures],
+        f"<table>\n{rows}</table>\n" if rows else "",
         f"<details>\n<summary>How it came about</summary>\n<table>\n{facts}</table>\n</details>\n",
         "</section>\n",
     ])
