@@ -514,10 +514,10 @@ def start(script, flags, port):
 
 @pytest.mark.parametrize("script, flags, windows", [
     ("train_vqgan.py", VQGAN, ["metric: Loss", "metric: Reconstruction PSNR, dB",
-                               "bars: codebook_use", "image: reconstructions", "table: settings",
-                               "table: health"]),
+                               "bars: codebook_use", "image: reconstructions", "text: settings",
+                               "text: health"]),
     ("train_sampler.py", SAMPLER, ["metric: Loss", "metric: Bits per token", "image: samples",
-                                   "bars: loss_per_timestep", "table: settings"]),
+                                   "bars: loss_per_timestep", "text: settings"]),
 ])
 def test_training_continues_while_visdom_restarts(server, script, flags, windows, two_runs):
     """A real server has the windows, is stopped, started again, and has them all again."""

@@ -65,11 +65,13 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """The curves of a window as they are drawn."""
+    """The curves of a window as they are drawn; the axis begins with zero where `from_zero`."""
 
     title: str
     axis: str
     logarithmic: bool
+    from_zero: bool
+    legend: bool
     traces: list
 
 
@@ -85,8 +87,7 @@ PICTURES = {
 
 CURVES = (
     Window("loss", "Bits per token", "bits per token",
-           {"bits_per_token": "bits per token", "ids: bits per token": "summed over all times"},
-           tall=True),
+           {"bits_per_token": "bits per token"}, tall=True),
     Window("loss", "Loss", "loss",
            {"loss": {"train": "training", "validation": "validation, reconstruction alone"}},
            tall=True),
@@ -98,6 +99,8 @@ CURVES = (
     Window("validation", "Reconstruction PSNR, dB", "dB", {"psnr": "PSNR"}),
     Window("validation", "Fréchet distance of reconstructions", "distance, without a unit",
            {"frechet": "Fréchet distance"}),
+    Window("validation", "Bits per token, summed over all times", "bits per token",
+           {"ids: bits per token": "bits per token"}),
     Window("validation", "Bits per dimension", "bits per dimension", {
         "total, 8 bits, whole levels: bits per dimension": "total, whole levels",
         "total, 8 bits: bits per dimension": "total, 8 bits",
@@ -126,8 +129,9 @@ BARS = {
                          "codes, the commonest first", "% of the ids", scale=100.0, sort=True),
 }
 
-# Tables other than the figures of an experiment: name -> (part, title).
-TABLES = {"health": ("health", "Is it going well?"), "settings": ("settings", "Settings")}
+# Windows of text: (part, title).
+HEALTH = ("health", "Is it going well?")
+SETTINGS = ("settings", "Settings")
 
 # Figures of metrics.jsonl that are no curves: counts, and errors of other figures.
 NOT_DRAWN = {"validation images"}
@@ -153,15 +157,10 @@ def bars_of(name):
     return BARS.get(name) or Bars("others", name, "index", "")
 
 
-def table_of(name):
-    """(part, title) of a table: of those in TABLES, or of an experiment's figures."""
-    return TABLES.get(name) or ("results", name)
-
-
 def rank(part, title):
     """A key that sorts windows in the order in which one looks."""
-    is_table = (part, title) in TABLES.values()  # words come first
-    return PARTS.index(part), 0 if is_table else _RANKS.get(title, len(CURVES) + 1), title
+    order = 0 if (part, title) == HEALTH else _RANKS.get(title, len(CURVES) + 1)
+    return PARTS.index(part), order, title
 
 
 def plot(window, curves, settings):
@@ -180,7 +179,7 @@ def plot(window, curves, settings):
         label = window.stats[stat]
         if isinstance(label, dict):
             label = label.get(group, group)
-        elif len(groups) == 1:
+        elif len(stats) == 1:
             label = GROUPS.get(group, group)
         elif len(groups[stat]) > 1:
             label = f"{label}, {GROUPS.get(group, group)}"
@@ -191,7 +190,9 @@ def plot(window, curves, settings):
     title = window.title
     if isinstance(settings.get(window.of), int):
         title += f" of {settings[window.of]:,}"
-    return Plot(title, window.axis, window.logarithmic, traces)
+    from_zero = window.part in ("health", "speed")  # their values are counts and shares
+    legend = len(stats) > 1 or len(traces) > 1
+    return Plot(title, window.axis, window.logarithmic, from_zero, legend, traces)
 
 
 def is_alive(group, points):

@@ -136,13 +136,14 @@ class RunLogger:
         return path
 
     def table(self, name, values):
-        """Show a dict as a table of two columns on the board."""
+        """Show a dict of strings as a table of two columns on the board."""
         if self._board is not None:
             self._board.table(name, values)
 
     def health(self, step, sentences):
         """Show how the training goes, a list of sentences, and keep it in board.json."""
-        self.table("health", dict(enumerate(sentences, start=1)))
+        if self._board is not None:
+            self._board.health(int(step), sentences)
         self._keep(health={"step": int(step), "sentences": sentences})
 
     def settings(self, values, defaults):

@@ -7,7 +7,8 @@ import io
 from hparams.settings import show
 from utils.logging.curves import FEW_POINTS
 
-WIDTH = 400  # pixels of every window: three stand side by side on a screen of 1280
+WIDTH = 400  # pixels of a window: three stand side by side on a screen of 1280
+BETWEEN = 10  # pixels from one window to the next
 HEIGHT = 300  # pixels of curves and bars
 TALL = 435  # pixels of pictures and of what stands beside them: a title bar and a square
 TITLE_BAR = 35  # pixels that visdom takes from the height of an image's window
@@ -29,7 +30,9 @@ def curves_pane(plot, tall=False):
     axis = {"title": {"text": plot.axis, "standoff": 5}}
     if plot.logarithmic:
         axis |= {"type": "log", "dtick": "D2", "tickformat": "~g"}  # labels at 1, 2 and 5
-    return _plot(plot.title, traces, "step", axis, tall)
+    elif plot.from_zero:
+        axis |= {"rangemode": "tozero"}
+    return _plot(plot.title, traces, "step", axis, plot.legend, tall)
 
 
 def bars_pane(bars, step, values):
@@ -43,10 +46,9 @@ def bars_pane(bars, step, values):
     return _plot(f"{bars.title}, step {step}", [trace], bars.index, axis)
 
 
-def _plot(title, traces, x_title, y_axis, tall=False):
-    several = len(traces) > 1
+def _plot(title, traces, x_title, y_axis, legend=False, tall=False):
     layout = {
-        "showlegend": several,
+        "showlegend": legend,
         # below the axis: inside it would hide curves
         "legend": {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top", "font": {"size": 11}},
         "margin": {"l": 60, "r": 15, "t": 35, "b": 50},
@@ -58,13 +60,14 @@ def _plot(title, traces, x_title, y_axis, tall=False):
 
 
 def picture_pane(title, picture):
-    """A PIL image, in a window of its shape."""
+    """A PIL image, in a window of its shape, which a wide one makes wide."""
     picture = picture.convert("RGB")
     picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    scale = WIDTH / max(picture.size)
+    columns = min(3, max(1, round(picture.width / picture.height)))
+    scale = min((columns * (WIDTH + BETWEEN) - BETWEEN) / picture.width, WIDTH / picture.height)
     width, height = (max(1, round(side * scale)) for side in picture.size)
     return {
         "data": [{"type": "image", "content": {"src": source, "caption": None}}],
@@ -73,8 +76,14 @@ def picture_pane(title, picture):
 
 
 def table_pane(title, rows):
-    """A dict as a table of two columns."""
+    """A dict of strings as a table of two columns."""
     return _text(title, _table("".join(_row(name, value) for name, value in rows.items())))
+
+
+def health_pane(title, step, sentences):
+    """Sentences on how the training goes."""
+    rows = "".join(_row(sentence) for sentence in sentences)
+    return _text(f"{title} Step {step}", _table(rows, 15), HEIGHT)
 
 
 def settings_pane(title, settings, defaults):
@@ -92,7 +101,7 @@ def settings_pane(title, settings, defaults):
 
 
 def _row(*cells, head=False):
-    style = "padding: 1px 1em 1px 0; vertical-align: top; overflow-wrap: anywhere"
+    style = "padding: 1px 1em 1px 0; vertical-align: top"
     if head:
         style = "padding: 8px 0 2px 0; font-weight: bold"
     span = "colspan='2' " if head else ""
@@ -100,10 +109,11 @@ def _row(*cells, head=False):
     return f"<tr>{cells}</tr>"
 
 
-def _table(rows):
-    return f"<table style='font-size: 12px; margin: 8px; color: #222'>{rows}</table>"
+def _table(rows, letters=12):
+    style = f"font-size: {letters}px; margin: 8px; color: #222; overflow-wrap: break-word"
+    return f"<table style='{style}'>{rows}</table>"
 
 
-def _text(title, content):
-    size = {"width": WIDTH, "height": TALL}
+def _text(title, content, height=TALL):
+    size = {"width": WIDTH, "height": height}
     return {"data": [{"type": "text", "content": content}], "opts": {"title": title, **size}}

@@ -34,7 +34,7 @@ def replay(folder, lines, board, step):
             values = [float("nan") if value is None else value for value in bars["values"]]
             board.bars(name, bars["step"], values)
     if kept["health"] and kept["health"]["step"] <= step:
-        board.table("health", dict(enumerate(kept["health"]["sentences"], start=1)))
+        board.health(**kept["health"])
     settings = settings_of(folder)
     if settings:
         board.settings(settings, defaults_of(settings))
@@ -70,7 +70,7 @@ def read_board(path):
             None if value is None else float(value) for value in bars["values"]
         ]} for name, bars in kept["bars"].items()}
         health = kept["health"] and {"step": int(kept["health"]["step"]),
-                                     "sentences": list(kept["health"]["sentences"])}
+                                     "sentences": list(map(str, kept["health"]["sentences"]))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {"bars": {}, "health": None}
     return {"bars": bars, "health": health}

@@ -20,11 +20,13 @@ from urllib.parse import quote, unquote, urlsplit
 from utils.errors import SettingsError
 from utils.logging import curves
 from utils.logging.images import to_pil
-from utils.logging.panes import bars_pane, curves_pane, picture_pane, settings_pane, table_pane
+from utils.logging.panes import (
+    bars_pane, curves_pane, health_pane, picture_pane, settings_pane, table_pane,
+)
 
 CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
 MAX_POINTS = 2000  # kept per curve, an even number: a window is a few hundred pixels wide
-OURS = re.compile(r"(metric|bars|image|table): ")  # how the names of a board's windows begin
+OURS = re.compile(r"(metric|bars|image|table|text): ")  # how the names of a board's windows begin
 
 
 class _Curve:
@@ -146,16 +148,19 @@ class VisdomBoard:
         self._show(f"image: {name}", "pictures", name, partial(picture_pane, title, picture))
 
     def table(self, name, rows):
-        """Show a dict, such as the figures of an experiment, as a table of two columns."""
-        part, title = curves.table_of(name)
-        rows = {str(key): str(value) for key, value in rows.items()}
-        self._show(f"table: {name}", part, title, partial(table_pane, title, rows))
+        """Show a dict of strings, such as the figures of an experiment, as two columns."""
+        self._show(f"table: {name}", "results", name, partial(table_pane, name, dict(rows)))
+
+    def health(self, step, sentences):
+        """Show how the training goes, a list of sentences, in place of the last ones."""
+        content = partial(health_pane, curves.HEALTH[1], step, list(sentences))
+        self._show("text: health", *curves.HEALTH, content)
 
     def settings(self, settings, defaults):
         """Show the settings of the run, a dict: what differs from `defaults` first."""
-        part, title = curves.table_of("settings")
+        title = curves.SETTINGS[1]
         content = partial(settings_pane, title, dict(settings), dict(defaults))
-        self._show("table: settings", part, title, content)
+        self._show("text: settings", *curves.SETTINGS, content)
         with self._lock:
             self._settings = dict(settings)
             self._changed |= {f"metric: {window.title}": True for window in self._curves}

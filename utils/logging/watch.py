@@ -76,7 +76,9 @@ def draw_plot(axes, plot):
     if plot.logarithmic:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-    if len(plot.traces) > 1:  # below the axis: inside it would hide curves
+    elif plot.from_zero:
+        axes.set_ylim(bottom=0)
+    if plot.legend:  # below the axis: inside it would hide curves
         axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2,
                     frameon=False)
 

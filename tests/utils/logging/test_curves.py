@@ -6,8 +6,7 @@ import pytest
 
 from test_training import sampler, vqgan
 from utils.logging.curves import (
-    BARS, CURVES, PARTS, PICTURES, TABLES, bars_of, is_drawn, metrics_in, plots, rank, table_of,
-    window_of,
+    BARS, CURVES, HEALTH, PARTS, PICTURES, bars_of, is_drawn, metrics_in, plots, rank, window_of,
 )
 from utils.logging.logger import read_metrics
 from utils.logging.replay import newest_pictures, read_board
@@ -59,7 +58,6 @@ def test_every_metric_has_one_window_and_every_window_a_part_and_an_axis():
     assert len(stats) == len(set(stats))
     for window in (*CURVES, *BARS.values()):
         assert window.part in PARTS and window.axis
-    assert {part for part, _ in TABLES.values()} < set(PARTS)
 
 
 def test_windows_stand_in_the_order_in_which_one_looks():
@@ -72,8 +70,8 @@ def test_windows_stand_in_the_order_in_which_one_looks():
                            "Steps per second", "Waiting for data", "zeta"]
     parts = ["pictures", "results", "loss", "validation", "health", "speed", "others", "settings"]
     assert sorted(parts, key=lambda part: rank(part, "a")) == parts
-    health, codes = (table_of("health"), ("health", "Codes in use"))
-    assert rank(*health) < rank(*codes) < rank("health", bars_of("codebook_use").title)
+    codes = rank("health", "Codes in use")
+    assert rank(*HEALTH) < codes < rank("health", bars_of("codebook_use").title)
     loss = found["Loss"].traces
     assert [(trace.label, trace.dashed, trace.values) for trace in loss] == [
         ("training", False, (3, 2, 1)), ("validation, reconstruction alone", True, (4, 3, 2)),
@@ -81,6 +79,7 @@ def test_windows_stand_in_the_order_in_which_one_looks():
     codes = found["Codes in use of 1,024"]
     assert codes.axis == "codes" and len({trace.stat for trace in codes.traces}) == 2
     assert found["Waiting for data"].traces[0].values == (50, 25, 12.5)
+    assert found["Waiting for data"].from_zero and not found["Waiting for data"].legend
     assert found["Waiting for data"].axis == "% of the time"
 
 
@@ -91,7 +90,8 @@ def test_dead_curves_are_left_out():
         "d_real_right": [0, 0, 0.5], "d_fake_right": [0, 0, 0], "loss": [1, nan, 1],
     }))
     assert list(found) == ["Loss", "Discriminator is right about"]
-    assert [trace.label for trace in found["Discriminator is right about"].traces] == ["training"]
+    right = found["Discriminator is right about"]
+    assert right.legend and [trace.label for trace in right.traces] == ["images"]
     assert found["Loss"].traces[0].values == (1, None, 1)
 
 

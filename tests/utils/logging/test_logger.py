@@ -326,7 +326,7 @@ def test_windows_arrive_at_a_visdom_server(server, folder):
     source = windows["image: samples"]["content"]["src"].removeprefix("data:image/png;base64,")
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source))))
     assert np.array_equal(pixels[:, :, 1], image_grid(images)[0].numpy())
-    table = windows["table: settings"]["content"]
+    table = windows["text: settings"]["content"]
     assert table.index(">3 5<") < table.index(">3 7<") < table.index("&lt;digits&gt;")
     assert not warnings_in(folder)
 

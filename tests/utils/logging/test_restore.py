@@ -22,12 +22,12 @@ from utils.runs.folder import RunFolder, run_names
 pytestmark = pytest.mark.filterwarnings("ignore:The 'warn' method")  # visdom's own client
 FAST = {"interval": 0.1, "retry": 0.2, "timeout": 5.0}
 WINDOWS = [
-    "image: reconstructions", "metric: Loss", "metric: Reconstruction PSNR, dB", "table: health",
-    "metric: Codes in use", "bars: codebook_use", "metric: Steps per second", "table: settings",
+    "image: reconstructions", "metric: Loss", "metric: Reconstruction PSNR, dB", "text: health",
+    "metric: Codes in use", "bars: codebook_use", "metric: Steps per second", "text: settings",
 ]
 TITLES = [
     "Images, each beside its reconstruction, step 20", "Loss", "Reconstruction PSNR, dB",
-    "Is it going well?", "Codes in use of 16", "How often each code is used, step 20",
+    "Is it going well? Step 20", "Codes in use of 16", "How often each code is used, step 20",
     "Steps per second", "Settings",
 ]
 
