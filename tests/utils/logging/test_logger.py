@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import socket
 import sys
 import threading
@@ -20,7 +21,7 @@ from helpers import free_port, wait_until, with_small_files
 from hparams import get_vqgan_hparams
 from utils.data.pixels import to_uint8
 from utils.errors import SettingsError, UserError
-from utils.logging.images import image_grid, save_image, save_images_individually
+from utils.logging.images import image_grid, panels, save_image, save_images_individually
 from utils.logging.logger import RunLogger
 from utils.logging.visdom_board import MAX_POINTS, VisdomBoard
 from utils.runs.folder import RunFolder
@@ -216,7 +217,7 @@ class Recorder:
     """A board that keeps what it is told."""
 
     def __init__(self):
-        self.curves = {}
+        self.curves, self.shown = {}, {}
 
     def start(self, on_info, on_warning):
         self.started = True
@@ -226,6 +227,19 @@ class Recorder:
 
     def clear(self):
         self.curves.clear()
+        self.shown.clear()
+
+    def bars(self, name, step, values):
+        self.shown[name] = step, *values
+
+    def picture(self, name, step, picture):
+        self.shown[name] = step, picture.convert("L").getpixel((9, 9))
+
+    def table(self, name, rows):
+        self.shown[name] = rows
+
+    def health(self, step, sentences):
+        self.shown["health"] = step, sentences
 
     def close(self, timeout):
         pass
@@ -275,6 +289,47 @@ def test_non_finite_metrics_survive_a_restart(folder):
     board = Recorder()
     with RunLogger(folder, board):
         assert board.curves["loss", "train"] == [(1, float("inf"))]
+
+
+def test_a_new_logger_shows_what_the_run_has_left(folder):
+    with RunLogger(folder) as log:
+        log.metrics(10, {"loss": 1.0})
+        for step in (10, 20):
+            log.images(step, "samples", torch.full((1, 1, 4, 4), step / 100))
+            log.bars(step, "use", torch.tensor([step, torch.inf]))
+            log.health(step, [f"well at {step}"])
+        log.metrics(20, {"FID": 3.0}, group="FID")
+    board = Recorder()
+    with RunLogger(folder, board) as log:
+        assert board.shown["health"] == (20, ["well at 20"])
+        assert board.shown["use"][:2] == (20, 20.0) and math.isnan(board.shown["use"][2])
+        assert board.shown["samples"] == (20, round(0.2 * 255))
+        assert board.shown["FID"] == {"FID": "3"}
+        log.rewind(10)
+        assert board.shown == {"samples": (10, round(0.1 * 255)), "FID": {"FID": "3"}}
+    folder.board.write_text("[")
+    with RunLogger(folder, board) as log:
+        log.bars(30, "use", [1.0])  # a damaged file is replaced
+    kept = json.loads(folder.board.read_text())
+    assert kept == {"bars": {"use": {"step": 30, "values": [1.0]}}, "health": None}
+
+
+def test_a_full_disk_does_not_stop_what_the_dashboard_keeps(folder):
+    with RunLogger(folder) as log:
+        log.bars(1, "use", [1.0])
+        with_small_files(20, lambda: log.bars(2, "use", [2.0]))
+        assert json.loads(folder.board.read_text())["bars"]["use"]["step"] == 1
+
+
+def test_panels_stand_side_by_side_below_their_titles():
+    grey, small = torch.full((1, 40, 300), 9), torch.full((1, 20, 30), 9)
+    picture = panels({"first": grey.to(torch.uint8), "a long title": small.to(torch.uint8)})
+    pixels = np.asarray(picture)
+    assert picture.mode == "L" and pixels.shape[0] == 52 + 40
+    assert (pixels[52:, :300] == 9).all() and (pixels[72:, 324:] == 255).all()
+    for part in (pixels[:52, :300], pixels[:52, 324:]):
+        assert part.min() < 50 and part.max() == 255, "there is no title"
+    assert (pixels[:, 300:324] == 255).all()
 
 
 def test_images_are_saved_as_a_grid_or_one_by_one(folder):
@@ -327,7 +382,7 @@ def test_windows_arrive_at_a_visdom_server(server, folder):
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source))))
     assert np.array_equal(pixels[:, :, 1], image_grid(images)[0].numpy())
     table = windows["text: settings"]["content"]
-    assert table.index(">3 5<") < table.index(">3 7<") < table.index("&lt;digits&gt;")
+    assert table.index(">3 5 (default 3 7)<") < table.index("&lt;digits&gt;")
     assert not warnings_in(folder)
 
     # A run that resumes finds the windows there; a curve that it takes back goes away.
