@@ -10,6 +10,7 @@ from hparams.parser import read_settings
 from hparams.scripts import default_settings
 from utils.errors import SettingsError
 from utils.logging.curves import GROUPS, LINE_KEYS
+from utils.logging.panes import LARGEST_PICTURE
 
 
 def until(step, lines):
@@ -27,7 +28,9 @@ def replay(folder, lines, board, step):
     for name, (number, path) in newest_pictures(folder.images, step).items():
         # anything: a file that is cut short, too large, or no picture
         with contextlib.suppress(Exception), Image.open(path) as picture:
-            board.picture(name, number, picture.convert("RGB"))
+            picture = picture.convert("RGB")
+            picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+            board.picture(name, number, picture)
     kept = read_board(folder.board)
     for name, bars in kept["bars"].items():
         if bars["step"] <= step:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 import utils.logging.visdom_server as visdom_server
@@ -312,6 +313,17 @@ def test_a_new_logger_shows_what_the_run_has_left(folder):
         log.bars(30, "use", [1.0])  # a damaged file is replaced
     kept = json.loads(folder.board.read_text())
     assert kept == {"bars": {"use": {"step": 30, "values": [1.0]}}, "health": None}
+
+
+def test_the_board_forgets_a_run_that_is_moved_aside(folder):
+    board = Recorder()
+    with RunLogger(folder, board, FileLock(folder.create().lock)) as log:
+        log.metrics(10, {"loss": 1.0})
+        aside = folder.path.rename(folder.path.with_name("aside"))
+        log.begin_again(aside / "log.txt", FileLock(folder.create().lock))
+        assert not board.curves
+        log.metrics(1, {"loss": 2.0})
+    assert board.curves == {("loss", "train"): [(1, 2.0)]} and len(lines_of(folder)) == 1
 
 
 def test_a_full_disk_does_not_stop_what_the_dashboard_keeps(folder):
