@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
@@ -28,7 +29,7 @@ WAIT = 60  # seconds for the server to start
 def draw_run(name, logs, server, port):
     """Draw the run `name`, a folder below `logs`, on the server; raises Outage.
 
-    Returns whether it did: a run that draws by itself is left out.
+    Returns the address of its page; None for a run that draws by itself, which is left out.
     """
     folder = RunFolder(name, logs)
     lock = FileLock(folder.lock)
@@ -37,7 +38,7 @@ def draw_run(name, logs, server, port):
             lock.acquire(timeout=0)
     except Timeout:
         if not settings_of(folder).get("no_visdom"):
-            return False
+            return None
     except (OSError, NotImplementedError):
         pass
     try:
@@ -46,7 +47,7 @@ def draw_run(name, logs, server, port):
         board.send()
     finally:
         lock.release()
-    return True
+    return f"{board.address}/env/{quote(board.env)}"
 
 
 def wait_for_server(server, port):
@@ -70,16 +71,17 @@ def main(argv=None):
     parser.add_argument("--logs", type=Path, default=LOGS, help="the folder of the runs")
     flags = parser.parse_args(argv)
     wait_for_server(flags.server, flags.port)
-    drawn = 0
+    drawn = []
     for name in run_names(flags.logs):
         try:
-            drawn += draw_run(name, flags.logs, flags.server, flags.port)
+            drawn.append(draw_run(name, flags.logs, flags.server, flags.port))
         except Outage as error:
             raise UserError(f"not all runs are drawn, the server {error}") from None
         except Exception as error:  # a broken run must not keep the others away
             print(f"{flags.logs / name} is not drawn: {error}", file=sys.stderr)
-    if drawn:
-        print(f"{drawn} runs of {flags.logs}/ are on the page", flush=True)
+    if drawn := list(filter(None, drawn)):
+        print(f"{len(drawn)} runs of {flags.logs}/ are on the page, the newest at {drawn[0]}",
+              flush=True)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ def test_a_resumed_run_is_drawn_once_and_in_order(server, logs):
     assert list(after) == [WINDOWS[0], WINDOWS[1], WINDOWS[6], WINDOWS[7]]
     assert after["metric: Loss"]["content"]["data"][0]["y"] == [0.1, 7.0]
     assert after["image: reconstructions"]["title"].endswith("step 10")
-    assert draw_run("run", logs, "127.0.0.1", server.port)
+    address = f"http://127.0.0.1:{server.port}/env/run"
+    assert draw_run("run", logs, "127.0.0.1", server.port) == address
     assert list(server.windows("run")) == WINDOWS[:2] + WINDOWS[3:4] + WINDOWS[5:]
 
 
