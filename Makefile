@@ -10,11 +10,14 @@ DEMO_VQGAN_STEPS ?= 300
 DEMO_SAMPLER_STEPS ?= 1600
 DEMO_FLAGS ?= --no_visdom
 
+# Seconds after which `make watch RUN=...` draws again; 0 draws once.
+EVERY ?= 0
+
 VENV_PYTHON := .venv/bin/python
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-lowest demo gpu-check visdom clean
+.PHONY: help install test test-all test-lowest demo gpu-check visdom watch clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -43,8 +46,11 @@ demo: .venv/installed ## train both stages on the digits and report on them: min
 gpu-check: .venv/installed ## check and measure the GPU in about eight minutes, into results/
 	$(VENV_PYTHON) benchmarks/gpu.py
 
-visdom: .venv/installed ## start the visdom server that the training scripts draw on
+visdom: .venv/installed ## start the visdom server, which shows all runs under logs/
 	$(VENV_PYTHON) -m utils.logging.visdom_server
+
+watch: .venv/installed ## draw the curves of RUN as logs/RUN/curves.png, every EVERY seconds
+	@$(VENV_PYTHON) -m utils.logging.watch "$(RUN)" --every "$(EVERY)"
 
 clean: ## remove both environments and what tools left behind, but nothing that runs have made
 	rm -rf .venv .venv-lowest build *.egg-info .pytest_cache .hypothesis

@@ -203,7 +203,7 @@ class SamplerTraining:
         with tolerate_full_disk(self.log):
             self.log.images(step, "samples", images, save=save, display=display,
                             individually=H.save_individually)
-        if H.sampler == "absorbing" and display:
+        if H.sampler == "absorbing":
             self.log.bars(step, "loss_per_timestep", self.sampler.loss_history[1:])
 
 

@@ -82,7 +82,7 @@ def main(argv=None):
                     for distance, place in zip(*row)
                 ])
             columns = 1 + distances.shape[1]
-            run.log.images(H.load_step, f"neighbours_{space}", torch.stack(shown), columns=columns)
+            run.show_images(f"neighbours_{space}", torch.stack(shown), columns)
         run.report(figures, neighbours=neighbours)
         run.log.info(f"each sample and its neighbours: {run.log.folder.images}/neighbours_*.png")
 

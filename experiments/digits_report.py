@@ -4,7 +4,8 @@
         --n_samples 500 --log_dir demo
 
 Writes logs/<log_dir>/images/report_<step>.png (real digits, reconstructions of held-out digits,
-samples), prints a table of measured figures and keeps it as logs/<log_dir>/results.json.
+samples), prints a table of measured figures and keeps it as logs/<log_dir>/results.json. Both are
+on the page logs/<log_dir>/report.html.
 """
 
 import warnings
@@ -19,7 +20,7 @@ from utils.data.datasets import load_dataset
 from utils.data.pixels import to_float, to_uint8
 from utils.evaluation.experiment import experiment
 from utils.evaluation.metrics import frechet_distance_of_features, psnr
-from utils.logging.images import image_grid, save_image
+from utils.logging.images import image_grid, panels
 from utils.logging.logger import read_metrics
 from utils.runs.folder import RunFolder
 from utils.runs.script import run_script
@@ -124,11 +125,11 @@ def measure(H, real, held_out, labels, reconstructions, samples):
 
 
 def picture(held_out, reconstructions, samples):
-    """Three panels side by side: real digits, their reconstructions, samples; [1, H, W]."""
+    """Three panels of digits uint8 [n, 1, S, S], each with its title, as a PIL image."""
     count = min(60, len(held_out), len(samples))
-    panels = [image_grid(part[:count], columns=10) for part in (held_out, reconstructions, samples)]
-    gap = torch.full((panels[0].shape[0], panels[0].shape[1], 24), 255, dtype=torch.uint8)
-    return torch.cat((panels[0], gap, panels[1], gap, panels[2]), dim=2)
+    shown = {"real digits, held out": held_out, "their reconstructions": reconstructions,
+             "samples": samples}
+    return panels({title: image_grid(part[:count], 10) for title, part in shown.items()})
 
 
 def main(argv=None):
@@ -151,8 +152,8 @@ def main(argv=None):
         samples = to_float(torch.cat(list(run.samples())))
         figures = measure(H, real, held_out, labels, reconstructions, samples)
         run.report(figures, held_out=known)
-        path = run.log.folder.images / f"report_{H.load_step}.png"
-        save_image(picture(*map(to_uint8, (held_out, reconstructions, samples))), path)
+        shown = picture(*map(to_uint8, (held_out, reconstructions, samples)))
+        path = run.show("report", run.log.picture(H.load_step, "report", shown))
         run.log.info(f"real digits | reconstructions | samples: {path}")
 
 

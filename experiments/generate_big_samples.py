@@ -52,7 +52,7 @@ def main(argv=None):
             ids = draw_canvas(run, min(H.batch_size, H.n_samples - first))
             images.append(decode_big(run, ids))
         images = torch.cat(images)
-        run.log.images(H.load_step, "big", images)
+        run.show_images("big", images)
         if H.save_individually:
             run.log.images(H.load_step, "big", images, display=False, individually=True)
         run.log.info(f"{len(images)} canvases of {H.shape[0]}x{H.shape[1]} ids, {images.shape[2]}x"

@@ -29,7 +29,7 @@ def main(argv=None):
         for images in run.samples():
             shown.append(images[: max(0, SHOWN - count)])
             count += len(images)
-        run.log.images(H.load_step, "samples", torch.cat(shown))
+        run.show_images("samples", torch.cat(shown))
         ids = torch.cat([run.ids.part(*span)["ids"] for span in run.ids.spans])
         path = run.log.folder.path / f"ids_{H.load_step}.pt"
         save_file(ids.int(), path)

@@ -95,7 +95,7 @@ def main(argv=None):
         images = complete(run, image, hidden)
         mask = hidden.float().expand_as(image)
         before = torch.stack((image, mask, torch.where(hidden, mask * 0.5, image)))
-        run.log.images(H.load_step, "inpaint", torch.cat((before, images)))
+        run.show_images("inpaint", torch.cat((before, images)))
         if H.save_individually:
             run.log.images(H.load_step, "inpaint", images, display=False, individually=True)
         run.log.info(f"the image, the mask, what is kept, {len(images)} completions: "

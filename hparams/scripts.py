@@ -4,6 +4,7 @@ What shapes fit together is a rule of the models, which `utils/training/build.py
 begins.
 """
 
+import dataclasses
 from functools import partial
 
 from hparams.defaults import SAMPLER_DEFAULTS, VQGAN_DEFAULTS
@@ -172,6 +173,35 @@ SAMPLER_RUN = LoadedRun(
 # What a command says of itself, which a run that goes on does not take from its own record.
 COMMAND = {"load_dir", "load_step", "load_optim", "log_dir", "resume", "overwrite", "device",
            "visdom_server", "visdom_port", "no_visdom"}
+
+
+# What a person chooses first, from which the defaults of a training follow.
+CHOSEN = {"dataset", "custom_dataset_path", "recipe", "preset", "train_steps", "sampler",
+          "ae_load_dir", "ae_load_step"}
+
+
+def default_settings(settings):
+    """The settings, a dict, of a training for which only CHOSEN of the dict `settings` are given:
+    that of a run's hparams.yaml.
+
+    What a command says of itself stays, and a sampler keeps what is its autoencoder's. Raises
+    SettingsError where they do not go together.
+    """
+    is_sampler = "sampler" in settings
+    settings_class = SamplerSettings if is_sampler else VQGANSettings
+    stage = SAMPLER_DEFAULTS if is_sampler else VQGAN_DEFAULTS
+    chosen = {"recipe": "published", "preset": "published"}  # of files that are older than these
+    chosen |= {name: settings[name] for name in CHOSEN & settings.keys()}
+    ordinary = stage.of({name: chosen[name] for name in chosen.keys() - {"preset"}}, False)
+    preset_given = "preset" in chosen and chosen["preset"] != ordinary["preset"]
+    kept = names_of(Autoencoder) if is_sampler else set()
+    kept = {name: settings[name] for name in kept & settings.keys()}
+    H = settings_class()
+    for name, value in {**stage.of(chosen, preset_given), **kept, **chosen}.items():
+        if name in settings_class.__dataclass_fields__:
+            setattr(H, name, value)
+    H.validate()
+    return dataclasses.asdict(H) | {name: settings[name] for name in COMMAND & settings.keys()}
 
 
 def runs_to_train_on(architecture, training):

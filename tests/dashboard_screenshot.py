@@ -3,7 +3,7 @@
     python tests/dashboard_screenshot.py --port 8097 --env ENV --out assets/dashboard.png
 
 Waits until the page shows every window that the server holds, and fails where it does not.
-Not a test for pytest, because it needs the browser and the scripts of visdom's page:
+It needs the browser and the scripts of visdom's page:
 `python -m utils.logging.visdom_server --scripts_from_npm` gets those where only npm can be reached.
 """
 
@@ -36,6 +36,12 @@ DRAWN = """[...document.querySelectorAll('.react-grid-item')].filter(pane =>
 # The page scrolls inside the body: the height that shows all windows without scrolling.
 BOTTOM = """Math.max(...[...document.querySelectorAll('.react-grid-item')].map(
     pane => pane.getBoundingClientRect().bottom))"""
+
+# Titles of the windows, those of a row from left to right.
+TITLES = """JSON.stringify([...document.querySelectorAll('.react-grid-item')].map(pane => {
+    const place = pane.getBoundingClientRect();
+    return [place.top, place.left, pane.querySelector('.bar').innerText.trim().split('\\n').pop()];
+}).sort((a, b) => a[0] - b[0] || a[1] - b[1]).map(found => found[2]))"""
 
 
 class Page:
@@ -100,6 +106,37 @@ def count_windows(server, env):
         return len(json.load(answer))
 
 
+def take(server, env, out, width=1280):
+    """Write a picture of an environment; returns the titles of its windows, row by row."""
+    env = env.replace("/", "_")
+    try:
+        windows = count_windows(server, env)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: no environment {env!r} on a visdom server at {server}: {error}")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        page = Page(profile, width, 900)
+        try:
+            page.call("Page.navigate", url=f"{server}/env/{quote(env)}")
+            wait_for(lambda: page.evaluate(DRAWN) == windows, f"{windows} windows to be drawn")
+            height = int(page.evaluate(BOTTOM)) + 20
+            page.call(
+                "Emulation.setDeviceMetricsOverride",
+                width=width,
+                height=height,
+                deviceScaleFactor=1,
+                mobile=False,
+            )
+            time.sleep(2)  # panes glide to their places
+            titles = json.loads(page.evaluate(TITLES))
+            picture = page.call("Page.captureScreenshot", format="png")["data"]
+        finally:
+            page.close()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(base64.b64decode(picture))
+    print(f"{out}: {windows} windows, {width}x{height} pixels")
+    return titles
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--port", type=int, default=8097, help="of the visdom server (8097)")
@@ -107,33 +144,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("assets/dashboard.png"))
     parser.add_argument("--width", type=int, default=1280, help="pixels (1280)")
     flags = parser.parse_args()
-
-    server = f"http://127.0.0.1:{flags.port}"
-    env = flags.env.replace("/", "_")
-    try:
-        windows = count_windows(server, env)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: no environment {env!r} on a visdom server at {server}: {error}")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        page = Page(profile, flags.width, 900)
-        try:
-            page.call("Page.navigate", url=f"{server}/env/{quote(env)}")
-            wait_for(lambda: page.evaluate(DRAWN) == windows, f"{windows} windows to be drawn")
-            height = int(page.evaluate(BOTTOM)) + 20
-            page.call(
-                "Emulation.setDeviceMetricsOverride",
-                width=flags.width,
-                height=height,
-                deviceScaleFactor=1,
-                mobile=False,
-            )
-            time.sleep(2)  # panes glide to their places
-            picture = page.call("Page.captureScreenshot", format="png")["data"]
-        finally:
-            page.close()
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_bytes(base64.b64decode(picture))
-    print(f"{flags.out}: {windows} windows, {flags.width}x{height} pixels")
+    take(f"http://127.0.0.1:{flags.port}", flags.env, flags.out, flags.width)
 
 
 if __name__ == "__main__":

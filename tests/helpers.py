@@ -129,16 +129,20 @@ class Log:
 
 
 class VisdomServer:
-    """A visdom server in a process of its own, without memory of an earlier one."""
+    """A visdom server in a process of its own, without memory of an earlier one.
+
+    It shows the runs in the folder `logs` when it starts: none by default.
+    """
 
     def __init__(self, folder):
         self.port, self.folder, self.starts = free_port(), folder, 0
-        self.process = None
+        self.process, self.logs = None, folder / "no_logs"
 
     def start(self):
         self.starts += 1
         command = [sys.executable, "-m", "utils.logging.visdom_server", "--no_download"]
         command += ["--port", str(self.port), "--env_path", f"{self.folder}/{self.starts}"]
+        command += ["--logs", str(self.logs)]
         output = subprocess.DEVNULL
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
         wait_until(self.listens, seconds=60)
@@ -155,11 +159,16 @@ class VisdomServer:
             self.process = None
 
     def windows(self, env):
-        """What visdom's own client is told about all windows of an environment."""
+        """What visdom's own client is told about all windows of an environment, in their order; no
+        window is there twice."""
         client = visdom.Visdom(
             "http://127.0.0.1", port=self.port, env=env, use_incoming_socket=False
         )
-        return json.loads(client.get_window_data(env=env))
+        windows = json.loads(client.get_window_data(env=env))
+        ordered = sorted(windows.items(), key=lambda window: window[1]["i"])
+        named = {name.partition(" #")[0]: window for name, window in ordered}
+        assert len(named) == len(windows), f"shown twice: {list(windows)}"
+        return named
 
 
 class OneOfMany(Processes):

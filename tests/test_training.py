@@ -1,7 +1,9 @@
 """Both stages from end to end on tiny settings: resume to the bit, errors, Ctrl-C, latents."""
 
+import base64
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -282,8 +284,17 @@ def test_digits_report(workplace):
     table = result["figures"]
     assert table["classifier: accuracy on held-out digits"] > 0.97
     assert all(value is not None for value in table.values())
-    picture = Image.open(RunFolder("report").images / "report_4.png")
+    path = RunFolder("report").images / "report_4.png"
+    picture = Image.open(path)
     assert picture.width > picture.height
+    page = RunFolder("report").report.read_text()
+    assert "classifier: accuracy on held-out digits" in page
+    assert base64.b64encode(path.read_bytes()).decode() in page
+    assert RunFolder("report").log.read_text().endswith("on one page: logs/report/report.html\n")
+    get_samples.main(flags.split())
+    assert re.findall("<h2>(.*)</h2>", RunFolder("report").report.read_text()) == [
+        "samples", "digits"
+    ]
 
 
 def test_inpaint(two_runs, workplace):
@@ -292,6 +303,8 @@ def test_inpaint(two_runs, workplace):
     image = to_uint8(load_digits_at(16, 4))
     singles = sorted((RunFolder("out").images / "inpaint_2").glob("*.png"))
     assert len(singles) == 3
+    page = RunFolder("out").report.read_text()  # of an experiment without figures
+    assert page.count("<img ") == 1 and "<h2>inpainting</h2>" in page
     for path in singles:
         result = torch.from_numpy(np.array(Image.open(path)))[None]
         kept = torch.ones(16, 16, dtype=torch.bool)
@@ -513,10 +526,11 @@ def start(script, flags, port):
 
 
 @pytest.mark.parametrize("script, flags, windows", [
-    ("train_vqgan.py", VQGAN, ["metric: loss", "metric: psnr", "bars: codebook_use",
-                               "image: reconstructions", "table: hyperparameters"]),
-    ("train_sampler.py", SAMPLER, ["metric: loss", "metric: bits_per_token", "image: samples",
-                                   "bars: loss_per_timestep", "table: hyperparameters"]),
+    ("train_vqgan.py", VQGAN, ["metric: Loss", "metric: Reconstruction PSNR, dB",
+                               "bars: codebook_use", "image: reconstructions", "text: settings",
+                               "text: health"]),
+    ("train_sampler.py", SAMPLER, ["metric: Loss", "metric: Bits per token", "image: samples",
+                                   "bars: loss_per_timestep", "text: settings"]),
 ])
 def test_training_continues_while_visdom_restarts(server, script, flags, windows, two_runs):
     """A real server has the windows, is stopped, started again, and has them all again."""
@@ -529,7 +543,7 @@ def test_training_continues_while_visdom_restarts(server, script, flags, windows
         wait_until(lambda: lines_of(script)[-1]["step"] > before + 20, seconds=60)
         server.start()  # knows nothing of what was there before
         wait_until(lambda: set(windows) <= set(server.windows(script)), seconds=60)
-        steps = server.windows(script)["metric: loss"]["content"]["data"][0]["x"]
+        steps = server.windows(script)["metric: Loss"]["content"]["data"][0]["x"]
         assert steps[0] == 2 and steps[-1] > before + 20
     finally:
         process.send_signal(signal.SIGINT)

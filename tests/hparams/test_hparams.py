@@ -12,7 +12,7 @@ from hparams import (
 )
 from hparams.scripts import (
     ELBOSettings, FIDSettings, NearestNeighboursSettings, SamplerSettings, SamplesSettings,
-    VQGANFIDSettings, VQGANSettings,
+    VQGANFIDSettings, VQGANSettings, default_settings,
 )
 from utils.runs.folder import RunFolder
 
@@ -338,3 +338,23 @@ def test_a_run_on_custom_images_may_be_measured_against_another_dataset():
     assert (H.dataset, H.custom_dataset_path) == ("digits", None)
     H = get_vqgan_fid_hparams(["--load_dir", "ae", "--load_step", "2"])
     assert (H.dataset, H.custom_dataset_path) == ("custom", "photos")
+
+
+@pytest.mark.parametrize("flags, different", [
+    ("--dataset digits --amp --log_dir a --no_visdom --train_steps 300", {"amp": (True, False)}),
+    ("--dataset digits --recipe modern --disc_lr 0.01", {"disc_lr": (0.01, 0.001)}),
+    ("--dataset digits --preset small", {}),
+    ("--dataset ffhq --batch_size 6", {"batch_size": (6, 3), "lr": (2.7e-5, 1.35e-5)}),
+    ("--dataset custom --custom_dataset_path x --preset medium --ndf 8", {"ndf": (8, 64)}),
+    ("--dataset digits --sampler absorbing --ae_load_dir x --ae_load_step 3 --temp 0.5",
+     {"temp": (0.5, 0.8)}),
+])
+def test_settings_that_differ_from_the_defaults(flags, different):
+    parse = get_sampler_hparams if "--sampler" in flags else get_vqgan_hparams
+    settings = dataclasses.asdict(parse(flags.split()))
+    defaults = default_settings(settings)
+    found = {name: (value, defaults[name]) for name, value in settings.items()
+             if value != defaults[name]}
+    assert found == {name: pytest.approx(pair) for name, pair in different.items()}
+    older = {name: value for name, value in settings.items() if name not in ("recipe", "preset")}
+    assert default_settings(older).keys() == defaults.keys()

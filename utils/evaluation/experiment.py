@@ -25,10 +25,12 @@ import torch
 
 from models.autoencoder.formats import in_precision
 from utils.data.batches import UnreadableFiles
-from utils.errors import UserError
+from utils.errors import DiskError, UserError
 from utils.evaluation.features import ImageStream
+from utils.evaluation.report import add_result
 from utils.evaluation.samples import CHUNK, decode, drawn_ids, given_ids, sampling_settings
 from utils.files import file_hash, remove_leftovers, whole_file
+from utils.logging.curves import PICTURES
 from utils.logging.images import remove_images, save_images_individually
 from utils.runs.script import command_of, start_run, without_credentials
 from utils.runs.trained_on import note_training
@@ -62,7 +64,10 @@ def experiment(H, name, several=True, build=build_both):
             remove_leftovers(folder)
         if H.resume:
             log.info(f"--resume: going on with the samples that {log.folder.path} holds")
-        yield Experiment(H, name, processes, log)
+        run = Experiment(H, name, processes, log)
+        yield run
+        if processes.is_first:
+            run.write_page()
 
 
 class Experiment:
@@ -76,6 +81,7 @@ class Experiment:
         self.device = processes.device
         self.precision = Precision(H.amp, self.device)
         self.facts = {"checkpoints": {}}
+        self.figures, self.pictures = {}, []  # what the page of the results shows
         self.began = time.perf_counter()
         self.autoencoder = self.sampler = self.dataset = None
 
@@ -198,21 +204,8 @@ class Experiment:
         if unknown:
             more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
             self.log.warning(f"not finite, and so unknown: {'; '.join(unknown[:NAMED])}{more}")
-        settings = dataclasses.asdict(without_credentials(self.H))
-        measured = {k: v for k, v in settings.items() if k not in NOT_MEASURED}
-        identity = json.dumps([self.name, measured, self.facts], sort_keys=True)
-        key = f"{self.name} {hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-        manifest = {
-            "command": command_of(self.H),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "seconds": round(time.perf_counter() - self.began, 1),
-            "device": str(self.device),
-            "precision": self.precision.description,
-            "versions": {"python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in LIBRARIES},
-            **self.facts,
-            "hyperparameters": settings,
-        }
+        self.figures = figures
+        key, manifest = f"{self.name} {self.identity()}", self.manifest()
         path = self.log.folder.results
         results = only_finite(read_results(path))  # earlier versions wrote NaN
         results.pop(key, None)  # the newest comes last
@@ -221,8 +214,53 @@ class Experiment:
             file.write(json.dumps(results, indent=1, allow_nan=False).encode())
         self.log.info(self.name, markdown_table(figures))
         self.log.info(f"kept as {key!r} in {path}")
-        self.log.table(self.name, figures)
         self.log.metrics(self.H.load_step, known(figures), group=self.name)
+        self.log.table(self.name, in_words(figures))
+
+
+    def identity(self):
+        """A hash of what is measured: the same for the same settings and `facts`."""
+        settings = dataclasses.asdict(without_credentials(self.H))
+        measured = {k: v for k, v in settings.items() if k not in NOT_MEASURED}
+        identity = json.dumps([self.name, measured, self.facts], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+    def manifest(self):
+        """How the results came about, a dict that JSON takes."""
+        return {
+            "command": command_of(self.H),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(time.perf_counter() - self.began, 1),
+            "device": str(self.device),
+            "precision": self.precision.description,
+            "versions": {"python": platform.python_version()}
+            | {name: importlib.metadata.version(name) for name in LIBRARIES},
+            **self.facts,
+            "hyperparameters": dataclasses.asdict(without_credentials(self.H)),
+        }
+
+    def show_images(self, name, images, columns=None):
+        """Save and show images [N, C, H, W] as the grid `name`, here and on the results' page."""
+        self.log.images(self.H.load_step, name, images, columns=columns)
+        self.show(name, self.log.folder.images / f"{name}_{self.H.load_step}.png")
+
+    def show(self, name, path):
+        """Put the PNG file `path` on the results' page, and give it back."""
+        self.pictures.append((PICTURES.get(name, name), path))
+        return path
+
+    def write_page(self):
+        """Add the figures and pictures to the page of the results, report.html."""
+        if not (self.figures or self.pictures):
+            return
+        path = self.log.folder.report
+        try:
+            add_result(path, self.identity(), self.name, in_words(self.figures), self.pictures,
+                       self.manifest(), self.log.warning)
+        except DiskError as error:  # results.json has them
+            self.log.warning(str(error))
+        else:
+            self.log.info(f"figures and pictures are on one page: {path}")
 
 
 def known(figures):
@@ -246,10 +284,13 @@ def only_finite(value, unknown=None, name=""):
 
 def markdown_table(figures):
     """Figures, a dict of numbers or None, as a Markdown table of two columns."""
-    return table(["", ""], [
-        [name, "unknown" if value is None else format(value, ".6g")]
-        for name, value in figures.items()
-    ])
+    return table(["", ""], in_words(figures).items())
+
+
+def in_words(figures):
+    """Figures, a dict of numbers or None, as a dict of strings."""
+    return {name: "unknown" if value is None else format(value, ".6g")
+            for name, value in figures.items()}
 
 
 def table(head, rows):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
 from utils.data.pixels import to_uint8
@@ -15,6 +16,8 @@ from utils.files import make_folder, remove_leftovers, whole_file
 
 CELL = 64  # pixels; grids enlarge smaller images until the shorter side has about this many
 PAD = 2  # white pixels around each image of a grid
+TITLE = 26  # pixels of the letters of a title
+GAP = 24  # white pixels between panels
 
 
 def image_grid(images, columns=None):
@@ -40,12 +43,31 @@ def to_pil(image):
     return to_pil_image(to_uint8(image).cpu())
 
 
+def panels(images):
+    """Images, a dict {title: uint8 [C, H, W]}, side by side, each below its title: a PIL image."""
+    pictures = {title: to_pil(image) for title, image in images.items()}
+    font = ImageFont.load_default(TITLE)
+    widths = [max(picture.width, math.ceil(font.getlength(title)))
+              for title, picture in pictures.items()]
+    height = 2 * TITLE + max(picture.height for picture in pictures.values())
+    modes = {picture.mode for picture in pictures.values()}
+    mode = modes.pop() if len(modes) == 1 else "RGB"
+    whole = Image.new(mode, (sum(widths) + GAP * (len(widths) - 1), height), "white")
+    draw, left = ImageDraw.Draw(whole), 0
+    for (title, picture), width in zip(pictures.items(), widths):
+        draw.text((left + (width - font.getlength(title)) / 2, TITLE / 3), title, "black", font)
+        whole.paste(picture, (left + (width - picture.width) // 2, 2 * TITLE))
+        left += width + GAP
+    return whole
+
+
 def save_image(image, path):
-    """Write one image [C, H, W], floats in [0, 1] or uint8, as a PNG, whole or not at all.
+    """Write one image [C, H, W], floats in [0, 1] or uint8, or a PIL image, as a PNG, whole or not
+    at all.
 
     Raises DiskError where the file cannot be written.
     """
-    picture = to_pil(image)
+    picture = to_pil(image) if torch.is_tensor(image) else image
     with whole_file(path, durable=False) as file:
         picture.save(file, format="PNG")
 

@@ -11,19 +11,19 @@ import torch
 from tqdm import tqdm
 
 from utils.data.pixels import to_uint8
-from utils.errors import UserError
+from utils.errors import DiskError, UserError
 from utils.files import whole_file
+from utils.logging.curves import LINE_KEYS
 from utils.logging.images import image_grid, remove_images, save_image, save_images_individually
-
-LINE_KEYS = ("step", "group", "time")  # keys of a line of metrics.jsonl that are no metrics
+from utils.logging.replay import draw_line, read_board, replay, until
 
 
 class RunLogger:
     """The one object a script logs through; a context manager.
 
     `folder` is the RunFolder of the run, which is created; `board` a VisdomBoard or None, which
-    is started here and closed with the logger, as the folder's `lock` is released. Curves of an
-    earlier metrics.jsonl are drawn again. Raises UserError where a file cannot be written.
+    is started here and closed with the logger, as the folder's `lock` is released. What the folder
+    holds of earlier is drawn again. Raises UserError where a file cannot be written.
     """
 
     def __init__(self, folder, board=None, lock=None):
@@ -63,6 +63,7 @@ class RunLogger:
         self.lock.release()
         self.lock = lock
         self._log.follow(moved)
+        self.rewind(math.inf)  # which clears the board of the curves of the other run
 
     def metrics(self, step, values, group="train"):
         """Write one line of metrics.jsonl, and add a point to the curve `group` of each metric.
@@ -79,7 +80,8 @@ class RunLogger:
             number = float(value.item() if torch.is_tensor(value) else value)
             line[name] = number if math.isfinite(number) else str(number)
         self._write_metrics(json.dumps(line, allow_nan=False) + "\n")
-        self._draw(line)
+        if self._board is not None:
+            draw_line(self._board, line)
 
     def _write_metrics(self, text=""):
         warned = self._metrics.waiting
@@ -91,12 +93,16 @@ class RunLogger:
                              "are kept in memory until the disk takes them")
 
     def bars(self, step, name, values):
-        """Show `values`, a list or a tensor with one axis, as bars over the index on the board.
+        """Show `values`, a list or a tensor with one axis, as bars over the index on the board, and
+        keep them in board.json.
 
         Non-finite values leave out their bar.
         """
+        values = torch.as_tensor(values).tolist()
         if self._board is not None:
-            self._board.bars(name, int(step), torch.as_tensor(values).tolist())
+            self._board.bars(name, int(step), values)
+        values = [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]
+        self._keep(bars={name: {"step": int(step), "values": values}})
 
     def images(
         self, step, name, images, save=True, display=True, individually=False, columns=None
@@ -118,25 +124,52 @@ class RunLogger:
         if display and self._board is not None:
             self._board.image(name, int(step), grid)
 
+    def picture(self, step, name, picture):
+        """Save a PIL image as `images/<name>_<step>.png`, show it on the board, and give its path.
+
+        Raises DiskError where the disk does not take it.
+        """
+        path = self.folder.images / f"{name}_{step}.png"
+        save_image(picture, path)
+        if self._board is not None:
+            self._board.picture(name, int(step), picture)
+        return path
+
     def table(self, name, values):
-        """Show a dict as a table of two columns on the board."""
+        """Show a dict of strings as a table of two columns on the board."""
         if self._board is not None:
             self._board.table(name, values)
+
+    def health(self, step, sentences):
+        """Show how the training goes, a list of sentences, and keep it in board.json."""
+        if self._board is not None:
+            self._board.health(int(step), sentences)
+        self._keep(health={"step": int(step), "sentences": sentences})
+
+    def settings(self, values, defaults):
+        """Show the settings, a dict, on the board: what differs from `defaults` first."""
+        if self._board is not None:
+            self._board.settings(values, defaults)
+
+    def _keep(self, bars=None, health=None):
+        """Write into board.json what a dashboard shows beside metrics and images."""
+        kept = read_board(self.folder.board)
+        kept = {"bars": kept["bars"] | (bars or {}), "health": health or kept["health"]}
+        with contextlib.suppress(DiskError), whole_file(self.folder.board, durable=False) as file:
+            file.write(json.dumps(kept, allow_nan=False).encode())
 
     def rewind(self, step):
         """Drop what training has written into metrics.jsonl after `step`, and writes again.
 
         A crash can leave half a line at the end: it is dropped too, or the next line would be
-        glued to it. The curves on the board follow.
+        glued to it. The board follows.
         """
+        path = self.folder.metrics
+        lines = until(step, read_metrics(path))
         if self._board is not None:
-            self._board.clear_curves()
-        kept, path = [], self.folder.metrics
-        for line in read_metrics(path):
-            if line["step"] <= step or line["group"] not in ("train", "validation"):
-                kept.append(json.dumps(line) + "\n")
-                self._draw(line)
-        content = "".join(kept).encode()
+            self._board.clear()
+            replay(self.folder, lines, self._board, step)
+        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
         if path.exists() and len(content) != path.stat().st_size:
             with whole_file(path) as file:
                 file.write(content)
@@ -149,14 +182,6 @@ class RunLogger:
         self._log.close()
         if self.lock is not None:
             self.lock.release()
-
-    def _draw(self, line):
-        """Put a line of metrics.jsonl on the board's curves."""
-        if self._board is None:
-            return
-        for name, value in line.items():
-            if name not in LINE_KEYS:
-                self._board.curve(name, line["step"], float(value), line["group"])
 
 
 class NoLogger:

@@ -8,23 +8,25 @@ timeouts and prints tracebacks when the server is away.
 """
 
 import base64
-import html
 import http.client
-import io
 import json
 import math
+import re
 import threading
+import uuid
 from functools import partial
 from urllib.parse import quote, unquote, urlsplit
 
 from utils.errors import SettingsError
+from utils.logging import curves
 from utils.logging.images import to_pil
+from utils.logging.panes import (
+    bars_pane, curves_pane, health_pane, picture_pane, settings_pane, table_pane,
+)
 
 CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
 MAX_POINTS = 2000  # kept per curve, an even number: a window is a few hundred pixels wide
-WINDOW = {"width": 400, "height": 300}  # pixels of curves and bars
-IMAGE_SIDE = 400  # pixels of the longer side of an image
-TITLE_BAR = 35  # pixels that visdom takes from the height of an image's window
+OURS = re.compile(r"(metric|bars|image|table|text): ")  # how the names of a board's windows begin
 
 
 class _Curve:
@@ -45,7 +47,7 @@ class _Curve:
             self.stride *= 2
 
 
-class _Outage(Exception):
+class Outage(Exception):
     """The server cannot be used at the moment; the message says why."""
 
 
@@ -57,6 +59,11 @@ class VisdomBoard:
     sent before `start`. Curves keep at most 2000 points each, thinned evenly. `interval`,
     `retry` and `timeout` are seconds: between two sendings, between two attempts to reach a
     lost server, and for one answer. Raises SettingsError for a server that is no address.
+
+    `curves.py` says which metric is drawn where, and in which order windows stand. Visdom puts a
+    new window last, so where one belongs before others, all are closed and sent again in order. A
+    window that is sent again has a new name on the server: a page that is open answers the closing
+    of a window by closing it once more, perhaps after it was sent again.
     """
 
     def __init__(self, server=None, port=8097, env="main", *, interval=2.0, retry=5.0, timeout=5.0):
@@ -83,10 +90,11 @@ class VisdomBoard:
         self._interval, self._retry, self._timeout = interval, retry, timeout
 
         self._lock = threading.Lock()  # guards the windows; never held while sending
-        # Window -> its curves {group: _Curve}, or a function that gives what it shows; the order
-        # is that on the dashboard.
-        self._windows = {}
+        self._curves = {}  # curves.Window -> {(metric, group): _Curve}
+        self._windows = {}  # window -> (rank, function that gives what it shows or None)
         self._changed = {}  # windows to send, an ordered set
+        self._settings = {}
+        self._sent = {}  # window -> its name on the server; of the sending thread alone
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="visdom", daemon=True)
 
@@ -106,39 +114,60 @@ class VisdomBoard:
     # Called by training: these only write into memory.
 
     def curve(self, name, step, value, group="train"):
-        """Add a point to the curve `group` of the window `name`; non-finite values are gaps."""
-        window = f"metric: {name}"
+        """Add a point to the curve `group` of a metric; non-finite values are gaps."""
+        if not curves.is_drawn(name):
+            return
+        window = curves.window_of(name)
         with self._lock:
-            curves = self._windows.setdefault(window, {})
-            curves.setdefault(group, _Curve()).add(step, value)
-            self._changed[window] = True
+            if window not in self._curves:
+                self._curves[window] = {}
+                rank = curves.rank(window.part, window.title)
+                self._windows[f"metric: {window.title}"] = rank, partial(self._plot, window)
+            self._curves[window].setdefault((name, group), _Curve()).add(step, value)
+            self._changed[f"metric: {window.title}"] = True
 
-    def clear_curves(self):
-        """Forget all curves; their windows close unless points are added again."""
+    def clear(self):
+        """Forget all windows, which close unless they are shown again."""
         with self._lock:
-            for window in [w for w, shown in self._windows.items() if isinstance(shown, dict)]:
-                del self._windows[window]
-                self._changed[window] = True
+            self._changed |= dict.fromkeys(self._windows, True)
+            self._curves, self._windows, self._settings = {}, {}, {}
 
     def bars(self, name, step, values):
         """Show a list of numbers as bars over their index, in place of the last ones."""
-        heights = [_finite(value) for value in values]
-        trace = {"type": "bar", "x": list(range(len(values))), "y": heights}
-        self._show(f"bars: {name}", partial(_plot, f"{name}, step {step}", [trace], "index"))
+        heights, bars = [_finite(value) for value in values], curves.bars_of(name)
+        content = partial(bars_pane, bars, step, heights)
+        self._show(f"bars: {name}", bars.part, bars.title, content)
 
     def image(self, name, step, image):
         """Show one image [C, H, W], floats in [0, 1] or uint8, in place of the last one."""
-        picture = to_pil(image).copy()  # training may reuse the memory
-        self._show(f"image: {name}", partial(_picture, f"{name}, step {step}", picture))
+        self.picture(name, step, to_pil(image).copy())  # training may reuse the memory
+
+    def picture(self, name, step, picture):
+        """Show a PIL image, which is not changed afterwards, in place of the last one."""
+        title = f"{curves.PICTURES.get(name, name)}, step {step}"
+        self._show(f"image: {name}", "pictures", name, partial(picture_pane, title, picture))
 
     def table(self, name, rows):
-        """Show a dict, such as the hyperparameters, as a table of two columns."""
-        rows = {str(key): str(value) for key, value in rows.items()}
-        self._show(f"table: {name}", partial(_table, name, rows))
+        """Show a dict of strings, such as the figures of an experiment, as two columns."""
+        self._show(f"table: {name}", "results", name, partial(table_pane, name, dict(rows)))
 
-    def _show(self, window, content):
+    def health(self, step, sentences):
+        """Show how the training goes, a list of sentences, in place of the last ones."""
+        content = partial(health_pane, curves.HEALTH[1], step, list(sentences))
+        self._show("text: health", *curves.HEALTH, content)
+
+    def settings(self, settings, defaults):
+        """Show the settings of the run, a dict: what differs from `defaults` first."""
+        title = curves.SETTINGS[1]
+        content = partial(settings_pane, title, dict(settings), dict(defaults))
+        self._show("text: settings", *curves.SETTINGS, content)
         with self._lock:
-            self._windows[window] = content
+            self._settings = dict(settings)
+            self._changed |= {f"metric: {window.title}": True for window in self._curves}
+
+    def _show(self, window, part, title, content):
+        with self._lock:
+            self._windows[window] = curves.rank(part, title), content
             self._changed[window] = True
 
     # The sending thread.
@@ -149,7 +178,7 @@ class VisdomBoard:
             stopping = self._stop.is_set()  # asked before sending: what came last is sent too
             connected = self._connection.sock is not None
             try:
-                self._send_windows(everything=not connected)
+                self.send(everything=not connected)
             except Exception as error:  # whatever happens here must not reach training
                 self._connection.close()
                 if connected:
@@ -158,7 +187,7 @@ class VisdomBoard:
                     stopping = False
                     continue
                 if not lost:
-                    reason = error if isinstance(error, _Outage) else f"cannot be used ({error!r})"
+                    reason = error if isinstance(error, Outage) else f"cannot be used ({error!r})"
                     self._on_warning(
                         f"no plots for now, the visdom server at {self.address} {reason};"
                         " training goes on, and all plots follow when the server answers"
@@ -171,90 +200,79 @@ class VisdomBoard:
             self._stop.wait(self._retry if lost else self._interval)
         self._connection.close()
 
-    def _send_windows(self, everything):
+    def send(self, everything=True):
         """Send the changed windows, or `everything` over a new connection to a server that may
-        have forgotten all."""
-        if everything and self._post("win_exists", win="") not in ("true", "false"):
-            raise _Outage("does not answer as visdom does")
+        have forgotten all, in the order of their ranks. Raises Outage."""
+        if everything:
+            self._meet()
         with self._lock:
-            changed = list(self._windows if everything else self._changed)
-            self._changed = {}
-        for window in changed:
-            with self._lock:
-                shown = self._windows.get(window)
-                if isinstance(shown, dict):
-                    shown = _curves(window.removeprefix("metric: "), shown)
-            if shown is None:
-                self._post("close", win=window)
-            elif self._post("events", win=window, **shown()) != window:
-                raise _Outage("does not answer as visdom does")
+            known = dict(self._windows)
+            wanted = known if everything else self._changed
+            changed, self._changed = dict.fromkeys(wanted), {}
+        messages = {window: self._message(known, window) for window in changed}
+        new = [known[window][0] for window, message in messages.items()
+               if message and window not in self._sent]
+        if new and any(known[window][0] > min(new) for window in self._sent if window in known):
+            self._close(*self._sent)
+            messages = {window: self._message(known, window) for window in known}
+        for window in sorted(messages, key=lambda window: known.get(window, [()])[0]):
+            message = messages[window]
+            if message is None:
+                self._close(*({window} & self._sent.keys()))
+                continue
+            name = self._sent.setdefault(window, f"{window} #{uuid.uuid4().hex[:8]}")
+            if self._post("events", win=name, **message) != name:
+                raise Outage("does not answer as visdom does")
+
+    def _meet(self):
+        """Find out whether a visdom server answers and still has what was sent; close what an
+        earlier process has drawn of this run."""
+        if self._post("win_exists", win="") not in ("true", "false"):
+            raise Outage("does not answer as visdom does")
+        found = []
+        if self.env in json.loads(self._post("env_state")):
+            found = json.loads(self._post("win_data", win=None))
+        found = {window for window in found if OURS.match(window)}
+        if not found >= set(self._sent.values()):
+            self._sent = {}
+        for window in found - set(self._sent.values()):
+            self._post("close", win=window)
+
+    def _close(self, *windows):
+        for window in windows:
+            self._post("close", win=self._sent.pop(window))
+
+    def _message(self, known, window):
+        """What the window shows, as visdom has it; None where there is nothing."""
+        return known[window][1]() if window in known else None
+
+    def _plot(self, window):
+        with self._lock:
+            found = self._curves.get(window, {})
+            found = {key: list(curve.points) for key, curve in found.items()}
+            settings, superfluous = self._settings, curves.is_superfluous(window, self._curves)
+        plot = None if superfluous else curves.plot(window, found, settings)
+        return plot and curves_pane(plot, window.tall)
 
     def _post(self, endpoint, **message):
-        """Send one message and give back the answer's text; raises _Outage."""
+        """Send one message and give back the answer's text; raises Outage."""
         body = json.dumps({"eid": self.env, **message}, allow_nan=False)
         try:
             self._connection.request("POST", f"{self._path}/{endpoint}", body, self._headers)
             response = self._connection.getresponse()
             text = response.read().decode(errors="replace")
         except TimeoutError:
-            raise _Outage(f"does not answer within {self._timeout:g} seconds") from None
+            raise Outage(f"does not answer within {self._timeout:g} seconds") from None
         except ConnectionRefusedError:
-            raise _Outage("does not run (connection refused)") from None
+            raise Outage("does not run (connection refused)") from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or error
-            raise _Outage(f"cannot be reached ({reason})") from None
+            raise Outage(f"cannot be reached ({reason})") from None
         if response.status != 200:
-            raise _Outage(f"answers with HTTP status {response.status}")
+            raise Outage(f"answers with HTTP status {response.status}")
         return text
 
 
 def _finite(value):
     """A number short enough to send, or None where there is none to draw."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-# What windows show, as visdom's messages have it.
-
-
-def _curves(title, curves):
-    """A function that gives the plot of `curves` {group: _Curve} as they are now."""
-    traces = []
-    for group, curve in curves.items():
-        steps, values = zip(*curve.points)
-        trace = {"type": "scatter", "mode": "lines", "name": group, "x": steps, "y": values}
-        traces.append(trace)
-    return partial(_plot, title, traces, "step")
-
-
-def _plot(title, traces, x_title):
-    layout = {
-        "showlegend": len(traces) > 1,
-        "legend": {"x": 1, "xanchor": "right", "y": 1, "bgcolor": "rgba(255, 255, 255, 0.7)"},
-        "margin": {"l": 60, "r": 15, "t": 35, "b": 55},
-        "xaxis": {"title": {"text": x_title, "standoff": 5}},
-        "yaxis": {"exponentformat": "e"},
-    }
-    return {"data": traces, "layout": layout, "opts": {"title": title, **WINDOW}}
-
-
-def _picture(title, picture):
-    buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, format="PNG")
-    source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    scale = IMAGE_SIDE / max(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
-    return {
-        "data": [{"type": "image", "content": {"src": source, "caption": None}}],
-        "opts": {"title": title, "width": width, "height": height + TITLE_BAR},
-    }
-
-
-def _table(title, rows):
-    lines = "".join(
-        f"<tr><td style='padding-right: 1em'>{html.escape(key)}</td>"
-        f"<td>{html.escape(value)}</td></tr>"
-        for key, value in rows.items()
-    )
-    content = f"<table style='font-size: 12px; margin: 8px'>{lines}</table>"
-    size = {"width": WINDOW["width"], "height": IMAGE_SIDE + TITLE_BAR}  # in a row with images
-    return {"data": [{"type": "text", "content": content}], "opts": {"title": title, **size}}

@@ -4,7 +4,8 @@
     python -m utils.logging.visdom_server --scripts_from_npm    # where only npm can be reached
 
 The `visdom` command dies where it cannot download the scripts of its web page. The same server
-starts here anyway: it receives plots, and the page works once the scripts are there.
+starts here anyway: it receives plots, and the page works once the scripts are there. It shows all
+runs under logs/, finished ones too, which a process of its own draws (utils/logging/restore.py).
 """
 
 import argparse
@@ -106,6 +107,21 @@ def fetch_scripts_from_npm():
     (STATIC / "version.built").write_text(visdom.__version__)
 
 
+@contextlib.contextmanager
+def drawn_runs(port, logs):
+    """Draw the runs of the folder `logs` from another process, which waits for the server."""
+    if not Path(logs).is_dir():
+        yield
+        return
+    command = [sys.executable, "-m", "utils.logging.restore", "--logs", str(logs)]
+    process = subprocess.Popen([*command, "--server", "http://127.0.0.1", "--port", str(port)])
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def main(argv=None):
     """Read the flags (`argv` or the command line) and serve until interrupted."""
     parser = argparse.ArgumentParser(
@@ -116,6 +132,7 @@ def main(argv=None):
                         help="the default is for this machine only; any other name opens the "
                         "server, which asks for no password, to all networks of the machine")
     parser.add_argument("--env_path", default=DEFAULT_ENV_PATH, help="where plots are kept")
+    parser.add_argument("--logs", default="logs", help="the folder whose runs are shown")
     scripts = parser.add_mutually_exclusive_group()
     scripts.add_argument("--no_download", action="store_true",
                          help="do not try to download the page's scripts")
@@ -137,10 +154,11 @@ def main(argv=None):
     visdom.server.app.tornado_settings["autoreload"] = False
     try:
         Path(flags.env_path).mkdir(parents=True, exist_ok=True)
-        start_server(
-            flags.port, flags.hostname, base_url="", env_path=os.path.join(flags.env_path, ""),
-            bind_local=flags.hostname in LOOPBACK,
-        )
+        with drawn_runs(flags.port, flags.logs):
+            start_server(
+                flags.port, flags.hostname, base_url="", bind_local=flags.hostname in LOOPBACK,
+                env_path=os.path.join(flags.env_path, ""),
+            )
     except OSError as error:
         raise UserError(
             f"cannot serve port {flags.port} with plots in {flags.env_path} ({error.strerror}):"

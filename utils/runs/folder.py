@@ -1,5 +1,6 @@
 """Where the files of a run lie: the one place that builds their paths."""
 
+import os
 import re
 from pathlib import Path
 
@@ -21,7 +22,9 @@ class RunFolder:
         self.hparams = self.path / SETTINGS_FILE
         self.best = self.path / BEST_FILE
         self.images = self.path / "images"
+        self.board = self.path / "board.json"  # what the dashboard shows beside metrics and images
         self.results = self.path / "results.json"
+        self.report = self.path / "report.html"
         self.samples = self.path / "samples"
         self.models = self.path / "saved_models"
         self.saved_stats = self.path / "saved_stats"
@@ -71,3 +74,20 @@ def steps_in(folder, pattern):
     """The numbers, ascending, in the names of a folder's files that match `pattern`."""
     names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
     return sorted(int(match[1]) for name in names if (match := re.fullmatch(pattern, name)))
+
+
+def run_names(root=LOGS):
+    """The names of the runs below `root` that have a metrics.jsonl, the newest first."""
+    found, seen = {}, set()
+    inside = {"images", "saved_models", "saved_stats", "samples"}  # of a run, without runs
+    for path, folders, files in os.walk(root, followlinks=True):
+        here = os.path.realpath(path)
+        if here in seen:  # a link that leads in a circle
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = sorted(name for name in folders if name not in inside)
+        name = Path(path).relative_to(root).as_posix()
+        if "metrics.jsonl" in files and name != ".":
+            found[name] = os.stat(os.path.join(path, "metrics.jsonl")).st_mtime
+    return sorted(found, key=found.get, reverse=True)

@@ -9,6 +9,7 @@ from hparams.scripts import COMMAND
 from hparams.settings import show
 from utils.errors import UserError
 from utils.files import remove_leftovers, whole_file
+from utils.logging.replay import defaults_of
 from utils.runs.folder import RunFolder
 from utils.runs.manifest import damage, read_best
 from utils.runs.script import hold_lock, without_credentials
@@ -113,7 +114,8 @@ def record_settings(H, log):
         log.rewind(start or -1)
     with whole_file(folder.hparams) as file:
         file.write(H.as_yaml().encode())
-    log.table("hyperparameters", dataclasses.asdict(H))
+    settings = dataclasses.asdict(H)
+    log.settings(settings, defaults_of(settings))
 
 
 def move_aside(log):

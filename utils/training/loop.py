@@ -241,12 +241,15 @@ class TrainingLoop:
         return due(self.step, interval) or (interval > 0 and self.is_last)
 
     def log_means(self):
-        """Log the means since the last time, images/s of training alone, and seconds in all."""
-        images = self.means.counts["loss"] * self.H.batch_size * self.processes.size
+        """Log the means since the last time, images/s and steps/s of training alone, and seconds
+        in all."""
+        steps = self.means.counts["loss"]
+        images = steps * self.H.batch_size * self.processes.size
         means = self.processes.mean(self.means.take())
         seconds = self.training_time + time.perf_counter() - self.began_step
         speed = images / seconds
-        metrics = {**means, "images_per_second": speed, "seconds": self.seconds}
+        metrics = {**means, "images_per_second": speed, "steps_per_second": steps / seconds,
+                   "seconds": self.seconds}
         if self.batches is not None:
             before, self.waited = self.waited, self.batches.seconds_waited
             metrics["waiting_for_data"] = (self.waited - before) / seconds  # a share
@@ -273,7 +276,7 @@ class TrainingLoop:
             self.log.warning(f"step {self.step}: {sentence}")
         if not sentences:
             self.log.info(f"step {self.step}: training goes well")
-        self.log.table("health", dict(enumerate(sentences or ["training goes well"], start=1)))
+        self.log.health(self.step, sentences or ["training goes well"])
 
     @property
     def seconds(self):

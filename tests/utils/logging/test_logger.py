@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import socket
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 import utils.logging.visdom_server as visdom_server
@@ -20,7 +22,7 @@ from helpers import free_port, wait_until, with_small_files
 from hparams import get_vqgan_hparams
 from utils.data.pixels import to_uint8
 from utils.errors import SettingsError, UserError
-from utils.logging.images import image_grid, save_image, save_images_individually
+from utils.logging.images import image_grid, panels, save_image, save_images_individually
 from utils.logging.logger import RunLogger
 from utils.logging.visdom_board import MAX_POINTS, VisdomBoard
 from utils.runs.folder import RunFolder
@@ -56,7 +58,7 @@ class TimedLogger(RunLogger):
         return timed
 
 
-def curve(window, group="train"):
+def curve(window, group="training"):
     """(steps, values) of a trace in the window data of visdom."""
     trace = next(trace for trace in window["content"]["data"] if trace["name"] == group)
     return trace["x"], trace["y"]
@@ -216,7 +218,7 @@ class Recorder:
     """A board that keeps what it is told."""
 
     def __init__(self):
-        self.curves = {}
+        self.curves, self.shown = {}, {}
 
     def start(self, on_info, on_warning):
         self.started = True
@@ -224,8 +226,21 @@ class Recorder:
     def curve(self, name, step, value, group):
         self.curves.setdefault((name, group), []).append((step, value))
 
-    def clear_curves(self):
+    def clear(self):
         self.curves.clear()
+        self.shown.clear()
+
+    def bars(self, name, step, values):
+        self.shown[name] = step, *values
+
+    def picture(self, name, step, picture):
+        self.shown[name] = step, picture.convert("L").getpixel((9, 9))
+
+    def table(self, name, rows):
+        self.shown[name] = rows
+
+    def health(self, step, sentences):
+        self.shown["health"] = step, sentences
 
     def close(self, timeout):
         pass
@@ -277,6 +292,58 @@ def test_non_finite_metrics_survive_a_restart(folder):
         assert board.curves["loss", "train"] == [(1, float("inf"))]
 
 
+def test_a_new_logger_shows_what_the_run_has_left(folder):
+    with RunLogger(folder) as log:
+        log.metrics(10, {"loss": 1.0})
+        for step in (10, 20):
+            log.images(step, "samples", torch.full((1, 1, 4, 4), step / 100))
+            log.bars(step, "use", torch.tensor([step, torch.inf]))
+            log.health(step, [f"well at {step}"])
+        log.metrics(20, {"FID": 3.0}, group="FID")
+    board = Recorder()
+    with RunLogger(folder, board) as log:
+        assert board.shown["health"] == (20, ["well at 20"])
+        assert board.shown["use"][:2] == (20, 20.0) and math.isnan(board.shown["use"][2])
+        assert board.shown["samples"] == (20, round(0.2 * 255))
+        assert board.shown["FID"] == {"FID": "3"}
+        log.rewind(10)
+        assert board.shown == {"samples": (10, round(0.1 * 255)), "FID": {"FID": "3"}}
+    folder.board.write_text("[")
+    with RunLogger(folder, board) as log:
+        log.bars(30, "use", [1.0])  # a damaged file is replaced
+    kept = json.loads(folder.board.read_text())
+    assert kept == {"bars": {"use": {"step": 30, "values": [1.0]}}, "health": None}
+
+
+def test_the_board_forgets_a_run_that_is_moved_aside(folder):
+    board = Recorder()
+    with RunLogger(folder, board, FileLock(folder.create().lock)) as log:
+        log.metrics(10, {"loss": 1.0})
+        aside = folder.path.rename(folder.path.with_name("aside"))
+        log.begin_again(aside / "log.txt", FileLock(folder.create().lock))
+        assert not board.curves
+        log.metrics(1, {"loss": 2.0})
+    assert board.curves == {("loss", "train"): [(1, 2.0)]} and len(lines_of(folder)) == 1
+
+
+def test_a_full_disk_does_not_stop_what_the_dashboard_keeps(folder):
+    with RunLogger(folder) as log:
+        log.bars(1, "use", [1.0])
+        with_small_files(20, lambda: log.bars(2, "use", [2.0]))
+        assert json.loads(folder.board.read_text())["bars"]["use"]["step"] == 1
+
+
+def test_panels_stand_side_by_side_below_their_titles():
+    grey, small = torch.full((1, 40, 300), 9), torch.full((1, 20, 30), 9)
+    picture = panels({"first": grey.to(torch.uint8), "a long title": small.to(torch.uint8)})
+    pixels = np.asarray(picture)
+    assert picture.mode == "L" and pixels.shape[0] == 52 + 40
+    assert (pixels[52:, :300] == 9).all() and (pixels[72:, 324:] == 255).all()
+    for part in (pixels[:52, :300], pixels[:52, 324:]):
+        assert part.min() < 50 and part.max() == 255, "there is no title"
+    assert (pixels[:, 300:324] == 255).all()
+
+
 def test_images_are_saved_as_a_grid_or_one_by_one(folder):
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     with RunLogger(folder) as log:
@@ -312,13 +379,13 @@ def test_windows_arrive_at_a_visdom_server(server, folder):
         log.metrics(40, {"loss": 2.5}, group="validation")
         log.bars(40, "loss per step", torch.tensor([1.0, torch.nan, 3.0]))
         log.images(40, "samples", images.float() / 255, save=False)
-        log.table("hyperparameters", {"dataset": "<digits>", "kernel_sizes": [3, 5]})
+        log.settings({"dataset": "<digits>", "kernel_sizes": [3, 5]}, {"kernel_sizes": [3, 7]})
     # Closing has sent what was left.
     windows = server.windows("group_run")
     assert len(windows) == 5
-    assert curve(windows["metric: loss"]) == ([0, 10, 20, 30, 40], [0, 1.25, 2.5, 3.75, 5])
-    assert curve(windows["metric: loss"], "validation") == ([40], [2.5])
-    assert windows["metric: loss"]["content"]["layout"]["showlegend"]
+    assert curve(windows["metric: Loss"]) == ([0, 10, 20, 30, 40], [0, 1.25, 2.5, 3.75, 5])
+    assert curve(windows["metric: Loss"], "validation, reconstruction alone") == ([40], [2.5])
+    assert windows["metric: Loss"]["content"]["layout"]["showlegend"]
     assert curve(windows["metric: lr"])[1] == [None, 1e-4, 1e-4, 1e-4, 1e-4]
     bars = windows["bars: loss per step"]
     assert bars["title"] == "loss per step, step 40"
@@ -326,8 +393,8 @@ def test_windows_arrive_at_a_visdom_server(server, folder):
     source = windows["image: samples"]["content"]["src"].removeprefix("data:image/png;base64,")
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source))))
     assert np.array_equal(pixels[:, :, 1], image_grid(images)[0].numpy())
-    table = windows["table: hyperparameters"]["content"]
-    assert "&lt;digits&gt;" in table and "[3, 5]" in table
+    table = windows["text: settings"]["content"]
+    assert table.index(">3 5 (default 3 7)<") < table.index("&lt;digits&gt;")
     assert not warnings_in(folder)
 
     # A run that resumes finds the windows there; a curve that it takes back goes away.
@@ -338,8 +405,8 @@ def test_windows_arrive_at_a_visdom_server(server, folder):
         log.rewind(20)
     windows = server.windows("group_run")
     assert "metric: late" not in windows
-    assert curve(windows["metric: loss"])[0] == [0, 10, 20]
-    assert len(windows["metric: loss"]["content"]["data"]) == 1
+    assert curve(windows["metric: Loss"])[0] == [0, 10, 20]
+    assert len(windows["metric: Loss"]["content"]["data"]) == 1
 
 
 def test_plots_survive_the_death_of_the_server(server, folder):
@@ -353,8 +420,8 @@ def test_plots_survive_the_death_of_the_server(server, folder):
 
         def arrived():
             windows = server.windows("run")
-            return {"metric: loss", "image: samples", "bars: use"} <= set(windows) and (
-                curve(windows["metric: loss"]) == (steps, [step / 4 for step in steps])
+            return {"metric: Loss", "image: samples", "bars: use"} <= set(windows) and (
+                curve(windows["metric: Loss"]) == (steps, [step / 4 for step in steps])
             )
 
         log.images(0, "samples", torch.rand(2, 3, 8, 8), save=False)
@@ -447,7 +514,8 @@ def test_curves_are_thinned_evenly_and_keep_both_ends():
     board = VisdomBoard()  # never started: looks into its memory
     for step in range(50_001):
         board.curve("loss", step, step / 2)
-    steps, values = np.array(board._windows["metric: loss"]["train"].points).T
+    (curves,) = board._curves.values()
+    steps, values = np.array(curves["loss", "train"].points).T
     assert MAX_POINTS / 2 <= len(steps) <= MAX_POINTS
     assert steps[0] == 0 and steps[-1] == 50_000
     assert len(set(np.diff(steps)[:-1])) == 1
