@@ -28,7 +28,7 @@ def draw_canvas(run, count):
             lambda ids, where: sampler._denoise_fn(ids, where=where), sampler.shape, H.shape
         )
     with tqdm(desc="sampling", unit="call", dynamic_ncols=True) as bar, run.precision.autocast():
-        def progress(done, total):
+        def progress(done, total, ids):
             bar.total = total
             bar.update()
 
