@@ -186,6 +186,20 @@ class Experiment:
             self.ids.count, CHUNK, batches, data, "samples", lambda: self.remove_images("samples")
         )
 
+    def manifest(self, settings):
+        """How results come about, a dict; `settings` are those that it holds."""
+        return {
+            "command": command_of(self.H),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(time.perf_counter() - self.began, 1),
+            "device": str(self.device),
+            "precision": self.precision.description,
+            "versions": {"python": platform.python_version()}
+            | {name: importlib.metadata.version(name) for name in LIBRARIES},
+            **self.facts,
+            "hyperparameters": settings,
+        }
+
     def report(self, figures, **details):
         """Print the figures, a dict, as a table, show them, and keep them in results.json.
 
@@ -202,17 +216,7 @@ class Experiment:
         measured = {k: v for k, v in settings.items() if k not in NOT_MEASURED}
         identity = json.dumps([self.name, measured, self.facts], sort_keys=True)
         key = f"{self.name} {hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-        manifest = {
-            "command": command_of(self.H),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "seconds": round(time.perf_counter() - self.began, 1),
-            "device": str(self.device),
-            "precision": self.precision.description,
-            "versions": {"python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in LIBRARIES},
-            **self.facts,
-            "hyperparameters": settings,
-        }
+        manifest = self.manifest(settings)
         path = self.log.folder.results
         results = only_finite(read_results(path))  # earlier versions wrote NaN
         results.pop(key, None)  # the newest comes last
