@@ -12,6 +12,7 @@ ranks divide samples and images among them; then rank 0 goes on alone.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -99,6 +100,17 @@ class Experiment:
         else:
             checkpoint = self.facts["checkpoints"]["sampler"]["sha256"]
             self.facts["samples"] = sampling_settings(H, checkpoint, self.precision)
+
+    def with_settings(self, **changes):
+        """This experiment with other settings of sampling, on the same models; raises SettingsError.
+        """
+        run = copy.copy(self)
+        run.H = dataclasses.replace(self.H, **changes)
+        run.H.validate()
+        run.H.command, run.began = self.H.command, time.perf_counter()
+        checkpoint = self.facts["checkpoints"]["sampler"]["sha256"]
+        run.facts = {**self.facts, "samples": sampling_settings(run.H, checkpoint, self.precision)}
+        return run
 
     def note_checkpoint(self, name, path, step):
         """Put a model's file into the manifest."""
