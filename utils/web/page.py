@@ -13,6 +13,9 @@ CLEANING = (600, 3600)  # seconds between cleanings, and age of the files that a
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: 0 auto;}
 .pixels img {image-rendering: pixelated;}
+.caption, .caption .html-container {padding: 0 !important; font-size: 14px; opacity: 0.85;}
+.figure {gap: 4px !important;}
+.another {max-height: 44px; align-self: end;}
 .told {min-height: 30px; padding: 6px 12px; border-radius: 8px; font-size: 15px;
        background: var(--background-fill-secondary); display: flex; gap: 14px; align-items: center;}
 .told.wrong {background: #fdecea; color: #8a1c13; font-weight: 600;}
@@ -41,10 +44,8 @@ def build_page(studio):
         with gr.Tab("Sample"):
             sample_tab(studio)
         if studio.is_absorbing:
-            with gr.Tab("Fill in") as tab:
-                show, given, editor, status = fill_in_tab(studio)
-            tab.select(show, given.inputs, [editor, status], show_progress="hidden",
-                       api_visibility="private")
+            with gr.Tab("Fill in"):
+                fill_in_tab(studio)
             with gr.Tab("Canvas"):
                 canvas_tab(studio)
         with gr.Tab("Compare"):

@@ -12,12 +12,12 @@ from utils.web.records import as_json
 from utils.web.studio import MOST_STEPS
 
 METHODS = {
-    "diffusion": "diffusion: step by step, at random times",
-    "first_hitting": "first hitting: one id at a time, in random order",
-    "confidence": "confidence: the surest ids first (MaskGIT)",
-    "halton": "Halton: ids that lie far apart first",
-    "remdm": "ReMDM: diffusion that takes ids back",
-    "mlm": "mask-predict: all at once, again and again",
+    "diffusion": "diffusion: at random times",
+    "first_hitting": "first hitting: one id at a time",
+    "confidence": "MaskGIT: the surest ids first",
+    "halton": "Halton: far apart ids first",
+    "remdm": "ReMDM: also takes ids back",
+    "mlm": "mask-predict: again and again",
     "raster": "raster: row by row",
 }
 assert sorted(METHODS) == sorted(SamplingMethod.__dataclass_fields__["sample_type"]
@@ -77,7 +77,7 @@ def telling(status):
 class Choices:
     """The components by which a visitor chooses how to draw, `inputs`, in the order of Settings."""
 
-    def __init__(self, studio, count, most, seed=True):
+    def __init__(self, studio, count, most, seed=True, steps=None):
         H, absorbing = studio.run.H, studio.is_absorbing
         self.count = count and gr.Slider(1, most, value=min(count, most), step=1,
                                          label="How many images")
@@ -86,11 +86,12 @@ class Choices:
             label="Sampling method", visible=absorbing, filterable=False,
         )
         self.steps = gr.Slider(
-            1, max(MOST_STEPS, H.sample_steps), value=H.sample_steps, step=1, visible=absorbing,
-            label="Steps", info="Never more network calls than ids where each is drawn once",
+            1, max(MOST_STEPS, H.sample_steps), value=steps or H.sample_steps, step=1,
+            visible=absorbing, label="Steps",
+            info="More are slower and better; each draws some ids",
         )
         self.temp = gr.Slider(0.1, 2, value=H.temp, step=0.05, label="Temperature",
-                              info="Lower is safer, higher is more diverse")
+                              info="Lower is safer, higher more diverse")
         if seed:
             self.seed = seed_row(H.seed)
 
@@ -101,10 +102,10 @@ class Choices:
 
 def seed_row(value):
     """A number for the seed, and a button that draws another one."""
-    with gr.Row(equal_height=True, elem_classes="seed"):
+    with gr.Row(equal_height=True):
         seed = gr.Number(value, label="Seed", precision=0, minimum=0, scale=3, min_width=120,
-                         info="The same seed draws the same images")
-        another = gr.Button("Another", scale=1, min_width=90, size="md")
+                         info="The same seed, the same images")
+        another = gr.Button("Another", scale=1, min_width=90, size="md", elem_classes="another")
     another.click(lambda: random.randrange(10**6), outputs=seed, queue=False,
                   api_visibility="private")
     return seed
@@ -126,15 +127,24 @@ def starts(button, stop, handler, inputs, outputs, status):
         telling(status)(handler), inputs, outputs, show_progress="minimal", show_progress_on=status,
         api_visibility="private", **TURN,
     )
-    stop.click(lambda: done("Stopped."), outputs=status, cancels=[event], queue=False,
-               api_visibility="private")
-    return event
+    stop.click(None, cancels=[event], queue=False).then(
+        lambda: done("Stopped."), outputs=status, queue=False, show_progress="hidden",
+        api_visibility="private",
+    )
 
 
-def picture(label, **options):
-    """An image that is shown pixel by pixel."""
-    return gr.Image(label=label, interactive=False, format="png", type="pil",
-                    buttons=["fullscreen"], elem_classes="pixels", **options)
+def caption(text):
+    """A line above a picture, which a label of gradio's would lie on."""
+    gr.HTML(html.escape(text), elem_classes="caption")
+
+
+def picture(text, crisp=True):
+    """An image below a line of text; where it is `crisp` each of its pixels is a square."""
+    with gr.Column(min_width=240, elem_classes="figure"):
+        caption(text)
+        return gr.Image(label=text, show_label=False, interactive=False, format="png", type="pil",
+                        buttons=["fullscreen"],
+                        elem_classes="pixels" if crisp else None)
 
 
 def save_buttons(label="Save the picture (PNG)"):

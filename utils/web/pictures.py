@@ -88,8 +88,8 @@ def contrast(colour):
 
 
 def codes_in_use(ids, colours, patches, width=2 * WIDTH):
-    """A PIL image of the codes that ids [h*w] use, the most frequent first: the colour, what the
-    code decodes to alone (`patches` uint8 [K, C, p, p]), and how often it is used."""
+    """A PIL image of the codes that ids [h*w] use, the most frequent first: the colour, one of
+    `patches` {code: uint8 [C, p, p]}, and how often it is used."""
     numbers, counts = ids.unique(return_counts=True)
     order = counts.argsort(descending=True, stable=True)[:CODES_SHOWN]
     columns, side, gap = 16, width // 16 - 10, 10

@@ -48,9 +48,8 @@ class Drawn(NamedTuple):
 
 
 class View(NamedTuple):
-    """The inside of an image uint8 [C, S, S]: its ids [N], what they decode to, what the codes in
-    use decode to alone {code: uint8 [C, p, p]}, the nearest training images, their distances and
-    numbers."""
+    """The inside of an image uint8 [C, S, S]: its ids [N], what they decode to, `means_of_codes`,
+    the nearest training images, their distances and numbers."""
 
     image: Any
     reconstruction: Any
@@ -81,6 +80,15 @@ def number(name, value, least, most, whole=True):
         pass
     raise UserError(f"{name} must be a {'whole ' if whole else ''}number from {least} to {most}, "
                     f"not {str(value)[:40]}")
+
+
+def means_of_codes(image, ids):
+    """{id: mean uint8 [C, p, p] of the patches of an image [C, h*p, w*p] where a grid of ids [h, w]
+    has it}."""
+    height, width = image.shape[1] // ids.shape[0], image.shape[2] // ids.shape[1]
+    patches = image.unfold(1, height, height).unfold(2, width, width)  # [C, h, w, p, p]
+    return {int(code): patches[:, ids == code].float().mean(1).round().to(torch.uint8)
+            for code in ids.unique()}
 
 
 class Studio:
@@ -257,12 +265,7 @@ class Studio:
         run = self.run
         ids = run.autoencoder.encode(to_float(image)[None].to(run.device))[-1]  # [1, N]
         reconstruction = decode(run.decoder, ids, as_bytes=True)[0]
-        codes = ids.unique()
-        alone = decode(run.decoder, codes[:, None].expand(-1, self.tokens), as_bytes=True)
-        side = run.H.img_size // self.shape[0]
-        middle = self.shape[0] // 2 * side
-        patches = {int(code): patch[:, middle : middle + side, middle : middle + side]
-                   for code, patch in zip(codes, alone)}
+        patches = means_of_codes(reconstruction, ids[0].cpu().view(self.shape))
         return View(image, reconstruction, ids[0].cpu(), patches,
                     *self.neighbours(image, progress))
 

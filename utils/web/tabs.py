@@ -12,7 +12,7 @@ from utils.errors import UserError
 from utils.logging.images import to_pil
 from utils.web import pictures
 from utils.web.parts import (
-    Choices, buttons, cost, done, file_to_save, nothing_to_save, picture, running, save_buttons,
+    Choices, buttons, caption, cost, done, file_to_save, nothing_to_save, picture, running, save_buttons,
     saved, seed_row, starts, status_line, telling, wrong,
 )
 from utils.web.records import as_json, as_png, as_zip
@@ -20,9 +20,11 @@ from utils.web.stepwise import Step
 from utils.web.studio import (
     MOST_CANVASES, MOST_COMPARED, MOST_COMPLETIONS, MOST_SAMPLES, MOST_TIMES, Settings,
 )
-from utils.web.uploads import MOST_BYTES, painted, to_paint_on
+from utils.web.uploads import CANVAS, MOST_BYTES, painted, to_paint_on
 
 PAINT = "#ff2d55"
+FIRST = 3  # the number of the image of the dataset that is shown at first
+CANVAS_STEPS = 64  # of a canvas at first, where the run has more
 
 
 def grid_of(images):
@@ -50,7 +52,7 @@ def sample_tab(studio):
         with gr.Column(scale=5):
             status = status_line("Press Draw: the ids appear step by step while the images form.")
             with gr.Row():
-                ids = picture("The ids, a colour each; grey: not drawn yet")
+                ids = picture("The ids, a colour each; grey is not drawn yet")
                 images = picture("The images that they decode to")
             save = save_buttons()
 
@@ -76,14 +78,14 @@ def sample_tab(studio):
 class Given:
     """Components by which a visitor names an image: its number in the dataset, or a file."""
 
-    def __init__(self, studio, index):
+    def __init__(self, studio):
         self.studio, self.number = studio, gr.Number(
-            index, label="Image of the dataset, by its number", precision=0, minimum=0,
+            FIRST, label="Image of the dataset, by its number", precision=0, minimum=0,
             info=f"0 to {len(studio.dataset) - 1:,}" if studio.dataset else studio.no_dataset,
             interactive=studio.dataset is not None,
         )
         self.file = gr.File(label=f"or a file of your own, up to {MOST_BYTES // 10**6} MB",
-                            height=120, type="filepath")
+                            height=140, type="filepath")
 
     @property
     def inputs(self):
@@ -99,27 +101,32 @@ def fill_in_tab(studio):
     """Paint over a part of an image, and let the model fill it in."""
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            given = Given(studio, 3)
+            given = Given(studio)
             choices = Choices(studio, 8, MOST_COMPLETIONS)
             fill, stop = buttons("Fill in")
         with gr.Column(scale=5):
             status = status_line("Paint over what is to be filled in, then press Fill in.")
             with gr.Row():
-                editor = gr.ImageEditor(
-                    label="Paint over what is to be filled in", type="pil", format="png",
-                    sources=(), transforms=(), layers=False, canvas_size=(512, 512), height=560,
-                    brush=gr.Brush(default_size=48, colors=[PAINT], color_mode="fixed"),
-                    eraser=gr.Eraser(default_size=48), elem_id="mask", elem_classes="pixels",
-                )
-                gallery = gr.Gallery(
-                    label="Completions, at the image's own size", columns=3, height=560,
-                    format="png", object_fit="contain", interactive=False,
-                    buttons=["download", "fullscreen"], elem_classes="pixels",
-                )
+                with gr.Column(min_width=300, elem_classes="figure"):
+                    caption("The image: paint over what is to be filled in")
+                    editor = gr.ImageEditor(
+                        first_to_paint(given), show_label=False, type="pil", format="png",
+                        sources=(), transforms=(), layers=False, canvas_size=(CANVAS, CANVAS),
+                        height=520, elem_id="mask",
+                        brush=gr.Brush(default_size=48, colors=[PAINT], color_mode="fixed"),
+                        eraser=gr.Eraser(default_size=48), elem_classes="pixels",
+                    )
+                with gr.Column(min_width=300, elem_classes="figure"):
+                    caption("Completions, at the image's own size")
+                    gallery = gr.Gallery(
+                        show_label=False, columns=3, height=520, format="png", interactive=False,
+                        object_fit="contain", buttons=["download", "fullscreen"],
+                        elem_classes="pixels",
+                    )
             save = save_buttons("Save the completions and the mask (ZIP)")
 
     show = image_shower(given, editor, status)
-    for event in (given.number.submit, given.number.blur, given.file.upload, given.file.clear):
+    for event in (given.number.change, given.file.upload, given.file.clear):
         event(show, given.inputs, [editor, status], show_progress="hidden",
               api_visibility="private")
 
@@ -133,13 +140,26 @@ def fill_in_tab(studio):
                 yield {gallery: [pictures.enlarged(part, 256) for part in forming],
                        status: running(item)}
             else:
-                yield {**completions_saved(item, mask, gallery, save), status: done(
-                    cost(item, f"{len(item.images)} completions of {image.width}x{image.height} "
-                               f"pixels, those that are kept untouched,"))}
+                words = f"{len(item.images)} completions of {image.width}x{image.height} pixels"
+                yield {**completions_saved(item, mask, gallery, save),
+                       status: done(f"{cost(item, words)}; what is kept is untouched")}
 
     inputs = [editor, *given.inputs, *choices.inputs]
     starts(fill, stop, handler, inputs, [status, gallery, *save], status)
-    return show, given, editor, status
+
+
+def to_paint(image):
+    """The value of the editor that shows a PIL image, with nothing painted."""
+    background = to_paint_on(image)
+    return {"background": background, "layers": [], "composite": background}
+
+
+def first_to_paint(given):
+    """What the editor shows at first: an image of the dataset, where there is one."""
+    try:
+        return to_paint(given.load(FIRST, None)[0])
+    except UserError:
+        return None
 
 
 def image_shower(given, editor, status):
@@ -149,14 +169,11 @@ def image_shower(given, editor, status):
             image, _ = given.load(number, path)
         except UserError as error:
             return {editor: None, status: wrong(str(error))}
-        background = to_paint_on(image)
         sentence = f"An image of {image.width}x{image.height} pixels: paint over what is to be " \
                    f"filled in, then press Fill in."
         if image.width != image.height:
             sentence += " The model sees its central square; what is faded stays as it is."
-        blank = Image.new("RGBA", background.size)
-        return {editor: {"background": background, "layers": [blank], "composite": background},
-                status: done(sentence)}
+        return {editor: to_paint(image), status: done(sentence)}
 
     return show
 
@@ -192,12 +209,12 @@ def canvas_tab(studio):
                 modes, value=modes[-1][1], label="How", info=None if studio.is_native else
                 "This model has absolute positions, so the whole canvas at once is not possible",
             )
-            choices = Choices(studio, 1, MOST_CANVASES)
+            choices = Choices(studio, 1, MOST_CANVASES, steps=min(H.sample_steps, CANVAS_STEPS))
             draw, stop = buttons("Draw")
         with gr.Column(scale=5):
             status = status_line("A canvas takes longer than a sample: it has more ids.")
             with gr.Row():
-                ids = picture("The ids, a colour each; grey: not drawn yet")
+                ids = picture("The ids, a colour each; grey is not drawn yet")
                 images = picture("The canvas")
             save = save_buttons()
 
@@ -239,7 +256,8 @@ def compare_tab(studio):
             with gr.Column():
                 choices = Choices(studio, None, MOST_COMPARED, seed=False)
                 choices.temp.value = temp
-                sides.append((choices, status_line(name), picture(name)))
+                sides.append((choices, status_line(f"{name} is not drawn yet."),
+                              picture(f"{name}, the images")))
     save = save_buttons()
     outputs = [told, *save, *(part for side in sides for part in side[1:])]
 
@@ -294,18 +312,20 @@ def look_tab(studio):
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             source = gr.Radio(SOURCES, value=SOURCES[0], label="Look inside")
-            with gr.Group() as of_image:
-                given = Given(studio, 3)
-            with gr.Group(visible=False) as of_sample:
+            with gr.Column() as of_image:
+                given = Given(studio)
+            with gr.Column(visible=False) as of_sample:
                 seed = seed_row(H.seed)
             look, stop = buttons("Look")
         with gr.Column(scale=5):
             status = status_line("Press Look.")
             with gr.Row():
-                shown = [picture(label) for label in ("The image", "Its reconstruction", "Its ids")]
-    codes = picture("Codes in use, the most frequent first: colour, what it decodes to alone, "
-                    "how often")
-    nearest = picture("Nearest training images, with their distance and their number in the dataset")
+                shown = [picture("The image"), picture("Its reconstruction"),
+                         picture("Its ids", crisp=False)]
+    codes = picture("Codes in use, the most frequent first: colour, mean of the pixels that it "
+                    "stands for here, how often", crisp=False)
+    nearest = picture("Nearest training images, with their distance and their number in the "
+                      "dataset", crisp=False)
     save = save_buttons()
     source.change(lambda name: [gr.update(visible=name == one) for one in SOURCES], source,
                   [of_image, of_sample], queue=False, api_visibility="private")
@@ -331,14 +351,12 @@ def view_shown(studio, view, facts, parts, save):
     """{component: update} of a View: in words, as pictures, and the buttons that save it."""
     status, image, reconstruction, ids, codes, nearest = parts
     psnr, largest = pictures.difference(view.image, view.reconstruction)
-    sentence = (f"{len(view.ids)} ids use {len(view.patches)} of {studio.blank:,} codes; the "
-                f"reconstruction is {psnr:.1f} dB (PSNR) from the image, by {largest} of 255 at "
-                f"most")
+    sentence = (f"{len(view.ids)} ids use {len(view.patches)} of {studio.blank:,} codes; the PSNR "
+                f"of the reconstruction is {psnr:.1f} dB, its largest error {largest} of 255")
     labels = [f"{distance:.2f} · no. {number}"
               for distance, number in zip(view.distances, view.numbers)]
-    three = [pictures.enlarged(to_pil(view.image), 320),
-             pictures.enlarged(to_pil(view.reconstruction), 320),
-             pictures.numbered(view.ids, studio.shape, studio.colours, 320)]
+    three = [pictures.enlarged(to_pil(view.image)), pictures.enlarged(to_pil(view.reconstruction)),
+             pictures.numbered(view.ids, studio.shape, studio.colours)]
     row = pictures.labelled_row(torch.cat((view.image[None], view.neighbours)),
                                 ["the image", *labels])
     return {
