@@ -62,7 +62,7 @@ def main(argv=None):
     H = get_page_hparams(with_run(sys.argv[1:] if argv is None else argv))
     H.command = without_password(H.command)
     with experiment(H, "page", several=False) as run:
-        folder = tempfile.mkdtemp(prefix="page_", dir=run.log.folder.path)
+        folder = tempfile.mkdtemp(prefix="page_", dir=run.log.folder.path.resolve())
         try:
             show_page(run, folder)
         finally:

@@ -44,11 +44,15 @@ def command_for(H, script, **settings):
 
 
 def sampling_flags(H):
-    """The settings by which samples are drawn, as flags."""
-    method = {} if H.sampler == "autoregressive" else {
-        "sample_type": H.sample_type, "sample_steps": H.sample_steps,
-    }
-    return {**method, "temp": H.temp, "seed": H.seed, "n_samples": H.n_samples}
+    """The settings by which samples are drawn, as flags; those that would do nothing are None."""
+    flags = {"seed": H.seed, "n_samples": H.n_samples}
+    for name, field in SamplingMethod.__dataclass_fields__.items():
+        only_with = field.metadata["only_with"]
+        if name in ("sample_type", "sample_steps"):
+            only_with = ("sampler", "absorbing")
+        counts = only_with is None or getattr(H, only_with[0]) in only_with[1:]
+        flags[name] = getattr(H, name) if counts else None
+    return flags
 
 
 def record(run, what, command, finished=None, **details):

@@ -49,13 +49,14 @@ def mask_of(size, box):
 # --- samples
 
 
-@pytest.mark.parametrize("name, flags", [
-    ("demo_absorbing", ""), ("demo_absorbing", "--amp --remask 0.4 --sample_type remdm"),
-    ("free", ""), ("causal", "--top_k 3"),
+@pytest.mark.parametrize("name, flags, method", [
+    ("demo_absorbing", "", "halton"), ("demo_absorbing", "--amp", "diffusion"),
+    ("demo_absorbing", "--remask 0.9 --sample_type remdm", "remdm"), ("free", "", "mlm"),
+    ("free", "--remask 0.9 --sample_type remdm", "confidence"), ("causal", "--top_k 3", "halton"),
 ])
-def test_samples_are_those_of_the_command_in_their_record(studio_of, name, flags):
+def test_samples_are_those_of_the_command_in_their_record(studio_of, name, flags, method):
     studio = studio_of(name, flags)
-    *_, drawn = studio.sample(CHOSEN)
+    *_, drawn = studio.sample(CHOSEN._replace(method=method))
     record = json.loads(as_json(drawn.record))
     folder = run_command(record["command"])
     assert torch.equal(torch.load(folder.path / "ids_2.pt"), drawn.ids.int())
