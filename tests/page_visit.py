@@ -61,6 +61,10 @@ class Visit:
     def press(self, name):
         self.panel.get_by_role("button", name=name, exact=True).click()
 
+    def give(self, path):
+        """Give a file of one's own."""
+        self.panel.locator("input[type=file]:not([accept])").set_input_files(path)
+
     def told(self):
         """What the lines of the open tab say."""
         return " | ".join(self.panel.locator(".told").all_inner_texts())

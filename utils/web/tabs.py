@@ -133,7 +133,7 @@ def fill_in_tab(studio):
     def handler(layers, number, path, *values):
         yield {status: done("Waiting for the model …"), **nothing_to_save(save)}
         image, source = given.load(number, path)
-        mask = painted((layers or {}).get("layers", []))
+        mask = painted((layers or {}).get("layers", []), to_paint_on(image).size)
         for item in studio.fill_in(Settings(*values), image, mask, source):
             if isinstance(item, Step):
                 forming = [to_pil(part) for part in studio.partial(item.ids)]

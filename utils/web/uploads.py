@@ -52,9 +52,12 @@ def to_paint_on(photograph):
     return faded
 
 
-def painted(layers):
-    """What is painted on an image, bool [h, w], of the transparent PIL images laid over it; UserError
-    where nothing is."""
+def painted(layers, size):
+    """What is painted on an image of `size` (width, height), bool [h, w], of the transparent PIL
+    images laid over it; UserError where nothing is, or where they are of another size."""
+    if any(layer.size != size for layer in layers):
+        raise UserError("what is painted on is another image than the one that is named: give it "
+                        "as a file, then paint")
     opaque = [np.asarray(layer.convert("RGBA"))[..., 3] > 127 for layer in layers]
     if not opaque or not np.any(opaque):
         raise UserError("paint over what is to be filled in first")

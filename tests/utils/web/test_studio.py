@@ -305,8 +305,10 @@ def test_masks_are_checked():
     dot.putpixel((1, 1), (255, 0, 0, 255))
     for layers in ([], [blank]):
         with pytest.raises(UserError, match="paint over"):
-            painted(layers)
-    mask = painted([blank, dot])
+            painted(layers, (40, 20))
+    with pytest.raises(UserError, match="another image"):
+        painted([dot], (20, 40))
+    mask = painted([blank, dot], (40, 20))
     assert mask.sum() == 1 and mask[1, 1]
     with pytest.raises(UserError, match="outside the central square"):
         square_of(mask)
