@@ -74,8 +74,8 @@ class Visit:
         self.panel.locator(".told.done, .told.wrong").filter(has_text=words).first.wait_for()
 
     def paint(self, across=0.5, down=0.15):
-        """Paint a line over a part of the image in the editor, below its middle: `across` and `down`
-        are shares of the width and height of the editor."""
+        """Paint a line over a part of the image in the editor, below its middle: `across` and
+        `down` are shares of the width and height of the editor."""
         canvas = self.page.locator("#mask canvas").first
         canvas.wait_for()
         self.page.wait_for_timeout(2000)  # the editor fits the image in

@@ -52,8 +52,8 @@ class AutoregressiveTransformer(nn.Module):
         return bits * math.log(2)
 
     def sample(self, n_samples, temp=1.0, sample_steps=None, rng=None, progress=None):
-        """Draw ids [n_samples, N], caching keys and values. `sample_steps` is ignored; `progress` is
-        that of `models.sampling.samplers`."""
+        """Draw ids [n_samples, N], caching keys and values. `sample_steps` is ignored; `progress`
+        is that of `models.sampling.samplers`."""
         caches = [{} for _ in self.net.blocks]
 
         def next_logits(ids):

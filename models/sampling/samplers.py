@@ -3,9 +3,9 @@
 A denoiser is any `denoise(ids [B, N], where bool [B, N]) -> logits [M, K]`: of the M positions that
 `where` asks for, row by row, and of no others. A sampling method starts from ids [B, N] that hold
 `mask_id` where a token is to be drawn and known tokens elsewhere, which it keeps, and calls
-`progress(done, total, ids)` after each network call, where `ids` [B, N] are those so far, to be read
-only. Only `remdm` and `mlm` change drawn tokens.
-`rng` is where random numbers come from: see `models.sampling.noise`.
+`progress(done, total, ids)` after each network call; `ids` [B, N] are those so far, which must not
+be written to. Only `remdm` and `mlm` change drawn tokens. `rng` is where random numbers come from:
+see `models.sampling.noise`.
 
 What is drawn when is planned on the CPU, so that a call waits for a GPU at most once.
 

@@ -18,7 +18,8 @@ def draw_canvas(run, count, shape, canvas, progress=None):
         options["denoise"] = WindowedDenoiser(
             lambda ids, where: sampler._denoise_fn(ids, where=where), sampler.shape, shape
         )
-    with tqdm(desc="sampling", unit="call", dynamic_ncols=True, disable=progress is not None) as bar:
+    shown = dict(desc="sampling", unit="call", dynamic_ncols=True)
+    with tqdm(**shown, disable=progress is not None) as bar:
         def show(done, total, ids):
             bar.total = total
             bar.update()

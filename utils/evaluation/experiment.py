@@ -102,8 +102,7 @@ class Experiment:
             self.facts["samples"] = sampling_settings(H, checkpoint, self.precision)
 
     def with_settings(self, **changes):
-        """This experiment with other settings of sampling, on the same models; raises SettingsError.
-        """
+        """This experiment with other settings of sampling, on the same models; SettingsError."""
         run = copy.copy(self)
         run.H = dataclasses.replace(self.H, **changes)
         run.H.validate()

@@ -6,7 +6,7 @@ import random
 
 import gradio as gr
 
-from hparams.groups import SamplingMethod
+from models.sampling.samplers import SAMPLERS
 from utils.errors import UserError
 from utils.web.records import as_json
 from utils.web.studio import MOST_STEPS
@@ -20,8 +20,6 @@ METHODS = {
     "mlm": "mask-predict: again and again",
     "raster": "raster: row by row",
 }
-assert sorted(METHODS) == sorted(SamplingMethod.__dataclass_fields__["sample_type"]
-                                 .metadata["choices"])
 TURN = dict(concurrency_id="model", concurrency_limit=1)  # visitors are served one after another
 
 
@@ -82,7 +80,7 @@ class Choices:
         self.count = count and gr.Slider(1, most, value=min(count, most), step=1,
                                          label="How many images")
         self.method = gr.Dropdown(
-            [(words, name) for name, words in METHODS.items()], value=H.sample_type,
+            [(METHODS.get(name, name), name) for name in SAMPLERS], value=H.sample_type,
             label="Sampling method", visible=absorbing, filterable=False,
         )
         self.steps = gr.Slider(

@@ -1,7 +1,6 @@
 """Work in a thread that a generator follows step by step, and that ends when the generator does."""
 
 import contextlib
-import math
 import queue
 import threading
 import time
@@ -43,49 +42,61 @@ def counted_calls(network):
         hook.remove()
 
 
+class Work:
+    """`function(progress)` in a thread of its own, and what it tells its one follower."""
+
+    def __init__(self, function, network, lock):
+        self.told, self.given_up = queue.Queue(), threading.Event()
+        self.is_looked_at, self.next_due = False, 0.0
+        arguments = (function, network, lock)
+        self.thread = threading.Thread(target=self.run, args=arguments, daemon=True)
+
+    def run(self, function, network, lock):
+        """Do the work while holding the lock; its result, or its error, is told last."""
+        try:
+            with lock, counted_calls(network) as calls:
+                self.began = time.perf_counter()
+                result = function(self.progress)
+                self.told.put(Finished(result, time.perf_counter() - self.began, len(calls)))
+        except BaseException as error:
+            self.told.put(error)
+
+    def progress(self, done, total, ids=None):
+        """Tell a Step where the follower is ready for one, or where it is the last."""
+        if self.given_up.is_set():
+            raise Cancelled
+        now = time.perf_counter()
+        is_due = not self.is_looked_at and self.told.empty() and now >= self.next_due
+        if done == total or is_due:
+            self.next_due = now + EVERY
+            ids = None if ids is None else ids.cpu().clone()
+            self.told.put(Step(done, total, now - self.began, ids))
+
+    def follow(self):
+        """Iterator of the Steps and of the Finished work."""
+        self.thread.start()
+        try:
+            while True:
+                item = self.told.get()
+                if isinstance(item, BaseException):
+                    raise item
+                taken, self.is_looked_at = time.perf_counter(), True
+                yield item
+                if isinstance(item, Finished):
+                    return
+                now = time.perf_counter()
+                self.next_due, self.is_looked_at = now + PAUSE * (now - taken), False
+        finally:
+            self.given_up.set()
+            self.thread.join()
+
+
 def stepwise(function, network, lock):
     """Iterator of the Steps of `function(progress)`, which runs in a thread, and of its Finished.
 
     `progress` is that of `models.sampling.samplers`. Steps that come while the last one is looked
-    at, and for a while after that, are left out, but for the last of all. The `lock` is held while the function runs: one piece of work at a
-    time. Closing the iterator ends the work at its next call; errors are raised here.
+    at, and for a while after that, are left out, but for the last of all. The `lock` is held while
+    the function runs: one piece of work at a time. Closing the iterator ends the work at its next
+    call; errors are raised here.
     """
-    told, given_up, free = queue.Queue(), threading.Event(), [0.0]  # when the next step is due
-
-    def work():
-        try:
-            with lock, counted_calls(network) as calls:
-                began = last = time.perf_counter()
-
-                def progress(done, total, ids=None):
-                    nonlocal last
-                    if given_up.is_set():
-                        raise Cancelled
-                    now = time.perf_counter()
-                    if done == total or told.empty() and now - last >= EVERY and now >= free[0]:
-                        last = now
-                        ids = None if ids is None else ids.cpu().clone()
-                        told.put(Step(done, total, now - began, ids))
-
-                result = function(progress)
-                told.put(Finished(result, time.perf_counter() - began, len(calls)))
-        except BaseException as error:
-            told.put(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = told.get()
-            if isinstance(item, BaseException):
-                raise item
-            taken = time.perf_counter()
-            free[0] = math.inf
-            yield item
-            if isinstance(item, Finished):
-                return
-            now = time.perf_counter()
-            free[0] = now + PAUSE * (now - taken)
-    finally:
-        given_up.set()
-        thread.join()
+    return Work(function, network, lock).follow()

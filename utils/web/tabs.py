@@ -1,6 +1,5 @@
 """The tabs of the page: each lays out its components and says what its buttons do."""
 
-import io
 from pathlib import Path
 
 import gradio as gr
@@ -12,8 +11,8 @@ from utils.errors import UserError
 from utils.logging.images import to_pil
 from utils.web import pictures
 from utils.web.parts import (
-    Choices, buttons, caption, cost, done, file_to_save, nothing_to_save, picture, running, save_buttons,
-    saved, seed_row, starts, status_line, telling, wrong,
+    Choices, buttons, caption, cost, done, file_to_save, nothing_to_save, picture, running,
+    save_buttons, saved, seed_row, starts, status_line, wrong,
 )
 from utils.web.records import as_json, as_png, as_zip
 from utils.web.stepwise import Step

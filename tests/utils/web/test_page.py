@@ -19,10 +19,10 @@ import zipfile
 
 import numpy as np
 import pytest
+from page_visit import browser_path, visit
 from PIL import Image
 
 from helpers import ROOT, free_port, wait_until
-from page_visit import browser_path, visit
 from utils.web.records import as_png
 
 pytestmark = [

@@ -40,7 +40,7 @@ def pixels_of(path):
 
 
 def mask_of(size, box):
-    """A mask bool [h, w] of an image of `size` (width, height): the box left, top, right, bottom."""
+    """A mask bool [h, w] of an image of `size` (width, height): a box left, top, right, bottom."""
     mask = np.zeros(size[::-1], dtype=bool)
     mask[box[1] : box[3], box[0] : box[2]] = True
     return mask
@@ -214,11 +214,11 @@ def test_two_visitors_are_served_in_turn():
 
     def work(progress):
         running.append(None)
-        for number in range(5):
+        for step in range(5):
             most.append(len(running))
             network(torch.zeros(1))
             time.sleep(0.01)
-            progress(number + 1, 5)
+            progress(step + 1, 5)
         running.pop()
         return "result"
 
