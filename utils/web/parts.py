@@ -161,7 +161,7 @@ def file_to_save(name, content):
 
 
 def saved(save, stem, kind, content, facts):
-    """{button: update} of the two buttons `save`: the picture, bytes of a `kind`, and its record."""
+    """{button: update} of the buttons `save`: the picture, bytes of a `kind`, and its record."""
     return {save[0]: file_to_save(f"{stem}.{kind}", content),
             save[1]: file_to_save(f"{stem}.json", as_json(facts))}
 
