@@ -14,6 +14,9 @@ from hparams.environment import is_loopback
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_PASSWORD", raising=False)
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_OFFLINE",
+                 "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, "")  # what the page sets is gone after the test
 
 
 def run_of(name, steps):

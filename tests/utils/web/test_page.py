@@ -16,6 +16,7 @@ import sys
 import threading
 import urllib.parse
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,6 +216,17 @@ def test_wrong_files_get_a_sentence(visitor, tmp_path):
 
 
 @needs_browser
+def test_a_file_that_is_too_large_is_refused_in_words(server, tmp_path):
+    (tmp_path / "large.png").write_bytes(b"0" * 20_000_000)
+    with visit(server.address) as visitor:
+        visitor.open("Fill in")
+        visitor.give(tmp_path / "large.png")
+        toast = visitor.page.get_by_test_id("toast-body").first
+        toast.wait_for()
+        assert "size" in toast.inner_text().lower()
+
+
+@needs_browser
 def test_the_other_tabs(visitor, tmp_path):
     visitor.open("Canvas")
     visitor.press("Draw")
@@ -246,6 +258,22 @@ def test_ten_requests_at_once_are_served(server):
     for thread in threads:
         thread.join()
     assert len(answers) == 10 and all("4 images in" in answer for answer in answers)
+
+
+def resident(process):
+    """Memory of a process in bytes."""
+    pages = int((Path("/proc") / str(process.pid) / "statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="there is no /proc")
+def test_memory_stays_as_it_is(server):
+    for seed in range(5):
+        server.press("Draw", [*SAMPLE[:4], seed])
+    before = resident(server.process)
+    for seed in range(100):
+        assert "4 images in" in server.press("Draw", [*SAMPLE[:4], seed])
+    assert resident(server.process) - before < 40 * 2**20
 
 
 @pytest.mark.parametrize("data, says", [
