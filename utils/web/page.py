@@ -9,6 +9,7 @@ from utils.web.tabs import canvas_tab, compare_tab, fill_in_tab, look_tab, sampl
 from utils.web.uploads import MOST_BYTES
 
 WAITING = 32  # visitors whose work waits for its turn; more are asked to come back
+SESSIONS = 256  # visitors that are remembered
 CLEANING = (600, 3600)  # seconds between cleanings, and age of the files that are removed
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: 0 auto;}
@@ -77,6 +78,7 @@ def serve(page, host, port, password=None):
         max_file_size=MOST_BYTES, allowed_paths=[], show_error=False, quiet=True,
         share=False, prevent_thread_lock=True, ssr_mode=False, enable_monitoring=False,
         mcp_server=False, pwa=False, run_history=False, footer_links=[], theme=theme(), css=CSS,
+        state_session_capacity=SESSIONS,
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
     )
     return address

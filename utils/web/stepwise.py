@@ -1,4 +1,4 @@
-"""Work in a thread that a generator follows step by step, and that ends when the generator does."""
+"""Work in one thread for all, which a generator follows step by step and ends when it is closed."""
 
 import contextlib
 import queue
@@ -42,21 +42,41 @@ def counted_calls(network):
         hook.remove()
 
 
+class Worker:
+    """A thread that does one piece of work after another, until the process ends.
+
+    Always the same one: memory that a thread has had is not given back for others to use.
+    """
+
+    def __init__(self):
+        self.waiting = queue.SimpleQueue()
+        threading.Thread(target=self.run, daemon=True, name="model").start()
+
+    def run(self):
+        while True:
+            self.waiting.get()()
+
+    def do(self, function):
+        """Call a function, which raises nothing, after those before it."""
+        self.waiting.put(function)
+
+
 class Work:
-    """`function(progress)` in a thread of its own, and what it tells its one follower."""
+    """`function(progress)` in a Worker's thread, and what it tells its one follower."""
 
-    def __init__(self, function, network, lock):
-        self.told, self.given_up = queue.Queue(), threading.Event()
+    def __init__(self, function, network):
+        self.function, self.network = function, network
+        self.told, self.given_up = queue.SimpleQueue(), threading.Event()
         self.is_looked_at, self.next_due = False, 0.0
-        arguments = (function, network, lock)
-        self.thread = threading.Thread(target=self.run, args=arguments, daemon=True)
 
-    def run(self, function, network, lock):
-        """Do the work while holding the lock; its result, or its error, is told last."""
+    def run(self):
+        """Do the work; its result, or its error, is told last."""
+        if self.given_up.is_set():
+            return
         try:
-            with lock, counted_calls(network) as calls:
+            with counted_calls(self.network) as calls:
                 self.began = time.perf_counter()
-                result = function(self.progress)
+                result = self.function(self.progress)
                 self.told.put(Finished(result, time.perf_counter() - self.began, len(calls)))
         except BaseException as error:
             self.told.put(error)
@@ -74,7 +94,6 @@ class Work:
 
     def follow(self):
         """Iterator of the Steps and of the Finished work."""
-        self.thread.start()
         try:
             while True:
                 item = self.told.get()
@@ -88,15 +107,15 @@ class Work:
                 self.next_due, self.is_looked_at = now + PAUSE * (now - taken), False
         finally:
             self.given_up.set()
-            self.thread.join()
 
 
-def stepwise(function, network, lock):
-    """Iterator of the Steps of `function(progress)`, which runs in a thread, and of its Finished.
+def stepwise(function, network, worker):
+    """Iterator of the Steps of `function(progress)`, which a Worker calls, and of its Finished.
 
     `progress` is that of `models.sampling.samplers`. Steps that come while the last one is looked
-    at, and for a while after that, are left out, but for the last of all. The `lock` is held while
-    the function runs: one piece of work at a time. Closing the iterator ends the work at its next
-    call; errors are raised here.
+    at, and for a while after that, are left out, but for the last of all. Closing the iterator ends
+    the work at its next call; errors are raised here.
     """
-    return Work(function, network, lock).follow()
+    work = Work(function, network)
+    worker.do(work.run)
+    yield from work.follow()

@@ -6,7 +6,6 @@ and its result last; closing it ends the work. Wrong input raises UserError, wit
 Shapes: n samples of N ids each on a grid h x w; images uint8 [n, C, S, S].
 """
 
-import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from utils.logging.images import to_pil
 from utils.runs.trained_on import images_trained_on
 from utils.web.pictures import palette, veiled
 from utils.web.records import command_for, record, sampling_flags
-from utils.web.stepwise import Step, stepwise
+from utils.web.stepwise import Step, Worker, stepwise
 from utils.web.uploads import read_upload, square_of
 
 MOST_SAMPLES = CHUNK  # more have noise of their own in get_samples.py
@@ -98,7 +97,7 @@ class Studio:
     """
 
     def __init__(self, run):
-        self.run, self.lock = run, threading.Lock()
+        self.run, self.worker = run, Worker()
         self.network = run.sampler.transformer
         self.shape, self.tokens = run.sampler.shape, run.sampler.tokens
         self.codebook = run.autoencoder.codebook.detach().cpu().float()
@@ -153,7 +152,7 @@ class Studio:
     def sample(self, settings, most=MOST_SAMPLES):
         """Steps with the ids so far, and the Drawn samples."""
         run = self.with_settings(settings, most)
-        for item in stepwise(lambda progress: self.draw(run, progress), self.network, self.lock):
+        for item in stepwise(lambda progress: self.draw(run, progress), self.network, self.worker):
             if isinstance(item, Step):
                 yield item._replace(ids=self.padded(item.ids))
             else:
@@ -202,7 +201,7 @@ class Studio:
             return to_uint8(draw_canvases(run, sides, mode, progress))
 
         ids = None
-        for item in stepwise(work, self.network, self.lock):
+        for item in stepwise(work, self.network, self.worker):
             if isinstance(item, Step):
                 ids = item.ids
                 yield item
@@ -247,7 +246,7 @@ class Studio:
             completions = complete(run, image, hidden, progress)
             return [lay_back(original, completion, at_full_size) for completion in completions]
 
-        for item in stepwise(work, self.network, self.lock):
+        for item in stepwise(work, self.network, self.worker):
             if isinstance(item, Step):
                 yield item
             else:
@@ -314,7 +313,7 @@ class Studio:
         def work(progress):
             return self.inside(image(progress), progress)
 
-        for item in stepwise(work, self.network, self.lock):
+        for item in stepwise(work, self.network, self.worker):
             if isinstance(item, Step):
                 yield item
             else:

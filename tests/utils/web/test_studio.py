@@ -19,7 +19,7 @@ from utils.evaluation.inpainting import central_square
 from utils.logging.images import image_grid, to_pil
 from utils.runs.folder import RunFolder
 from utils.web.records import as_json, as_png, as_zip
-from utils.web.stepwise import Finished, Step, stepwise
+from utils.web.stepwise import Finished, Step, Work, Worker, counted_calls, stepwise
 from utils.web.studio import Settings, means_of_codes, number
 from utils.web.uploads import painted, read_upload, square_of, to_paint_on
 
@@ -200,17 +200,27 @@ def test_the_mean_of_the_pixels_of_a_code():
 
 
 def test_work_ends_when_nobody_follows_it(studio):
-    steps = studio.sample(CHOSEN._replace(count=64, method="first_hitting", steps=64))
-    next(steps)
-    assert studio.lock.locked()
-    steps.close()
-    assert not studio.lock.locked()
-    *_, drawn = studio.sample(CHOSEN)
-    assert len(drawn.images) == 5
+    steps = studio.sample(CHOSEN._replace(count=64, method="remdm", steps=1024))
+    with counted_calls(studio.network) as calls:
+        next(steps)
+        steps.close()
+        *_, drawn = studio.sample(CHOSEN._replace(steps=6))
+    assert len(drawn.images) == 5 and 6 < len(calls) < 900
+
+
+def test_work_that_nobody_waits_for_any_more_does_not_begin():
+    worker, hold, began = Worker(), threading.Event(), []
+    worker.do(hold.wait)
+    work = Work(lambda progress: began.append(1), torch.nn.Identity())
+    worker.do(work.run)
+    work.given_up.set()
+    hold.set()
+    assert list(stepwise(lambda progress: 3, torch.nn.Identity(), worker))[-1].result == 3
+    assert began == []
 
 
 def test_two_visitors_are_served_in_turn():
-    network, lock, running, most = torch.nn.Identity(), threading.Lock(), [], []
+    network, worker, running, most = torch.nn.Identity(), Worker(), [], []
 
     def work(progress):
         running.append(None)
@@ -223,7 +233,7 @@ def test_two_visitors_are_served_in_turn():
         return "result"
 
     found = []
-    threads = [threading.Thread(target=lambda: found.append(list(stepwise(work, network, lock))))
+    threads = [threading.Thread(target=lambda: found.append(list(stepwise(work, network, worker))))
                for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -238,10 +248,10 @@ def test_errors_of_the_work_reach_its_viewer():
     def work(progress):
         raise UserError("a sentence")
 
-    lock = threading.Lock()
+    worker = Worker()
     with pytest.raises(UserError, match="a sentence"):
-        list(stepwise(work, torch.nn.Identity(), lock))
-    assert not lock.locked()
+        list(stepwise(work, torch.nn.Identity(), worker))
+    assert list(stepwise(lambda progress: 3, torch.nn.Identity(), worker))[-1].result == 3
 
 
 # --- what is wrong gets a sentence
