@@ -9,7 +9,7 @@ from utils.web.tabs import canvas_tab, compare_tab, fill_in_tab, look_tab, sampl
 from utils.web.uploads import MOST_BYTES
 
 WAITING = 32  # visitors whose work waits for its turn; more are asked to come back
-SESSIONS = 256  # visitors that are remembered
+SESSIONS = 64  # visitors whose state is kept, a quarter of a megabyte each
 CLEANING = (600, 3600)  # seconds between cleanings, and age of the files that are removed
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: 0 auto;}
