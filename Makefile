@@ -13,11 +13,14 @@ DEMO_FLAGS ?= --no_visdom
 # Seconds after which `make watch RUN=...` draws again; 0 draws once.
 EVERY ?= 0
 
+# Flags of the page, such as another run: `make web WEB_FLAGS="--load_dir RUN"`.
+WEB_FLAGS ?=
+
 VENV_PYTHON := .venv/bin/python
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-lowest demo gpu-check visdom watch clean
+.PHONY: help install test test-all test-lowest demo web gpu-check visdom watch clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -42,6 +45,9 @@ demo: .venv/installed ## train both stages on the digits and report on them: min
 	$(VENV_PYTHON) experiments/digits_report.py --log_dir demo \
 	  --load_dir demo_absorbing --load_step $(DEMO_SAMPLER_STEPS) --amp --ema --n_samples 500 \
 	  $(DEMO_FLAGS)
+
+web: .venv/installed-web ## start a page to play with the demo's model, in a browser
+	$(VENV_PYTHON) experiments/web_demo.py $(WEB_FLAGS)
 
 gpu-check: .venv/installed ## check and measure the GPU in about eight minutes, into results/
 	$(VENV_PYTHON) benchmarks/gpu.py
@@ -81,6 +87,10 @@ clean: ## remove both environments and what tools left behind, but nothing that 
 	$(PIP) install --constraint $(PINS) setuptools wheel torch
 	CUDA_VISIBLE_DEVICES= $(PIP) install --constraint $(PINS) --no-build-isolation \
 	  --editable ".[test]"
+	touch $@
+
+.venv/installed-web: .venv/installed
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable ".[web]"
 	touch $@
 
 # The lower bounds in pyproject.toml as pins; constraints.txt pins what those need in turn, save the

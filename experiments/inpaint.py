@@ -16,40 +16,15 @@ import torch
 from tqdm import tqdm
 
 from hparams import UserError, get_inpaint_hparams
-from models.sampling.blending import lay_in
 from utils.data.datasets import load_dataset
 from utils.data.pixels import to_float, to_square
 from utils.evaluation.experiment import experiment
-from utils.evaluation.inpainting import as_png_holds, hidden_square, lay_back, open_image, scaled
-from utils.evaluation.samples import decode
+from utils.evaluation.inpainting import (
+    as_png_holds, complete, hidden_square, lay_back, open_image, scaled,
+)
 from utils.files import make_folder, whole_file
 from utils.logging.images import remove_images
 from utils.runs.script import run_script
-from utils.training.precision import seed_step
-
-
-def hidden_ids(hidden, shape):
-    """Which ids [h*w] of a grid (h, w) stand for a patch with a hidden pixel: bool."""
-    patch = [side // count for side, count in zip(hidden.shape, shape)]
-    return torch.nn.functional.max_pool2d(hidden[None].float(), patch).flatten() > 0
-
-
-@torch.no_grad()
-def complete(run, image, hidden):
-    """`n_samples` completions of image [C, S, S], its pixels kept where `hidden` is False."""
-    H, sampler = run.H, run.sampler
-    ids = run.autoencoder.encode(image[None].to(run.device))[-1]  # [1, N]
-    unknown = hidden_ids(hidden, sampler.shape).to(run.device)
-    known = ids.masked_fill(unknown, sampler.mask_id).expand(H.n_samples, -1)
-    run.log.info(f"{int(unknown.sum())} of {ids.shape[1]} ids are drawn again")
-    images = []
-    for first in range(0, H.n_samples, H.batch_size):
-        part = known[first : first + H.batch_size]
-        seed_step(H.seed, first, "inpaint")
-        with run.precision.autocast():
-            drawn = sampler.sample(len(part), H.temp, known=part)
-        images.append(decode(run.decoder, drawn))
-    return lay_in(image, torch.cat(images), hidden)
 
 
 def photograph_of(H, log):

@@ -1,10 +1,12 @@
-"""What the launcher of several processes says in the environment rather than by flags."""
+"""What is said in the environment rather than by flags: torchrun's processes, a password."""
 
+import ipaddress
 import os
 
 from utils.errors import SettingsError
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PASSWORD = "HYDRA_PASSWORD"  # of the page
 
 
 def process_count():
@@ -42,3 +44,11 @@ def incomplete_launch():
         return (f"{', '.join(given)} set in the environment without {', '.join(missing)}: this "
                 f"runs as one process")
     return None
+
+
+def is_loopback(host):
+    """Whether only this machine reaches a server that listens on `host`, a name or an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

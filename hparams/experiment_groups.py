@@ -88,3 +88,16 @@ class NearestNeighbours(Settings):
     k_nearest: int = setting(10, "training images shown for each sample", minimum=1)
     spaces: list[str] = setting(["lpips", "pixels"], "lpips, which needs VGG16's weights, and "
                                 "pixels, the Euclidean distance", choices=["lpips", "pixels"])
+
+
+class Page(Settings):
+    """Page."""
+
+    host: str = setting("127.0.0.1", "address that the page listens on; any but this machine's own "
+                        "needs a password")
+    port: int = setting(7860, "port of the page", minimum=1, maximum=65535)
+    password: str | None = setting(None, "what visitors have to type, with any name; the variable "
+                                   "HYDRA_PASSWORD says it without showing it to other users of "
+                                   "this machine")
+    log_dir: str = setting("web_demo", "name of the run: its log goes to logs/NAME")
+    n_samples: int = setting(16, "how many samples the page draws at first", minimum=1, maximum=64)

@@ -5,12 +5,14 @@ begins.
 """
 
 import dataclasses
+import os
 from functools import partial
 
 from hparams.defaults import SAMPLER_DEFAULTS, VQGAN_DEFAULTS
-from hparams.environment import process_count
+from hparams.environment import PASSWORD, is_loopback, process_count
 from hparams.experiment_groups import (
-    ELBO, FID, PRDC, Canvas, Features, Inpainting, NearestNeighbours, Samples, SamplesToMeasure,
+    ELBO, FID, PRDC, Canvas, Features, Inpainting, NearestNeighbours, Page, Samples,
+    SamplesToMeasure,
 )
 from hparams.groups import (
     Autoencoder, AutoencoderArchitecture, Data, Logging, Sampler, SamplerArchitecture,
@@ -155,6 +157,22 @@ class BigSamplesSettings(SamplesSettings, Canvas):
             )
 
 
+class PageSettings(Page, ExperimentSettings):
+    """experiments/web_demo.py: a page to play with a trained model."""
+
+    without_flag = TRAINING_ONLY | {
+        "resume", "save_individually", "visdom_server", "visdom_port", "no_visdom",
+    }
+
+    def validate(self):
+        super().validate()
+        self.no_visdom = True
+        self.password = self.password or os.environ.get(PASSWORD)
+        if not self.password and not is_loopback(self.host):
+            raise SettingsError(f"--host {self.host} lets others in: set a password in the "
+                                f"variable {PASSWORD}, or with --password")
+
+
 CROPS = {"crops", "crop_side"}
 AUTOENCODER_RUN = LoadedRun(
     "ae_load_dir", "ae_load_step", names_of(Autoencoder),
@@ -241,3 +259,4 @@ get_fid_hparams = of_experiment(FIDSettings)
 get_prdc_hparams = of_experiment(PRDCSettings)
 get_elbo_hparams = of_experiment(ELBOSettings)
 get_nearest_neighbours_hparams = of_experiment(NearestNeighboursSettings)
+get_page_hparams = of_experiment(PageSettings)

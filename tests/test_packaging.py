@@ -1,6 +1,7 @@
 """What is declared, pinned, installed and imported agrees; and the Makefile installs it once."""
 
 import ast
+import contextlib
 import importlib.metadata
 import os
 import re
@@ -30,6 +31,8 @@ TORCHVISION_AHEAD = 15  # torchvision 0.(n+15) is built for torch 2.n
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RUNTIME = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
 TESTING = [Requirement(line) for line in PROJECT["project"]["optional-dependencies"]["test"]]
+WEB = [Requirement(line) for group in ("web", "browser")
+       for line in PROJECT["project"]["optional-dependencies"][group]]
 BUILDING = [Requirement(line) for line in PROJECT["build-system"]["requires"]]
 
 
@@ -97,7 +100,7 @@ def environment_is_the_pinned_one():
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_dependency_has_a_pin_in_its_range(python):
     pins = constraints(python)
-    for requirement in RUNTIME + TESTING:
+    for requirement in RUNTIME + TESTING + WEB:
         if applies(requirement, python):
             name = canonicalize_name(requirement.name)
             assert name in pins, f"constraints.txt does not pin {name}"
@@ -172,11 +175,18 @@ def test_the_installed_environment_satisfies_the_declared_ranges():
             )
 
 
+def is_installed(name):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version(name))
+    return False
+
+
 def test_constraints_pin_everything_that_the_dependencies_pull_in():
     if not environment_is_the_pinned_one():
         pytest.skip("another torch is installed than the one that constraints.txt pins")
     pins = constraints(f"3.{sys.version_info.minor}")
     waiting, seen = [x for x in RUNTIME + TESTING if applies(x)], set()
+    waiting += [x for x in WEB if is_installed(x.name)]
     while waiting:
         requirement = waiting.pop()
         key = (canonicalize_name(requirement.name), frozenset(requirement.extras))
@@ -242,8 +252,11 @@ def test_every_import_is_declared():
     assert len(sources) > 3
     for path in sources:
         allowed = names(RUNTIME)
-        if path.relative_to(ROOT).parts[0] in ("tests", "benchmarks"):
+        parts = path.relative_to(ROOT).parts
+        if parts[0] in ("tests", "benchmarks"):
             allowed |= names(TESTING)
+        if parts[0] == "tests" or parts[:2] == ("utils", "web"):
+            allowed |= names(WEB)
         folders = (ROOT, path.parent, ROOT / "benchmarks", ROOT / "tests")
         scripts = {script.stem for folder in folders for script in folder.glob("*.py")}
         ours = {*CODE, "experiments", *scripts}
@@ -319,7 +332,7 @@ def test_make_tests_the_lowest_versions_in_an_environment_of_their_own(checkout)
     assert len(installs) == 2
     assert all("--constraint .venv-lowest/constraints.txt" in call for call in installs)
     for python in PYTHONS:
-        declared = [x for x in BUILDING + RUNTIME + TESTING if applies(x, python)]
+        declared = [x for x in BUILDING + RUNTIME + TESTING + WEB if applies(x, python)]
         lowest = {canonicalize_name(x.name): lower_bound(x) for x in declared}
         pins, tested = constraints(python, path), constraints(python)
         assert {name: pins[name] for name in lowest} == lowest

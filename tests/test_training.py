@@ -24,6 +24,7 @@ from models import AbsorbingDiffusion
 from utils.data.datasets import load_dataset
 from utils.data.pixels import to_uint8
 from utils.data.split import train_validation_split
+from utils.evaluation.inpainting import hidden_ids
 from utils.runs.folder import RunFolder
 from utils.runs.script import run_script
 from utils.training import precision
@@ -329,7 +330,7 @@ def load_digits_at(img_size, index):
 def test_ids_outside_the_mask_are_kept():
     hidden = torch.zeros(16, 16, dtype=torch.bool)
     hidden[3, 5] = True
-    unknown = inpaint.hidden_ids(hidden, (8, 8)).view(8, 8)
+    unknown = hidden_ids(hidden, (8, 8)).view(8, 8)
     assert unknown.nonzero().tolist() == [[1, 2]]
 
 
@@ -347,7 +348,7 @@ def test_inpainting_draws_only_what_is_hidden(two_runs, workplace, monkeypatch):
                  "--image_index 4 --log_dir out --box 4 2 10 9".split())
     hidden = torch.zeros(16, 16, dtype=torch.bool)
     hidden[2:9, 4:10] = True
-    unknown = inpaint.hidden_ids(hidden, (8, 8))
+    unknown = hidden_ids(hidden, (8, 8))
     assert [len(known) for known, _, _ in asked] == [2, 1]
     for known, drawn, mask_id in asked:
         assert torch.equal(known == mask_id, unknown.expand_as(known))

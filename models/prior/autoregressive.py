@@ -57,8 +57,9 @@ class AutoregressiveTransformer(nn.Module):
         bits = torch.cat([self.bits(part).double().sum(1) for part in ids.split(batch_size)])
         return bits * math.log(2)
 
-    def sample(self, n_samples, temp=1.0, sample_steps=None, rng=None):
-        """Draw ids [n_samples, N], caching keys and values. `sample_steps` is ignored."""
+    def sample(self, n_samples, temp=1.0, sample_steps=None, rng=None, progress=None):
+        """Draw ids [n_samples, N], caching keys and values. `sample_steps` is ignored; `progress`
+        is that of `models.sampling.samplers`."""
         caches = [{} for _ in self.net.blocks]
 
         def next_logits(ids):
@@ -66,5 +67,5 @@ class AutoregressiveTransformer(nn.Module):
 
         return sample_autoregressive(
             next_logits, n_samples, self.tokens, temp, rng, self.net.start_tok.device,
-            self.top_k, self.top_p,
+            self.top_k, self.top_p, progress,
         )

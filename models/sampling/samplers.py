@@ -3,8 +3,9 @@
 A denoiser is any `denoise(ids [B, N], where bool [B, N]) -> logits [M, K]`: of the M positions that
 `where` asks for, row by row, and of no others. A sampling method starts from ids [B, N] that hold
 `mask_id` where a token is to be drawn and known tokens elsewhere, which it keeps, and calls
-`progress(done, total)` after each network call. Only `remdm` and `mlm` change drawn tokens.
-`rng` is where random numbers come from: see `models.sampling.noise`.
+`progress(done, total, ids)` after each network call; `ids` [B, N] are those so far, which must not
+be written to. Only `remdm` and `mlm` change drawn tokens. `rng` is where random numbers come from:
+see `models.sampling.noise`.
 
 What is drawn when is planned on the CPU, so that a call waits for a GPU at most once.
 
@@ -91,7 +92,7 @@ def reveal(denoise, ids, mask_id, call, temp, rng, progress):
     for number in range(calls):
         fill(denoise, ids, call == number, temp, rng)
         if progress:
-            progress(number + 1, calls)
+            progress(number + 1, calls, ids)
     return ids
 
 
@@ -232,7 +233,7 @@ def sample_confidence(
         drawn[at] = tokens
         ids = torch.where(kept, drawn, ids)
         if progress:
-            progress(number + 1, steps)
+            progress(number + 1, steps, ids)
     return ids
 
 
@@ -256,7 +257,7 @@ def sample_remdm(denoise, ids, mask_id, steps, temp=1.0, rng=None, progress=None
         fill(denoise, ids, to_host(masked & (coin < drawn)), temp, rng)
         ids.masked_fill_(unknown & ~masked & (coin < again), mask_id)
         if progress:
-            progress(number + 1, steps)
+            progress(number + 1, steps, ids)
     return ids
 
 
@@ -284,21 +285,25 @@ def sample_mask_predict(
         ids.masked_fill_(masked, mask_id)
         fill(denoise, ids, to_host(masked), temp, rng)
         if progress:
-            progress(number + 1, len(times))
+            progress(number + 1, len(times), ids)
     return ids
 
 
 @torch.no_grad()
 def sample_autoregressive(
-    next_logits, n_samples, tokens, temp=1.0, rng=None, device=None, top_k=0, top_p=1.0
+    next_logits, n_samples, tokens, temp=1.0, rng=None, device=None, top_k=0, top_p=1.0,
+    progress=None,
 ):
     """Draw ids one by one, in raster order: int64 [B, N].
 
-    `next_logits(ids [B, i])` gives the logits [B, K] of token i, which `truncate` may narrow.
+    `next_logits(ids [B, i])` gives the logits [B, K] of token i, which `truncate` may narrow. After
+    each call `progress(i, N, ids [B, i])` is called.
     """
     ids = torch.empty((n_samples, 0), dtype=torch.long, device=device)
-    for _ in range(tokens):
+    for number in range(tokens):
         logits = next_logits(ids).double() / temp  # the nucleus is that of what is drawn from
         token = draw(truncate(logits, top_k, top_p), 1.0, rng)
         ids = torch.cat((ids, token[:, None]), dim=1)
+        if progress:
+            progress(number + 1, tokens, ids)
     return ids

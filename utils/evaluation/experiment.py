@@ -12,6 +12,7 @@ ranks divide samples and images among them; then rank 0 goes on alone.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -105,6 +106,16 @@ class Experiment:
         else:
             checkpoint = self.facts["checkpoints"]["sampler"]["sha256"]
             self.facts["samples"] = sampling_settings(H, checkpoint, self.precision)
+
+    def with_settings(self, **changes):
+        """This experiment with other settings of sampling, on the same models; SettingsError."""
+        run = copy.copy(self)
+        run.H = dataclasses.replace(self.H, **changes)
+        run.H.validate()
+        run.H.command, run.began = self.H.command, time.perf_counter()
+        checkpoint = self.facts["checkpoints"]["sampler"]["sha256"]
+        run.facts = {**self.facts, "samples": sampling_settings(run.H, checkpoint, self.precision)}
+        return run
 
     def note_checkpoint(self, name, path, step):
         """Put a model's file into the manifest."""
@@ -217,7 +228,6 @@ class Experiment:
         self.log.metrics(self.H.load_step, known(figures), group=self.name)
         self.log.table(self.name, in_words(figures))
 
-
     def identity(self):
         """A hash of what is measured: the same for the same settings and `facts`."""
         settings = dataclasses.asdict(without_credentials(self.H))
@@ -225,8 +235,11 @@ class Experiment:
         identity = json.dumps([self.name, measured, self.facts], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
-    def manifest(self):
-        """How the results came about, a dict that JSON takes."""
+    def manifest(self, settings=None):
+        """How the results came about, a dict that JSON takes; `settings` (None: all) are the
+        hyperparameters that it names."""
+        if settings is None:
+            settings = dataclasses.asdict(without_credentials(self.H))
         return {
             "command": command_of(self.H),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -236,7 +249,7 @@ class Experiment:
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in LIBRARIES},
             **self.facts,
-            "hyperparameters": dataclasses.asdict(without_credentials(self.H)),
+            "hyperparameters": settings,
         }
 
     def show_images(self, name, images, columns=None):

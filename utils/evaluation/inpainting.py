@@ -1,4 +1,4 @@
-"""What inpainting hides of a photograph, and how what was drawn gets back into it.
+"""What inpainting hides of a photograph, how it is drawn, and how it gets back into the photograph.
 
 A model sees the central square of a photograph, scaled to S x S pixels (`img_size`). What is hidden
 is known on that square, bool [m, m], in pixels of the mask file or, for a box, of the model.
@@ -7,11 +7,15 @@ is known on that square, bool [m, m], in pixels of the mask file or, for a box, 
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from utils.data.pixels import decode
+from models.sampling.blending import lay_in
+from utils.data.pixels import decode as decode_file
 from utils.errors import UserError
+from utils.evaluation.samples import decode
 from utils.logging.images import to_pil
+from utils.training.precision import seed_step
 
 NEITHER_SHAPE = ("--mask {} of {}x{} pixels does not fit the image of {}x{}: give one of the same "
                  "size or shape, or a square one for the image's central square")
@@ -23,7 +27,7 @@ def open_image(path):
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return decode(content, path)
+    return decode_file(content, path)
 
 
 def central_square(width, height):
@@ -100,6 +104,35 @@ def scaled(hidden, side):
     line is not lost, and no kept pixel shows a mixture with what is hidden."""
     image = Image.fromarray(hidden.astype(np.float32))
     return np.asarray(image.resize((side, side), Image.Resampling.BOX)) > 0
+
+
+def hidden_ids(hidden, shape):
+    """Which ids [h*w] of a grid (h, w) stand for a patch with a hidden pixel: bool."""
+    patch = [side // count for side, count in zip(hidden.shape, shape)]
+    return torch.nn.functional.max_pool2d(hidden[None].float(), patch).flatten() > 0
+
+
+@torch.no_grad()
+def complete(run, image, hidden, progress=None):
+    """`n_samples` completions of image [C, S, S], its pixels kept where `hidden` is False.
+
+    `run` is an Experiment; `progress` that of `models.sampling.samplers`, for each batch anew.
+    """
+    H, sampler = run.H, run.sampler
+    ids = run.autoencoder.encode(image[None].to(run.device))[-1]  # [1, N]
+    unknown = hidden_ids(hidden, sampler.shape).to(run.device)
+    known = ids.masked_fill(unknown, sampler.mask_id).expand(H.n_samples, -1)
+    run.log.info(f"{int(unknown.sum())} of {ids.shape[1]} ids are drawn again")
+    images = []
+    for first in range(0, H.n_samples, H.batch_size):
+        part = known[first : first + H.batch_size]
+        seed_step(H.seed, first, "inpaint")
+        with run.precision.autocast():
+            drawn = sampler.sample(
+                len(part), H.temp, H.sample_steps, H.sample_type, progress=progress, known=part
+            )
+        images.append(decode(run.decoder, drawn))
+    return lay_in(image, torch.cat(images), hidden)
 
 
 def as_png_holds(photograph):

@@ -79,14 +79,17 @@ def drawn_ids(H, sampler, precision, settings, folder, log):
 
 
 @torch.no_grad()
-def draw_chunks(H, sampler, precision, spans, integer):
+def draw_chunks(H, sampler, precision, spans, integer, **options):
     """[{"ids": [b, N]}] of the chunks `spans`, (first sample, b) each, drawn together. Each has
-    noise of its own, so that it gets the ids that it gets alone, up to the network's rounding."""
+    noise of its own, so that it gets the ids that it gets alone, up to the network's rounding.
+    `options` are more arguments of `sampler.sample`."""
     seeds = [step_seed(H.seed, first, "samples") for first, _ in spans]
     counts = [n for _, n in spans]
     generators = [torch.Generator(precision.device).manual_seed(seed) for seed in seeds]
     with precision.autocast():
-        ids = sampler.sample(sum(counts), H.temp, rng=Streams(generators, counts))
+        ids = sampler.sample(
+            sum(counts), H.temp, rng=Streams(generators, counts), **options
+        )
     return [{"ids": part.clone()} for part in ids.to("cpu", integer).split(counts)]
 
 

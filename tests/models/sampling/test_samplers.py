@@ -223,8 +223,18 @@ def test_every_method_completes_and_keeps_known_ids(sample, options, steps):
     before = start.clone()
     torch.manual_seed(0)
     seen = []
-    ids = sample(denoise, start, 5, steps, progress=lambda *at: seen.append(at), **options)
+
+    def progress(done, total, ids):
+        seen.append((done, total, ids.clone()))
+
+    ids = sample(denoise, start, 5, steps, progress=progress, **options)
     assert torch.equal(start, before), "the caller's tensor is not written to"
+    assert torch.equal(seen[-1][2], ids)
+    assert all((part[1, :7] == 2).all() and (part[2] == 3).all() for *_, part in seen)
+    if sample not in (sample_remdm, sample_mask_predict):  # what is drawn stays
+        for (*_, earlier), (*_, later) in zip(seen, seen[1:]):
+            assert ((earlier == 5) | (earlier == later)).all()
+            assert (later == 5).sum() < (earlier == 5).sum()
     assert ids.max() < 5 and (ids[1, :7] == 2).all() and (ids[2] == 3).all()
     assert len(calls) <= steps and seen[-1][0] == len(seen)
     if sample in (sample_first_hitting, sample_halton):

@@ -1,0 +1,100 @@
+"""A page to play with a trained model, in a browser: samples, filling in, canvases, the inside.
+
+    make web
+    python experiments/web_demo.py --load_dir demo_absorbing --load_step 1600 --ema --port 7860
+
+Loads a trained sampler and its autoencoder, the demo's by default and the newest step, and trains
+nothing. The page is for this machine alone, at http://127.0.0.1:7860; `--host 0.0.0.0` lets others
+in, who have to type the password that the variable HYDRA_PASSWORD holds. Ends with Ctrl-C.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import threading
+
+from hparams import UserError, get_page_hparams
+from utils.evaluation.experiment import experiment
+from utils.runs.folder import RunFolder
+from utils.runs.script import run_script
+
+DEMO = "demo_absorbing"
+
+
+def with_run(argv):
+    """The flags with the demo's run, or the newest step of a run, where they name none."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--load_dir", "--load_step"):
+        parser.add_argument(name)
+    given, _ = parser.parse_known_args(argv)
+    if {"-h", "--help", "--help_all"} & set(argv) or given.load_step:
+        return argv if given.load_dir else ["--load_dir", DEMO, *argv]
+    folder = RunFolder(given.load_dir or DEMO)
+    steps = folder.complete_steps() or folder.trained_steps()
+    if not steps:
+        raise UserError(f"there is no trained run in {folder.path}: `make demo` makes one in "
+                        f"minutes, or name another one with --load_dir")
+    defaults = [] if given.load_dir else ["--load_dir", DEMO]
+    return [*defaults, "--load_step", str(steps[-1]), *argv]
+
+
+def without_password(command):
+    """A command line without the password, for the log."""
+    words = shlex.split(command)
+    for place, word in enumerate(words):
+        if word == "--password":
+            words[place + 1 : place + 2] = ["..."]
+        elif word.startswith("--password="):
+            words[place] = "--password=..."
+    return shlex.join(words)
+
+
+def gradio_is_missing():
+    """The sentence about gradio where it is not installed."""
+    return UserError("the page needs gradio: `make web` installs it, as does "
+                     "`pip install -e \".[web]\"` in .venv")
+
+
+def main(argv=None):
+    H = get_page_hparams(with_run(sys.argv[1:] if argv is None else argv))
+    H.command = without_password(H.command)
+    with experiment(H, "page", several=False) as run:
+        folder = tempfile.mkdtemp(prefix="page_", dir=run.log.folder.path.resolve())
+        try:
+            show_page(run, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def show_page(run, folder):
+    """Load the models, and serve the page until the process is asked to end; gradio's files lie in
+    `folder`."""
+    os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False",
+                   "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    try:
+        from utils.web.page import build_page, serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise gradio_is_missing() from None
+    from utils.web.studio import Studio
+
+    run.load_sampler()
+    page, H = build_page(Studio(run)), run.H
+    try:
+        address = serve(page, H.host, H.port, H.password)
+    except OSError as error:
+        raise UserError(f"port {H.port} of {H.host} cannot be used ({error}): give another one "
+                        f"with --port") from None
+    try:
+        run.log.info(f"the page: {address} (Ctrl-C ends it)")
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
+
+
+if __name__ == "__main__":
+    run_script(main)
