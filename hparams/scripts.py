@@ -9,7 +9,8 @@ from functools import partial
 from hparams.defaults import SAMPLER_DEFAULTS, VQGAN_DEFAULTS
 from hparams.environment import process_count
 from hparams.experiment_groups import (
-    ELBO, FID, PRDC, Canvas, Features, Inpainting, NearestNeighbours, Samples, SamplesToMeasure,
+    ELBO, FID, PRDC, Canvas, Features, Inpainting, NearestNeighbours, Reconstruction, Samples,
+    SamplesToMeasure,
 )
 from hparams.groups import (
     Autoencoder, AutoencoderArchitecture, Data, Logging, Sampler, SamplerArchitecture,
@@ -111,6 +112,19 @@ class VQGANFIDSettings(Features, FID, Data, Autoencoder, Training, Logging):
     without_flag = TRAINING_ONLY
 
 
+class ReconstructSettings(Reconstruction, Data, Autoencoder, Training, Logging):
+    """experiments/reconstruct.py: images through a trained autoencoder, as pairs and in figures."""
+
+    without_flag = TRAINING_ONLY | {"batch_size", "resume"}
+
+    def check_flags(self, given):
+        super().check_flags(given)
+        for name in ("crops", "crop_side"):
+            if self.images is not None and name in given:
+                raise SettingsError(f"--{name} would do nothing: it is for a dataset, and --images "
+                                    f"are taken whole, as their central squares")
+
+
 class InpaintSettings(SamplesSettings, Inpainting):
     """experiments/inpaint.py: fill in a part of an image."""
 
@@ -195,6 +209,10 @@ get_sampler_hparams = partial(
 )
 get_vqgan_fid_hparams = partial(
     get_hparams, VQGANFIDSettings, VQGAN_DEFAULTS, [VQGAN_RUN], must_load=True
+)
+
+get_reconstruct_hparams = partial(
+    get_hparams, ReconstructSettings, VQGAN_DEFAULTS, [VQGAN_RUN], must_load=True
 )
 
 
