@@ -10,11 +10,20 @@ DEMO_VQGAN_STEPS ?= 300
 DEMO_SAMPLER_STEPS ?= 1600
 DEMO_FLAGS ?= --no_visdom
 
+# What `make photos` learns from, emoji drawn in 3D that it fetches or a folder of images, for how
+# many steps, and flags of all its scripts. Each folder has runs of its own.
+EMOJI := pictures/fluent_emoji
+PHOTOS ?= $(EMOJI)
+PHOTOS_VQGAN_STEPS ?= 1500
+PHOTOS_SAMPLER_STEPS ?= 6000
+PHOTOS_FLAGS ?= --no_visdom
+PHOTOS_RUN = photos_$(shell basename "$(PHOTOS)" | tr -c '[:alnum:]\n' _)
+
 VENV_PYTHON := .venv/bin/python
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-lowest demo gpu-check visdom clean
+.PHONY: help install test test-all test-lowest demo gpu-check photos visdom clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -40,6 +49,22 @@ demo: .venv/installed ## train both stages on the digits and report on them: min
 	  --load_dir demo_absorbing --load_step $(DEMO_SAMPLER_STEPS) --amp --ema --n_samples 500 \
 	  $(DEMO_FLAGS)
 
+photos: .venv/installed ## train both stages on colour pictures, or on PHOTOS=FOLDER: half an hour
+	$(if $(filter $(EMOJI),$(PHOTOS)),$(VENV_PYTHON) -m utils.data.fluent_emoji $(EMOJI))
+	$(VENV_PYTHON) train_vqgan.py --dataset custom --custom_dataset_path "$(PHOTOS)" \
+	  --log_dir $(PHOTOS_RUN)_vqgan --ch_mult 1 1 2 2 --horizontal_flip --cache_pixels \
+	  --amp --ema --train_steps $(PHOTOS_VQGAN_STEPS) --resume $(PHOTOS_FLAGS)
+	$(VENV_PYTHON) train_sampler.py --sampler absorbing --dataset custom \
+	  --custom_dataset_path "$(PHOTOS)" --log_dir $(PHOTOS_RUN)_absorbing \
+	  --ae_load_dir $(PHOTOS_RUN)_vqgan --ae_load_step best --horizontal_flip --cache_pixels \
+	  --amp --ema --train_steps $(PHOTOS_SAMPLER_STEPS) --resume $(PHOTOS_FLAGS)
+	$(VENV_PYTHON) experiments/reconstruct.py --load_dir $(PHOTOS_RUN)_vqgan --load_step best \
+	  --amp --ema --log_dir $(PHOTOS_RUN) $(PHOTOS_FLAGS)
+	$(VENV_PYTHON) experiments/get_samples.py --load_dir $(PHOTOS_RUN)_absorbing --load_step best \
+	  --amp --ema --n_samples 100 --log_dir $(PHOTOS_RUN) $(PHOTOS_FLAGS)
+	@echo "images with their reconstructions, and samples:"; \
+	  ls logs/$(PHOTOS_RUN)/images/pairs_*.png logs/$(PHOTOS_RUN)/images/samples_*.png
+
 gpu-check: .venv/installed ## check and measure the GPU in about eight minutes, into results/
 	$(VENV_PYTHON) benchmarks/gpu.py
 
@@ -49,7 +74,7 @@ visdom: .venv/installed ## start the visdom server that the training scripts dra
 clean: ## remove both environments and what tools left behind, but nothing that runs have made
 	rm -rf .venv .venv-lowest build *.egg-info .pytest_cache .hypothesis
 	find . \( -name .git -o -path ./logs -o -path ./latents -o -path ./statistics -o \
-	  -path ./pixels -o -path ./results \) -prune -o \
+	  -path ./pixels -o -path ./pictures -o -path ./results \) -prune -o \
 	  -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps are written last: what was interrupted is run again, and pip goes on from what is
