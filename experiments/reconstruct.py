@@ -63,8 +63,8 @@ def images_of_dataset(run):
     split = split_of(H.load_dir, H.load_step, run.log)
     if is_held_out(dataset, split):
         return Subset(dataset, np.flatnonzero(sides(dataset, split)))
-    run.log.info(f"all {len(dataset)} images are reconstructed: which of them {H.load_dir} did not "
-                 f"learn from, if any, is not known")
+    run.log.info(f"all {len(dataset)} images are reconstructed: none of them are known to be held "
+                 f"out by {H.load_dir}")
     return dataset
 
 
