@@ -14,8 +14,8 @@ DEMO_FLAGS ?= --no_visdom
 # many steps, and flags of all its scripts. Each folder has runs of its own.
 EMOJI := pictures/fluent_emoji
 PHOTOS ?= $(EMOJI)
-PHOTOS_VQGAN_STEPS ?= 1500
-PHOTOS_SAMPLER_STEPS ?= 6000
+PHOTOS_VQGAN_STEPS ?= 3000
+PHOTOS_SAMPLER_STEPS ?= 10000
 PHOTOS_FLAGS ?= --no_visdom
 PHOTOS_RUN = photos_$(shell basename "$(PHOTOS)" | tr -c '[:alnum:]\n' _)
 

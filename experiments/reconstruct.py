@@ -145,7 +145,7 @@ def main(argv=None):
                          f"{ENOUGH} are enough")
         report(run, measures.figures(), rows)
         picture = run.log.folder.images / f"pairs_{H.load_step}.png"
-        save_image(labelled_rows({"image": pairs[:, 0], "recon-\nstruction": pairs[:, 1]}, COLUMNS),
+        save_image(labelled_rows({"image": pairs[:, 0], "reconstruction": pairs[:, 1]}, COLUMNS),
                    picture)
         run.log.info(f"images above their reconstructions: {picture}")
 

@@ -17,7 +17,7 @@ from utils.files import make_folder, remove_leftovers, whole_file
 
 CELL = 64  # pixels; grids enlarge smaller images until the shorter side has about this many
 PAD = 2  # white pixels around each image of a grid
-LABEL = 60  # pixels of a row's label
+LABEL = 84  # pixels of a row's label
 
 
 def image_grid(images, columns=None):
