@@ -53,6 +53,7 @@ photos: .venv/installed ## train both stages on colour pictures, or on PHOTOS=FO
 	$(if $(filter $(EMOJI),$(PHOTOS)),$(VENV_PYTHON) -m utils.data.fluent_emoji $(EMOJI))
 	$(VENV_PYTHON) train_vqgan.py --dataset custom --custom_dataset_path "$(PHOTOS)" \
 	  --log_dir $(PHOTOS_RUN)_vqgan --ch_mult 1 1 2 2 --horizontal_flip --cache_pixels \
+	  --validation_images 128 \
 	  --amp --ema --train_steps $(PHOTOS_VQGAN_STEPS) --resume $(PHOTOS_FLAGS)
 	$(VENV_PYTHON) train_sampler.py --sampler absorbing --dataset custom \
 	  --custom_dataset_path "$(PHOTOS)" --log_dir $(PHOTOS_RUN)_absorbing \
