@@ -62,7 +62,7 @@ photos: .venv/installed ## train both stages on colour pictures, or on PHOTOS=FO
 	$(VENV_PYTHON) experiments/reconstruct.py --load_dir $(PHOTOS_RUN)_vqgan --load_step best \
 	  --amp --ema --log_dir $(PHOTOS_RUN) $(PHOTOS_FLAGS)
 	$(VENV_PYTHON) experiments/get_samples.py --load_dir $(PHOTOS_RUN)_absorbing --load_step best \
-	  --amp --ema --n_samples 100 --log_dir $(PHOTOS_RUN) $(PHOTOS_FLAGS)
+	  --amp --ema --n_samples 100 --temp 0.8 --log_dir $(PHOTOS_RUN) $(PHOTOS_FLAGS)
 	@echo "images with their reconstructions, and samples:"; \
 	  ls logs/$(PHOTOS_RUN)/images/pairs_*.png logs/$(PHOTOS_RUN)/images/samples_*.png
 
