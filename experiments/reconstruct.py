@@ -108,7 +108,9 @@ def reconstruct(run, dataset, measures):
             reconstructions = to_uint8(output)
             run.save_images("reconstructions", reconstructions, measures.count)
             values = measures.add(images, to_float(reconstructions), ids)
-            for row in np.flatnonzero(np.isin(places, chosen)).tolist():
+            picked = np.isin(places.numpy(), chosen)
+            picked[0] |= not pairs  # or there might be none, where those chosen cannot be read
+            for row in np.flatnonzero(picked).tolist():
                 pairs.append(torch.stack((to_uint8(images[row]), reconstructions[row])).cpu())
                 rows.append({"image": dataset.path(int(places[row])),
                              **{name: value[row].item() for name, value in values.items()}})
