@@ -16,11 +16,20 @@ EVERY ?= 0
 # Flags of the page, such as another run: `make web WEB_FLAGS="--load_dir RUN"`.
 WEB_FLAGS ?=
 
+# What `make photos` learns from, emoji drawn in 3D that it fetches or a folder of images, for how
+# many steps, and flags of all its scripts. Each folder has runs of its own.
+EMOJI := pictures/fluent_emoji
+PHOTOS ?= $(EMOJI)
+PHOTOS_VQGAN_STEPS ?= 3000
+PHOTOS_SAMPLER_STEPS ?= 10000
+PHOTOS_FLAGS ?= --no_visdom
+PHOTOS_RUN = photos_$(shell basename "$(PHOTOS)" | tr -c '[:alnum:]\n' _)
+
 VENV_PYTHON := .venv/bin/python
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-lowest demo web gpu-check visdom watch clean
+.PHONY: help install test test-all test-lowest demo photos web gpu-check visdom watch clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -46,6 +55,23 @@ demo: .venv/installed ## train both stages on the digits and report on them: min
 	  --load_dir demo_absorbing --load_step $(DEMO_SAMPLER_STEPS) --amp --ema --n_samples 500 \
 	  $(DEMO_FLAGS)
 
+photos: .venv/installed ## train both stages on colour pictures, or on PHOTOS=FOLDER: half an hour
+	$(if $(filter $(EMOJI),$(PHOTOS)),$(VENV_PYTHON) -m utils.data.fluent_emoji $(EMOJI))
+	$(VENV_PYTHON) train_vqgan.py --dataset custom --custom_dataset_path "$(PHOTOS)" \
+	  --log_dir $(PHOTOS_RUN)_vqgan --ch_mult 1 1 2 2 --horizontal_flip --cache_pixels \
+	  --validation_images 128 \
+	  --amp --ema --train_steps $(PHOTOS_VQGAN_STEPS) --resume $(PHOTOS_FLAGS)
+	$(VENV_PYTHON) train_sampler.py --sampler absorbing --dataset custom \
+	  --custom_dataset_path "$(PHOTOS)" --log_dir $(PHOTOS_RUN)_absorbing \
+	  --ae_load_dir $(PHOTOS_RUN)_vqgan --ae_load_step best --horizontal_flip --cache_pixels \
+	  --amp --ema --train_steps $(PHOTOS_SAMPLER_STEPS) --resume $(PHOTOS_FLAGS)
+	$(VENV_PYTHON) experiments/reconstruct.py --load_dir $(PHOTOS_RUN)_vqgan --load_step best \
+	  --amp --ema --log_dir $(PHOTOS_RUN) $(PHOTOS_FLAGS)
+	$(VENV_PYTHON) experiments/get_samples.py --load_dir $(PHOTOS_RUN)_absorbing --load_step best \
+	  --amp --ema --n_samples 100 --temp 0.8 --log_dir $(PHOTOS_RUN) $(PHOTOS_FLAGS)
+	@echo "images with their reconstructions, and samples:"; \
+	  ls logs/$(PHOTOS_RUN)/images/pairs_*.png logs/$(PHOTOS_RUN)/images/samples_*.png
+
 web: .venv/installed-web ## start a page to play with the demo's model, in a browser
 	$(VENV_PYTHON) experiments/web_demo.py $(WEB_FLAGS)
 
@@ -61,7 +87,7 @@ watch: .venv/installed ## draw the curves of RUN as logs/RUN/curves.png, every E
 clean: ## remove both environments and what tools left behind, but nothing that runs have made
 	rm -rf .venv .venv-lowest build *.egg-info .pytest_cache .hypothesis
 	find . \( -name .git -o -path ./logs -o -path ./latents -o -path ./statistics -o \
-	  -path ./pixels -o -path ./results \) -prune -o \
+	  -path ./pixels -o -path ./pictures -o -path ./results \) -prune -o \
 	  -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps are written last: what was interrupted is run again, and pip goes on from what is

@@ -9,6 +9,15 @@ class Samples(Settings):
     n_samples: int = setting(64, "how many samples", minimum=1)
 
 
+class Reconstruction(Settings):
+    """Reconstruction."""
+
+    images: list[str] | None = setting(None, "image files, and folders of them, to reconstruct, "
+                                       "each as its central square (none: those of the dataset, "
+                                       "only those held out where it is what the run learned "
+                                       "from)")
+
+
 class Inpainting(Settings):
     """Inpainting."""
 

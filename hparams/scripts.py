@@ -11,7 +11,7 @@ from functools import partial
 from hparams.defaults import SAMPLER_DEFAULTS, VQGAN_DEFAULTS
 from hparams.environment import PASSWORD, is_loopback, process_count
 from hparams.experiment_groups import (
-    ELBO, FID, PRDC, Canvas, Features, Inpainting, NearestNeighbours, Page, Samples,
+    ELBO, FID, PRDC, Canvas, Features, Inpainting, NearestNeighbours, Page, Reconstruction, Samples,
     SamplesToMeasure,
 )
 from hparams.groups import (
@@ -112,6 +112,19 @@ class VQGANFIDSettings(Features, FID, Data, Autoencoder, Training, Logging):
     """experiments/calc_VQGAN_FID.py: Fréchet distance between images and reconstructions."""
 
     without_flag = TRAINING_ONLY
+
+
+class ReconstructSettings(Reconstruction, Data, Autoencoder, Training, Logging):
+    """experiments/reconstruct.py: images through a trained autoencoder, as pairs and in figures."""
+
+    without_flag = TRAINING_ONLY | {"batch_size", "resume"}
+
+    def check_flags(self, given):
+        super().check_flags(given)
+        for name in ("crops", "crop_side"):
+            if self.images is not None and name in given:
+                raise SettingsError(f"--{name} would do nothing: it is for a dataset, and --images "
+                                    f"are taken whole, as their central squares")
 
 
 class InpaintSettings(SamplesSettings, Inpainting):
@@ -243,6 +256,10 @@ get_sampler_hparams = partial(
 )
 get_vqgan_fid_hparams = partial(
     get_hparams, VQGANFIDSettings, VQGAN_DEFAULTS, [VQGAN_RUN], must_load=True
+)
+
+get_reconstruct_hparams = partial(
+    get_hparams, ReconstructSettings, VQGAN_DEFAULTS, [VQGAN_RUN], must_load=True
 )
 
 

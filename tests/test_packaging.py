@@ -3,8 +3,10 @@
 import ast
 import contextlib
 import importlib.metadata
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,12 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from hparams import (
+    get_digits_report_hparams, get_reconstruct_hparams, get_sampler_hparams, get_samples_hparams,
+    get_vqgan_hparams,
+)
+from utils.runs.folder import RunFolder
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -395,8 +403,56 @@ def make_targets():
 def test_every_target_is_documented():
     [phony] = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert make_targets() == set(phony.split())
-    wanted = {"install", "test", "test-all", "test-lowest", "demo", "visdom", "clean", "help"}
+    wanted = {"install", "test", "test-all", "test-lowest", "demo", "photos", "visdom", "clean",
+              "help"}
     assert wanted <= make_targets()
+
+
+PARSERS = {
+    "train_vqgan.py": get_vqgan_hparams, "train_sampler.py": get_sampler_hparams,
+    "experiments/reconstruct.py": get_reconstruct_hparams,
+    "experiments/get_samples.py": get_samples_hparams,
+    "experiments/digits_report.py": get_digits_report_hparams,
+}
+
+
+def dry_run(*arguments):
+    """The commands that make would run, lists of words, without starting any."""
+    printed = run_make(ROOT, "--dry-run", *arguments).stdout.replace("\\\n", " ")
+    return [shlex.split(line)[1:] for line in printed.splitlines() if line.startswith(".venv/bin")]
+
+
+@needs_make
+@pytest.mark.parametrize("arguments, scripts", [
+    (["demo"], ["train_vqgan.py", "train_sampler.py", "experiments/digits_report.py"]),
+    (["photos"], ["-m", "train_vqgan.py", "train_sampler.py", "experiments/reconstruct.py",
+                  "experiments/get_samples.py"]),
+    (["photos", "PHOTOS=/my own/Cats & dogs/"],
+     ["train_vqgan.py", "train_sampler.py", "experiments/reconstruct.py",
+      "experiments/get_samples.py"]),
+])
+def test_the_commands_of_the_trainings_parse(arguments, scripts, tmp_path, monkeypatch):
+    """Each one as if those before it had run."""
+    monkeypatch.chdir(tmp_path)
+    commands = [words for words in dry_run(*arguments) if words[:2] != ["-m", "pip"]]
+    assert [words[0] for words in commands] == scripts
+    runs = []
+    for script, *flags in commands:
+        if script == "-m":
+            assert flags == ["utils.data.fluent_emoji", "pictures/fluent_emoji"]
+            continue
+        H = PARSERS[script](flags)
+        folder = RunFolder(H.log_dir).create()
+        if script.startswith("train"):
+            folder.hparams.write_text(H.as_yaml())
+            folder.best.write_text(json.dumps({"step": H.train_steps}))
+            runs.append(H)
+    vqgan, sampler = runs
+    assert sampler.ae_load_step == vqgan.train_steps and sampler.resume and vqgan.resume
+    assert H.load_step in (vqgan.train_steps, sampler.train_steps)
+    if "PHOTOS=/my own/Cats & dogs/" in arguments:
+        assert H.log_dir == "photos_Cats___dogs"
+        assert vqgan.custom_dataset_path == "/my own/Cats & dogs/"
 
 
 @needs_make

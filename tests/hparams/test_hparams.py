@@ -8,12 +8,12 @@ import yaml
 
 from hparams import (
     get_elbo_hparams, get_fid_hparams, get_nearest_neighbours_hparams, get_page_hparams,
-    get_prdc_hparams, get_sampler_hparams, get_samples_hparams, get_vqgan_fid_hparams,
-    get_vqgan_hparams,
+    get_prdc_hparams, get_reconstruct_hparams, get_sampler_hparams, get_samples_hparams,
+    get_vqgan_fid_hparams, get_vqgan_hparams,
 )
 from hparams.scripts import (
-    ELBOSettings, FIDSettings, NearestNeighboursSettings, PageSettings, SamplerSettings,
-    SamplesSettings, VQGANFIDSettings, VQGANSettings, default_settings,
+    ELBOSettings, FIDSettings, NearestNeighboursSettings, PageSettings, ReconstructSettings,
+    SamplerSettings, SamplesSettings, VQGANFIDSettings, VQGANSettings, default_settings,
 )
 from utils.runs.folder import RunFolder
 
@@ -84,6 +84,7 @@ def test_misspelt_attributes_raise():
     (NearestNeighboursSettings, get_nearest_neighbours_hparams),
     (PageSettings, get_page_hparams),
     (VQGANFIDSettings, get_vqgan_fid_hparams),
+    (ReconstructSettings, get_reconstruct_hparams),
 ])
 def test_every_setting_has_help_and_a_flag(settings, parse, capsys):
     with pytest.raises(SystemExit) as stop:

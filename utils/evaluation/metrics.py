@@ -9,11 +9,13 @@ import itertools
 import numpy as np
 import scipy.linalg
 import torch
+from torch.nn import functional as F
 from torch_fidelity import metric_isc, metric_kid, metric_prc
 from tqdm import tqdm
 
 from utils.errors import UserError
 
+SSIM_WINDOW = 11  # pixels of a side
 BLOCK = 1024  # rows of features that are compared with as many others at a time
 
 
@@ -21,6 +23,31 @@ def psnr(images, others):
     """Peak signal-to-noise ratio of each pair, [B] in dB, of images [B, C, H, W] in [0, 1]."""
     error = (images.double() - others.double()).square().mean((1, 2, 3))
     return -10 * error.clamp(min=1e-12).log10()
+
+
+def ssim(images, others):
+    """Structural similarity of each pair, [B], of images [B, C, H, W] in [0, 1] with sides of 11
+    pixels or more: 1 for equal ones.
+
+    Its mean over channels and over all 11 x 11 windows that lie in the image, weighted by a
+    Gaussian of deviation 1.5 (Wang et al., 2004, eq. 13, doi 10.1109/TIP.2003.819861).
+    """
+    c1, c2 = 0.01**2, 0.03**2  # (K1 L)^2 and (K2 L)^2, values ranging over L = 1
+    places = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
+    window = (-places.square() / (2 * 1.5**2)).exp()
+    window = (window / window.sum()).to(images.device)
+
+    def local_mean(x):
+        """Weighted means [B C, 1, H - 10, W - 10] over the windows of x [B C, 1, H, W]."""
+        return F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+
+    x, y = (part.double().flatten(0, 1)[:, None] for part in (images, others))
+    mean_x, mean_y = local_mean(x), local_mean(y)
+    variances = local_mean(x * x) - mean_x**2 + local_mean(y * y) - mean_y**2
+    covariance = local_mean(x * y) - mean_x * mean_y
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    similarity = similarity / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))
+    return similarity.unflatten(0, images.shape[:2]).mean((1, 2, 3, 4))
 
 
 # --- Fréchet distance ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Shapes: N images, C channels (1 or 3), H rows, W columns.
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -18,6 +19,7 @@ CELL = 64  # pixels; grids enlarge smaller images until the shorter side has abo
 PAD = 2  # white pixels around each image of a grid
 TITLE = 26  # pixels of the letters of a title
 GAP = 24  # white pixels between panels
+LABEL = 84  # pixels of a row's label
 
 
 def image_grid(images, columns=None):
@@ -36,6 +38,33 @@ def image_grid(images, columns=None):
     images = F.pad(images, (PAD, 0, PAD, 0, 0, 0, 0, -count % columns), value=white)
     grid = images.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # [C, rows, H, columns, W]
     return F.pad(grid.flatten(3, 4).flatten(1, 2), (0, PAD, 0, PAD), value=white)
+
+
+def labelled_rows(rows, columns):
+    """Rows of images below each other, their labels at the left, as one uint8 image [C, H', W'].
+
+    `rows` maps labels to as many images uint8 [N, C, H, W] each. The first `columns` of all rows
+    are followed by the next ones.
+    """
+    lines, total = [], len(next(iter(rows.values())))
+    for first in range(0, total, columns):
+        for label, images in rows.items():
+            lines.append((label, image_grid(images[first : first + columns], columns)))
+    width = max(grid.shape[2] for _, grid in lines)
+    lines = [torch.cat((text_image(label, LABEL, grid.shape[1]).expand(len(grid), -1, -1),
+                        F.pad(grid, (0, width - grid.shape[2]), value=255)), dim=2)
+             for label, grid in lines]
+    return torch.cat(lines, dim=1)
+
+
+def text_image(text, width, height):
+    """Black text in the middle of a white image, uint8 [1, height, width]."""
+    image = Image.new("L", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    left, top, right, bottom = draw.multiline_textbbox((0, 0), text)
+    place = (width - right - left) / 2, (height - bottom - top) / 2
+    draw.multiline_text(place, text, fill="black", align="center")
+    return torch.from_numpy(np.array(image))[None]
 
 
 def to_pil(image):

@@ -51,14 +51,19 @@ def build_vqgan(H, log):
     if H.perceptual_weight == 0:
         return VQGAN(H)
     if H.perceptual == "efficientnet_lite0":
-        perceptual = EfficientNetDistance()
-        perceptual.net.load_state_dict(load_file(lite0_weights()))
-        return VQGAN(H, perceptual)
+        return VQGAN(H, efficientnet_distance())
     perceptual = PerceptualDistance()
     path = RunFolder(H.load_dir).model("vqgan", H.load_step)
     if H.vgg_weights or not (H.load_step and lpips_weights(path)):
         fill_trunk(perceptual, H.vgg_weights, log, "--perceptual_weight 0")
     return VQGAN(H, perceptual)
+
+
+def efficientnet_distance():
+    """The perceptual distance on EfficientNet-Lite0, with the weights that are installed."""
+    perceptual = EfficientNetDistance()
+    perceptual.net.load_state_dict(load_file(lite0_weights()))
+    return perceptual
 
 
 def lpips_weights(path):
