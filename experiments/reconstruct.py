@@ -146,7 +146,7 @@ def main(argv=None):
             run.log.info(f"{measures.count} images are too few for a Fréchet distance: "
                          f"{ENOUGH} are enough")
         report(run, measures.figures(), rows)
-        picture = run.log.folder.images / f"pairs_{H.load_step}.png"
+        picture = run.show("pairs", run.log.folder.images / f"pairs_{H.load_step}.png")
         save_image(labelled_rows({"image": pairs[:, 0], "reconstruction": pairs[:, 1]}, COLUMNS),
                    picture)
         run.log.info(f"images above their reconstructions: {picture}")

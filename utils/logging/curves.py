@@ -79,6 +79,7 @@ PICTURES = {
     "reconstructions": "Images, each beside its reconstruction",
     "samples": "Samples",
     "report": "Real digits, reconstructions, samples",
+    "pairs": "Images, each above its reconstruction",
     "big": "Samples on a larger canvas",
     "inpaint": "Image, mask, what is given, and completions",
     "neighbours_pixels": "Samples, each beside the nearest training images (pixels)",
