@@ -6,8 +6,8 @@ PYTHON ?= python3
 
 # Steps of the demo's two trainings, and flags of all its scripts: `make demo DEMO_FLAGS=` plots on
 # the server that `make visdom` starts.
-DEMO_VQGAN_STEPS ?= 300
-DEMO_SAMPLER_STEPS ?= 1600
+DEMO_VQGAN_STEPS ?= 1400
+DEMO_SAMPLER_STEPS ?= 3600
 DEMO_FLAGS ?= --no_visdom
 
 # Seconds after which `make watch RUN=...` draws again; 0 draws once.
@@ -50,7 +50,7 @@ demo: .venv/installed ## train both stages on the digits and report on them: min
 	  --train_steps $(DEMO_VQGAN_STEPS) --resume $(DEMO_FLAGS)
 	$(VENV_PYTHON) train_sampler.py --sampler absorbing --dataset digits \
 	  --log_dir demo_absorbing --ae_load_dir demo_vqgan --ae_load_step $(DEMO_VQGAN_STEPS) \
-	  --amp --ema --lr_schedule cosine --train_steps $(DEMO_SAMPLER_STEPS) --resume $(DEMO_FLAGS)
+	  --amp --ema --train_steps $(DEMO_SAMPLER_STEPS) --resume $(DEMO_FLAGS)
 	$(VENV_PYTHON) experiments/digits_report.py --log_dir demo \
 	  --load_dir demo_absorbing --load_step $(DEMO_SAMPLER_STEPS) --amp --ema --n_samples 500 \
 	  $(DEMO_FLAGS)

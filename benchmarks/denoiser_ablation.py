@@ -1,6 +1,6 @@
 """Which attention, positions and optimiser learn fastest: equal steps, several seeds.
 
-    python benchmarks/denoiser_ablation.py --dataset digits --ae_load_dir demo_vqgan \
+    python benchmarks/denoiser_ablation.py --dataset digits --ae_load_dir vqgan_8 \
         --ae_load_step 300 --train_steps 400 --seeds 0 1
 
 Trains one denoiser after another with train_sampler.py, into logs/ablation_*, and prints a
@@ -23,7 +23,10 @@ from utils.logging.logger import read_metrics
 from utils.runs.folder import RunFolder
 
 EVERY = 50  # steps between validations and between figures of speed
-RECIPE = "--optimizer muon --t_sampling low_discrepancy --lr_schedule cosine --lr 3e-3"
+RECIPE = (
+    "--recipe published --optimizer muon --t_sampling low_discrepancy --lr_schedule cosine "
+    "--lr 3e-3"
+)
 FULL_ADAM = "full attention, adam 1e-3"
 PUBLISHED = "full attention, adam as published"
 # Flags that each variant adds to RECIPE and to the defaults of the dataset. PUBLISHED has the

@@ -197,7 +197,8 @@ VQGAN_RUN = LoadedRun(
 )
 SAMPLER_RUN = LoadedRun(
     "load_dir", "load_step", SAMPLER_ARCHITECTURE,
-    {"dataset", "custom_dataset_path", "ae_load_dir", "ae_load_step", "ema", *CROPS},
+    {"dataset", "custom_dataset_path", "ae_load_dir", "ae_load_step", "ema", *CROPS,
+     *names_of(SamplingMethod)},
 )
 
 

@@ -157,7 +157,8 @@ def test_wrong_flags_of_train_vqgan_are_refused(flags, says, capsys):
 @pytest.mark.parametrize("flags, says", [
     ("--attention full --kernel_sizes 3", "would do nothing: it is for --attention hydra"),
     ("--top_k 5", "--top_k would do nothing: it is for --sampler autoregressive, not absorbing"),
-    ("--remask 0.1", "--remask would do nothing: it is for --sample_type remdm, not diffusion"),
+    ("--sample_type mlm --remask 0.1",
+     "--remask would do nothing: it is for --sample_type remdm, not mlm"),
     ("--optimizer adam --weight_decay 1", "it is for --optimizer adamw or muon, not adam"),
     ("--temp 0", "temp must be more than 0"),
     ("--ae_load_step 0", "ae_load_step must be at least 1"),
@@ -179,7 +180,7 @@ def test_attention_position_and_groups_are_derived():
     assert (H.attention, H.position) == ("full", ["absolute"])
     H = get_sampler_hparams(SAMPLER)
     assert (H.attention, H.position) == ("hydra", ["rope", "absolute"])
-    assert H.block_size == 64 and len(H.dilations) == len(H.kernel_sizes)
+    assert H.block_size == 16 and len(H.dilations) == len(H.kernel_sizes)
     H = get_sampler_hparams([*SAMPLER, "--kernel_sizes", "3", "--dilations", "1", "2"])
     assert (H.kernel_sizes, H.dilations) == ([3, 3], [1, 2])
 
@@ -188,7 +189,7 @@ def test_a_sampler_takes_the_autoencoders_architecture_from_its_run(capsys):
     changes = ["--codebook_size", "48", "--img_size", "64", "--attn_resolutions", "16"]
     save_run(get_vqgan_hparams([*VQGAN, *changes]), "ae")
     H = get_sampler_hparams(SAMPLER)
-    assert (H.codebook_size, H.img_size, H.latent_shape) == (48, 64, [1, 16, 16])
+    assert (H.codebook_size, H.img_size, H.latent_shape) == (48, 64, [1, 8, 8])
     assert get_sampler_hparams([*SAMPLER, "--codebook_size", "48"]).codebook_size == 48
     sentence = refusal(capsys, get_sampler_hparams, [*SAMPLER, "--codebook_size", "49"])
     assert "49" in sentence and "48" in sentence and "hparams.yaml" in sentence
@@ -207,7 +208,8 @@ def test_a_loaded_run_sets_the_architecture_only(capsys):
 
 def test_equivalent_flags_do_not_contradict_a_loaded_run(capsys):
     """Flags that say the same in other words do not contradict."""
-    flags = [*SAMPLER, "--dilations", "1", "--position", "absolute", "rpb"]
+    flags = [*SAMPLER, "--kernel_sizes", "3", "7", "--dilations", "1",
+             "--position", "absolute", "rpb"]
     save_run(get_sampler_hparams(flags), "prior")
     resume = [*flags, "--load_dir", "prior", "--load_step", "7"]
     assert get_sampler_hparams(resume).dilations == [1, 1]
@@ -222,6 +224,16 @@ def test_experiments_take_missing_settings_from_the_loaded_run():
     H = get_samples_hparams(["--load_dir", "prior", "--load_step", "7"])
     assert (H.dataset, H.ae_load_dir, H.ae_load_step) == ("digits", "ae", 5)
     assert (H.bert_n_layers, H.codebook_size, H.n_samples) == (2, 48, 64)
+
+
+def test_experiments_sample_as_the_run_says_unless_a_flag_does():
+    save_run(get_vqgan_hparams(VQGAN), "ae")
+    save_run(get_sampler_hparams([*SAMPLER, "--sample_type", "halton", "--temp", "0.7"]), "prior")
+    run = ["--load_dir", "prior", "--load_step", "7"]
+    H = get_samples_hparams(run)
+    assert (H.sample_type, H.temp) == ("halton", 0.7)
+    H = get_samples_hparams([*run, "--sample_type", "mlm", "--temp", "0.9"])
+    assert (H.sample_type, H.temp) == ("mlm", 0.9)
 
 
 def test_an_experiment_may_override_settings_that_shape_no_model():
@@ -346,11 +358,11 @@ def test_a_run_on_custom_images_may_be_measured_against_another_dataset():
 @pytest.mark.parametrize("flags, different", [
     ("--dataset digits --amp --log_dir a --no_visdom --train_steps 300", {"amp": (True, False)}),
     ("--dataset digits --recipe modern --disc_lr 0.01", {"disc_lr": (0.01, 0.001)}),
-    ("--dataset digits --preset small", {}),
+    ("--dataset digits --preset medium", {}),
     ("--dataset ffhq --batch_size 6", {"batch_size": (6, 3), "lr": (2.7e-5, 1.35e-5)}),
     ("--dataset custom --custom_dataset_path x --preset medium --ndf 8", {"ndf": (8, 64)}),
     ("--dataset digits --sampler absorbing --ae_load_dir x --ae_load_step 3 --temp 0.5",
-     {"temp": (0.5, 0.8)}),
+     {"temp": (0.5, 1.0)}),
 ])
 def test_settings_that_differ_from_the_defaults(flags, different):
     parse = get_sampler_hparams if "--sampler" in flags else get_vqgan_hparams
