@@ -74,8 +74,10 @@ class SamplerTraining:
         if H.ema and processes.is_first:
             self.ema = EMA(self.sampler, H.ema_beta, ["embedding_weight"], H.ema_warmup)
             self.best = models[f"{H.sampler}_ema"] = self.ema.model
-        self.optimizer = build_optimizer(self.sampler, H, is_matrix_of_block)
         self.precision = Precision(H.amp, processes.device)
+        self.optimizer = build_optimizer(
+            self.sampler, H, is_matrix_of_block, self.precision.dtype
+        )
         self.decoder = in_precision(self.autoencoder, self.precision.dtype)
         log.info(f"precision: {self.precision.description}")
         self.checkpoints = Checkpoints(

@@ -71,15 +71,15 @@ class VQGANTraining:
         if H.ema and processes.is_first:
             self.ema = EMA(self.vqgan, H.ema_beta, ["perceptual"], H.ema_warmup)
             self.best = models["vqgan_ema"] = self.ema.model
+        self.precision = Precision(H.amp, processes.device)
         self.optimizers = {
-            "ae_optim": build_optimizer(self.vqgan.ae, H, is_inner_convolution),
-            "disc_optim": build_optimizer(self.vqgan.disc, H, is_inner_convolution),
+            name: build_optimizer(network, H, is_inner_convolution, self.precision.dtype)
+            for name, network in (("ae_optim", self.vqgan.ae), ("disc_optim", self.vqgan.disc))
         }
         self.codebook = CodebookCare(
             H, self.vqgan, self.ema and self.ema.model, self.train_set, processes,
             self.on_unreadable,
         )
-        self.precision = Precision(H.amp, processes.device)
         log.info(f"precision: {self.precision.description}")
         self.checkpoints = Checkpoints(
             log.folder, models, self.optimizers, self.precision.scaler, H.keep_checkpoints

@@ -36,16 +36,18 @@ class Defaults:
 
     def of(self, chosen, preset_given):
         """The defaults beside the settings `chosen`, among them `dataset`; sizes of a preset that
-        is given come after those of the dataset."""
+        is given, and not the usual one, come after those of the dataset."""
         dataset = chosen["dataset"]
         published = dataset in PUBLISHED_DATASETS
         recipe = chosen.get("recipe", "published" if published else "modern")
-        preset = chosen.get("preset", "small" if recipe == "modern" else "published")
+        usual = "small" if recipe == "modern" else "published"
+        preset = chosen.get("preset", usual)
         sizes, own = self.presets.get(preset, {}), self.datasets.get(dataset, {})
         modern = self.modern_datasets.get(dataset, {}) if recipe == "modern" else {}
         return {
             **self.everywhere, **self.recipes.get(recipe, {}), **sizes, **own, **modern,
-            **(sizes if preset_given else {}), "recipe": recipe, "preset": preset,
+            **(sizes if preset_given and preset != usual else {}),
+            "recipe": recipe, "preset": preset,
         }
 
     def layers(self):
@@ -158,8 +160,6 @@ VQGAN_DEFAULTS = Defaults(
     },
 )
 
-# The denoiser is not told the time, so more steps of sampling than 64 ids cost no more network
-# calls: they make it rarer that two ids are drawn at once.
 SAMPLER_DEFAULTS = Defaults(
     everywhere=dict(batch_size=20, lr=1e-4, warmup_iters=30000),
     recipes={
@@ -175,7 +175,7 @@ SAMPLER_DEFAULTS = Defaults(
         "digits": dict(
             DIGITS, bert_n_emb=128, bert_n_layers=4, optimizer="muon", lr=3e-3, warmup_iters=50,
             embd_pdrop=0.1, resid_pdrop=0.1, t_sampling="low_discrepancy", sample_steps=512,
-            temp=0.8,
+            temp=0.8,  # steps in which no id is drawn cost nothing, and two in one are rarer
         ),
         "textures": dict(
             TEXTURES, bert_n_emb=128, bert_n_layers=4, optimizer="muon", lr=3e-3, warmup_iters=50,

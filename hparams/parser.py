@@ -22,6 +22,9 @@ from utils.errors import SettingsError
 
 LOGS = Path("logs")  # the folder of all runs, in the working directory
 SETTINGS_FILE = "hparams.yaml"  # in the folder of a run
+# What a file without a recipe, which is older than these, does not hold of a model: it has the
+# declared defaults.
+NEWER = {"norm_groups"}
 BEST_FILE = "saved_stats/best.json"  # there too: which step had the best validation
 LONGEST = 1 << 20  # bytes of a settings file
 OF_DATASET = {"custom_dataset_path", "crops", "crop_side"}  # what means nothing for another dataset
@@ -253,6 +256,9 @@ def loaded_settings(settings_class, given, sources):
             loaded |= {"recipe": "published", "preset": "published"}
         free = source.overridable(settings_class, given)
         values = read_settings(path) if path.exists() else {}
+        if values and "recipe" not in values:
+            for name in NEWER & source.adopt:
+                values.setdefault(name, settings_class.__dataclass_fields__[name].default)
         same_data = given.get("dataset", values.get("dataset")) == values.get("dataset")
         for name, value in values.items():
             if name not in source.adopt | free or name in OF_DATASET and not same_data:

@@ -206,6 +206,17 @@ def test_a_loaded_run_sets_the_architecture_only(capsys):
     )
 
 
+def test_an_autoencoder_older_than_recipes_keeps_its_groups():
+    save_run(get_vqgan_hparams([*VQGAN, "--recipe", "published"]), "ae")
+    path = RunFolder("ae").hparams
+    lines = path.read_text().splitlines(keepends=True)
+    newer = ("recipe", "preset", "norm_groups")
+    path.write_text("".join(line for line in lines if line.partition(":")[0] not in newer))
+    assert get_sampler_hparams(SAMPLER).norm_groups == 32
+    with pytest.raises(SystemExit):
+        get_sampler_hparams([*SAMPLER, "--norm_groups", "8"])
+
+
 def test_equivalent_flags_do_not_contradict_a_loaded_run(capsys):
     """Flags that say the same in other words do not contradict."""
     flags = [*SAMPLER, "--kernel_sizes", "3", "7", "--dilations", "1",
@@ -358,6 +369,7 @@ def test_a_run_on_custom_images_may_be_measured_against_another_dataset():
 @pytest.mark.parametrize("flags, different", [
     ("--dataset digits --amp --log_dir a --no_visdom --train_steps 300", {"amp": (True, False)}),
     ("--dataset digits --recipe modern --disc_lr 0.01", {"disc_lr": (0.01, 0.001)}),
+    ("--dataset digits --preset small", {}),
     ("--dataset digits --preset medium", {}),
     ("--dataset ffhq --batch_size 6", {"batch_size": (6, 3), "lr": (2.7e-5, 1.35e-5)}),
     ("--dataset custom --custom_dataset_path x --preset medium --ndf 8", {"ndf": (8, 64)}),

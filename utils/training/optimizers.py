@@ -5,8 +5,9 @@ is 1: torch's fused kernels do, and Muon here.
 
 Muon is momentum whose matrices are orthogonalised before they are applied (Jordan et al.,
 kellerjordan.github.io/posts/muon; the step's scale is that of Liu et al., arXiv 2502.16982).
-torch.optim.Muon computes in bfloat16 on any device, which most CPUs emulate so slowly that it takes
-longer than the network; here CPUs use float32, and matrices of one shape go together.
+torch.optim.Muon computes in bfloat16 on any device, which many CPUs emulate so slowly that it takes
+longer than the network; here CPUs do so only where the network does, and matrices of one shape go
+together.
 """
 
 import math
@@ -38,7 +39,7 @@ class Muon(torch.optim.Optimizer):
     dimensions, of which all but the first count as one; ValueError for others.
 
     A step's root mean square is 0.2 lr, about that of AdamW, so AdamW's learning rate serves.
-    Products are of bfloat16 on a GPU, and on a CPU where `bfloat16` asks for it.
+    Products are in bfloat16 on a GPU, and on a CPU where `bfloat16` asks for it.
     """
 
     found_inf = None
@@ -98,11 +99,11 @@ def is_inner_convolution(name, parameter):
     return parameter.dim() == 4 and min(len(parameter), parameter.shape[1]) > 3
 
 
-def build_optimizer(model, H, takes_muon):
+def build_optimizer(model, H, takes_muon, dtype=torch.float32):
     """Adam, as published, AdamW, or Muon on those parameters of which `takes_muon(name, parameter)`
-    says so and AdamW on the others."""
+    says so and AdamW on the others. `dtype` is that in which the network computes."""
     if H.optimizer == "muon":
-        return MuonWithAdamW(model, H.lr, H.weight_decay, takes_muon, H.amp)
+        return MuonWithAdamW(model, H.lr, H.weight_decay, takes_muon, dtype == torch.bfloat16)
     if H.optimizer == "adamw":
         return torch.optim.AdamW(
             model.parameters(), H.lr, weight_decay=H.weight_decay, fused=True

@@ -71,7 +71,7 @@ def test_muon_of_an_autoencoder_leaves_colours_and_codebook_to_adamw():
     H = types.SimpleNamespace(
         img_size=16, n_channels=3, nf=32, ch_mult=[1, 1], res_blocks=1, attn_resolutions=[],
         emb_dim=8, codebook_size=5, latent_shape=[1, 8, 8], quantizer="nearest", beta=0.25,
-        optimizer="muon", lr=1e-3, weight_decay=0.0, amp=False,
+        optimizer="muon", lr=1e-3, weight_decay=0.0,
     )
     model = VQAutoEncoder(H)
     optimizer = build_optimizer(model, H, is_inner_convolution)
@@ -132,6 +132,22 @@ def test_amp_uses_bfloat16_only_where_the_cpu_has_it(monkeypatch):
         assert ("set aside" in precision.description) == (not has_units)
     assert Precision(False, CPU).dtype == torch.float32
     assert not precision.scaler.is_enabled()
+
+
+@pytest.mark.parametrize("amp, has_units", [(True, True), (True, False), (False, True)])
+def test_muon_uses_bfloat16_only_where_the_network_does(amp, has_units, monkeypatch):
+    monkeypatch.setattr(precision_module, "cpu_has_bfloat16", lambda: has_units)
+    H = types.SimpleNamespace(optimizer="muon", lr=1e-3, weight_decay=0.0)
+    model = torch.nn.Linear(4, 4)
+    optimizer = build_optimizer(
+        model, H, lambda name, parameter: parameter.dim() == 2, Precision(amp, CPU).dtype
+    )
+    dtypes = []
+    product = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: dtypes.append(a.dtype) or product(a, b))
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert set(dtypes) == {torch.bfloat16 if amp and has_units else torch.float32}
 
 
 def step(loss, optimizer, precision, clip=0.0):
@@ -280,12 +296,13 @@ def test_validation_of_the_sampler_is_repeatable_and_ignores_the_mask_schedule()
         return training.validate()[0]
 
     H, model = prior()
-    ids = torch.randint(H.codebook_size, (10, 64))
+    ids = torch.randint(H.codebook_size, (10, H.block_size))
     first = validate(model, H)
     assert first == validate(model, H)
     fixed, same_model = prior("--mask_schedule fixed")
     assert validate(same_model, fixed) == first
-    assert first["bits_per_token"] == pytest.approx(4, abs=0.4)  # untrained: log2(16)
+    untrained = math.log2(H.codebook_size)
+    assert first["bits_per_token"] == pytest.approx(untrained, abs=0.4)
 
 
 @pytest.mark.parametrize("loss_type", ["elbo", "reweighted_elbo", "mlm"])
