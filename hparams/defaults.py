@@ -121,7 +121,6 @@ DIGITS = dict(
 # what samples look like.
 MODERN_DIGITS = dict(
     MODERN, ch_mult=[1, 1, 2, 2], attn_resolutions=[4], norm_groups=8, codebook_size=256,
-    distorted_copies=7,
 )
 
 # Photographs of surfaces, 16x16 ids.
@@ -155,7 +154,9 @@ VQGAN_DEFAULTS = Defaults(
         "textures": dict(TEXTURES, lr=1e-3, validation_images=64),
     },
     modern_datasets={
-        "digits": dict(MODERN_DIGITS, lr=3e-3, batch_size=16),
+        "digits": dict(
+            MODERN_DIGITS, lr=1.5e-3, batch_size=16, codebook_revival=15, distorted_copies=7,
+        ),
         "textures": dict(MODERN_TEXTURES, lr=3e-3),
     },
 )
@@ -184,8 +185,8 @@ SAMPLER_DEFAULTS = Defaults(
     },
     modern_datasets={
         "digits": dict(
-            MODERN_DIGITS, batch_size=64, bert_n_emb=192, kernel_sizes=[3], sample_type="remdm",
-            sample_steps=256, temp=1.0,
+            MODERN_DIGITS, batch_size=64, bert_n_emb=192, kernel_sizes=[3], distorted_copies=15,
+            distortion=0.6, sample_type="remdm", sample_steps=512, temp=1.0,
         ),
         "textures": MODERN_TEXTURES,
     },
