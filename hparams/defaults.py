@@ -9,6 +9,7 @@ import dataclasses
 
 ENDLESS = 100000000  # train_steps that no run reaches
 LIKE = 200000  # steps of a run of which the defaults of an endless one are taken
+START = 60  # steps of an autoencoder's warm-up, and of those without a codebook, at most
 
 RECIPES = ("published", "modern")
 PRESETS = ("small", "medium", "published")
@@ -66,15 +67,16 @@ def follow_steps(H):
     autoencoder's training begins later."""
     steps = H.train_steps if H.train_steps < ENDLESS else LIKE
     horizon = min(max(0.03 * steps, 10), 5000)  # steps that the EMA averages over
+    # A longer start without a codebook leaves vectors that its entries cannot stand for.
+    start = min(steps // 20, START)
     values = {
-        "warmup_iters": min(steps // 20, 1000),
+        "warmup_iters": min(steps // 20, 1000) if hasattr(H, "sampler") else start,
         "ema_beta": round(1 - 1 / horizon, 6),
         "steps_per_eval": max(steps // 10, 1),
         "steps_per_display_output": max(steps // 10, 1),
         "steps_per_save_output": max(steps // 10, 1),
         "steps_per_checkpoint": max(steps // 10, 1),
-        "codebook_start_step": min(steps // 20, 1000),
-        "codebook_revival": min(max(steps // 40, 5), 50),
+        "codebook_start_step": start,
         "disc_start_step": steps // 2,
         "disc_lead_steps": steps // 20,
         "disc_fade_steps": steps // 10,
@@ -133,8 +135,8 @@ VQGAN_DEFAULTS = Defaults(
     everywhere=dict(batch_size=3, warmup_iters=0, lr_schedule="constant", optimizer="adam"),
     recipes={
         "modern": dict(
-            MODERN, optimizer="muon", lr=3e-3, perceptual="efficientnet_lite0",
-            perceptual_weight=0.15, codebook_start_step=None, codebook_revival=None,
+            MODERN, optimizer="muon", lr=1e-3, perceptual="efficientnet_lite0",
+            perceptual_weight=0.15, codebook_start_step=None, codebook_revival=10,
             disc_norm="group", disc_lr=1e-3, disc_weight=0.2, disc_start_step=None,
             disc_lead_steps=None, disc_fade_steps=None,
         ),
@@ -155,9 +157,10 @@ VQGAN_DEFAULTS = Defaults(
     },
     modern_datasets={
         "digits": dict(
-            MODERN_DIGITS, lr=1.5e-3, batch_size=16, codebook_revival=15, distorted_copies=7,
+            MODERN_DIGITS, lr=1.5e-3, batch_size=16, warmup_iters=70, codebook_start_step=70,
+            codebook_revival=15, distorted_copies=7,
         ),
-        "textures": dict(MODERN_TEXTURES, lr=3e-3),
+        "textures": dict(MODERN_TEXTURES, lr=1e-3),
     },
 )
 

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from helpers import ON_DIGITS
 from hparams import UserError, get_sampler_hparams, get_vqgan_hparams
 from models import VQGAN, AbsorbingDiffusion, Transformer
 from utils.data.cache import read_cached
@@ -47,11 +48,11 @@ from utils.training.checkpoints import Checkpoints, load_optimizer, load_weights
 SECONDS = 20
 MEMORY = 1 << 30  # bytes
 AUTOENCODER = (
-    "--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --emb_dim 8 "
+    f"{ON_DIGITS} --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --emb_dim 8 "
     "--codebook_size 16 --ndf 8 --disc_layers 1 --batch_size 4"
 ).split()
 SAMPLER = (
-    "--sampler absorbing --dataset digits --ae_load_dir ae --ae_load_step 1 --bert_n_emb 32 "
+    f"--sampler absorbing {ON_DIGITS} --ae_load_dir ae --ae_load_step 1 --bert_n_emb 32 "
     "--bert_n_head 4 --bert_n_layers 1 --total_steps 16"
 ).split()
 CANARY = "code was run"

@@ -21,6 +21,7 @@ from utils.training.loop import TrainingLoop
 from utils.training.processes import Processes
 
 ROOT = Path(__file__).resolve().parent.parent
+ON_DIGITS = "--dataset digits --recipe published"  # the recipe of the fewest parts
 DATA = ROOT / "tests" / "data"
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 import train_sampler
 import train_vqgan
 from experiments import digits_report, generate_big_samples, get_samples, inpaint
-from helpers import ROOT, wait_until
+from helpers import ON_DIGITS, ROOT, wait_until
 from hparams import get_vqgan_hparams
 from models import AbsorbingDiffusion
 from utils.data.datasets import load_dataset
@@ -32,11 +32,11 @@ from utils.training import precision
 COMMON = ("--no_visdom --steps_per_log 2 --steps_per_display_output 0 "
           "--steps_per_save_output 0 --validation_images 8")
 VQGAN = (
-    f"--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --emb_dim 8 "
+    f"{ON_DIGITS} --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --emb_dim 8 "
     f"--codebook_size 16 --ndf 8 --disc_layers 1 --batch_size 4 --steps_per_eval 4 {COMMON}"
 )
 SAMPLER = (
-    f"--sampler absorbing --dataset digits --ae_load_dir ae --ae_load_step 2 --bert_n_emb 32 "
+    f"--sampler absorbing {ON_DIGITS} --ae_load_dir ae --ae_load_step 2 --bert_n_emb 32 "
     f"--bert_n_head 4 --bert_n_layers 2 --total_steps 16 --sample_steps 8 --batch_size 8 "
     f"--warmup_iters 3 --steps_per_eval 4 {COMMON}"
 )
@@ -169,11 +169,11 @@ def test_unreadable_images_are_named_and_counted(workplace):
         Image.new("L", (20, 20), 30 * index).save(workplace / "photos" / f"{index}.png")
     (workplace / "photos" / "broken.png").write_bytes(b"no image")
     data = "--dataset custom --custom_dataset_path photos --n_channels 1 --nf 32 --res_blocks 1"
-    small = VQGAN.replace("--dataset digits", data) + " --perceptual_weight 0 --steps_per_eval 0"
+    small = VQGAN.replace(ON_DIGITS, data) + " --perceptual_weight 0 --steps_per_eval 0"
     train_vqgan.main([*small.split(), *"--log_dir ae --train_steps 6".split()])
     log = RunFolder("ae").log.read_text()
     assert log.count("broken.png: it is no image") == 1 and "1 images could not be read" in log
-    small = SAMPLER.replace("--dataset digits", data) + " --steps_per_eval 0 --ae_load_step 6"
+    small = SAMPLER.replace(ON_DIGITS, data) + " --steps_per_eval 0 --ae_load_step 6"
     for run in ("encoded", "cached"):
         train_sampler.main([*small.split(), *f"--log_dir {run} --train_steps 1".split()])
         log = RunFolder(run).log.read_text()
@@ -187,7 +187,7 @@ def test_unreadable_validation_images_end_a_run_before_its_first_step(
     for index in range(12):
         Image.new("L", (20, 20), 20 * index).save(workplace / "photos" / f"{index:02}.png")
     data = "--dataset custom --custom_dataset_path photos --n_channels 1 --nf 32 --res_blocks 1"
-    small = VQGAN.replace("--dataset digits", data) + " --perceptual_weight 0 --train_steps 8"
+    small = VQGAN.replace(ON_DIGITS, data) + " --perceptual_weight 0 --train_steps 8"
     _, held_out = train_validation_split(load_dataset(get_vqgan_hparams(small.split())))
     for index in range(len(held_out)):
         (workplace / held_out.path(index)).write_bytes(b"no image")

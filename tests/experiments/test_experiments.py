@@ -22,7 +22,7 @@ from experiments import (
     calc_approximate_ELBO, calc_FID, calc_nearest_neighbours, calc_PRDC, calc_VQGAN_FID,
     digits_report, get_samples, inpaint,
 )
-from helpers import ROOT, wait_until, with_small_files
+from helpers import ON_DIGITS, ROOT, wait_until, with_small_files
 from hparams import UserError, get_samples_hparams
 from models import AutoregressiveTransformer
 from models.autoencoder.perceptual import PerceptualDistance, load_vgg16
@@ -36,11 +36,12 @@ from utils.files import file_hash, save_file
 from utils.runs.folder import RunFolder
 
 VQGAN = (
-    "--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --emb_dim 8 "
+    f"{ON_DIGITS} "
+    "--img_size 16 --ch_mult 1 1 --attn_resolutions 8 --emb_dim 8 "
     "--codebook_size 16 --ndf 8 --disc_layers 1 --batch_size 4 --no_visdom --train_steps 2"
 )
 SAMPLER = (
-    "--dataset digits --ae_load_dir ae --ae_load_step 2 --bert_n_emb 32 --bert_n_head 4 "
+    f"{ON_DIGITS} --ae_load_dir ae --ae_load_step 2 --bert_n_emb 32 --bert_n_head 4 "
     "--bert_n_layers 1 --total_steps 16 --sample_steps 8 --batch_size 8 --no_visdom "
     "--train_steps 2"
 )

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from helpers import ON_DIGITS
 from hparams import get_sampler_hparams
 from models import AbsorbingDiffusion, Transformer
 from models.sampling.canvas import WindowedDenoiser, decode_canvas, tile_starts
 from models.sampling.samplers import sample_raster
 
 FLAGS = (
-    "--dataset digits --ae_load_dir none --ae_load_step 1 --img_size 32 --codebook_size 12 "
+    f"{ON_DIGITS} --ae_load_dir none --ae_load_step 1 --img_size 32 --codebook_size 12 "
     "--bert_n_emb 32 --bert_n_head 4 --bert_n_layers 1 --total_steps 16 --sampler absorbing"
 ).split()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from helpers import assert_close
+from helpers import ON_DIGITS, assert_close
 from hparams import get_sampler_hparams
 from hparams.groups import Sampler
 from models import SAMPLERS, AbsorbingDiffusion, AutoregressiveTransformer, Transformer
@@ -19,7 +19,7 @@ from models.sampling.samplers import (
 )
 
 FLAGS = (
-    "--dataset digits --ae_load_dir none --ae_load_step 1 --img_size 32 --codebook_size 12 "
+    f"{ON_DIGITS} --ae_load_dir none --ae_load_step 1 --img_size 32 --codebook_size 12 "
     "--bert_n_emb 32 --bert_n_head 4 --bert_n_layers 2 --total_steps 16 --sampler"
 ).split()
 TOKENS, K = 3, 2  # K is the size of the codebook and the id of the mask
@@ -397,7 +397,7 @@ def test_likelihood_of_the_autoregressive_prior_is_exact():
     """Over all sequences of a tiny model its probabilities add up to 1."""
     torch.manual_seed(0)
     H = get_sampler_hparams(
-        "--dataset digits --ae_load_dir none --ae_load_step 1 --img_size 16 --ch_mult 1 1 1 1 "
+        f"{ON_DIGITS} --ae_load_dir none --ae_load_step 1 --img_size 16 --ch_mult 1 1 1 1 "
         "--attn_resolutions 2 --codebook_size 3 --bert_n_emb 32 --bert_n_head 4 "
         "--bert_n_layers 2 --disc_layers 1 --sampler autoregressive".split()
     )

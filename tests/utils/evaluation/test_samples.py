@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import Log
+from helpers import ON_DIGITS, Log
 from hparams import get_sampler_hparams
 from models import AbsorbingDiffusion, AutoregressiveTransformer, Transformer
 from models.autoencoder.autoencoder import VQAutoEncoder
@@ -16,7 +16,7 @@ from utils.evaluation.samples import decode, drawn_ids
 from utils.training.precision import Precision, seed_step
 
 FLAGS = (
-    "--dataset digits --ae_load_dir none --ae_load_step 1 --codebook_size 12 "
+    f"{ON_DIGITS} --ae_load_dir none --ae_load_step 1 --codebook_size 12 "
     "--bert_n_emb 32 --bert_n_head 4 --bert_n_layers 1 --sampler"
 ).split()
 CPU = torch.device("cpu")

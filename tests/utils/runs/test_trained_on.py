@@ -10,15 +10,16 @@ from PIL import Image
 import train_sampler
 import train_vqgan
 from experiments import calc_approximate_ELBO, digits_report
+from helpers import ON_DIGITS
 from test_training import SAMPLER, VQGAN, sentence, trained, two_runs, workplace
 from utils.runs.folder import RunFolder
 
 __all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
 
 DATA = "--dataset custom --custom_dataset_path photos --n_channels 1 --nf 32 --res_blocks 1"
-PHOTOS = VQGAN.replace("--dataset digits", DATA) + " --perceptual_weight 0 --num_workers 0"
+PHOTOS = VQGAN.replace(ON_DIGITS, DATA) + " --perceptual_weight 0 --num_workers 0"
 DATA = "--dataset custom --custom_dataset_path photos --num_workers 0"
-SAMPLES = SAMPLER.replace("--dataset digits", DATA)
+SAMPLES = SAMPLER.replace(ON_DIGITS, DATA)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torchvision
 
+from helpers import ON_DIGITS
 from hparams import SettingsError, UserError, get_sampler_hparams, get_vqgan_hparams
 from models import VQGAN
 from utils.files import save_file
@@ -18,7 +19,7 @@ from utils.training.checkpoints import Checkpoints, load_weights, unwrapped
 from utils.training.precision import Precision
 
 FLAGS = (
-    "--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 "
+    f"{ON_DIGITS} --img_size 16 --ch_mult 1 1 --attn_resolutions 8 "
     "--disc_layers 1 --perceptual_weight 1"
 ).split()
 
@@ -250,7 +251,7 @@ def test_a_sampler_beside_stats_of_the_original_programs_is_read(log):
 
 # --- settings that do not fit together -----------------------------------------------------------
 
-DIGITS = ["--dataset", "digits"]
+DIGITS = ON_DIGITS.split()
 PRIOR = [*DIGITS, "--sampler", "absorbing", "--ae_load_dir", "ae", "--ae_load_step", "5"]
 
 

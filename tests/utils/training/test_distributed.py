@@ -21,7 +21,7 @@ from experiments import (
     calc_approximate_ELBO, calc_FID, calc_PRDC, calc_VQGAN_FID, generate_big_samples, get_samples,
     inpaint,
 )
-from helpers import ROOT, as_torchrun, at_the_end_of_steps, on_processes
+from helpers import ON_DIGITS, ROOT, as_torchrun, at_the_end_of_steps, on_processes
 from hparams import UserError, get_vqgan_hparams
 from models import AbsorbingDiffusion
 from test_training import (
@@ -177,7 +177,7 @@ def test_an_unreadable_image_of_any_rank_is_named_in_the_log(workplace):
     for index in range(8):
         noise = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
         Image.fromarray(noise).save(folder / f"{index}.png")
-    flags = VQGAN.replace("--dataset digits", f"--dataset custom --custom_dataset_path {folder}")
+    flags = VQGAN.replace(ON_DIGITS, f"--dataset custom --custom_dataset_path {folder}")
     flags += " --nf 32 --res_blocks 1 --perceptual_weight 0 --n_channels 3 --num_workers 0"
     flags += " --batch_size 2 --steps_per_eval 0"
     first = stream_positions(8, 4, 0, 0)[0]

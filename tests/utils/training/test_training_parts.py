@@ -8,6 +8,7 @@ import torch
 
 import train_sampler
 import train_vqgan
+from helpers import ON_DIGITS
 from hparams import get_sampler_hparams, get_vqgan_hparams
 from models import VQGAN, AbsorbingDiffusion, Transformer
 from models.autoencoder.autoencoder import VQAutoEncoder
@@ -28,7 +29,7 @@ from utils.training.processes import Processes
 from utils.training.step import backward, take_step
 
 CPU = torch.device("cpu")
-DIGITS = "--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --disc_layers 1"
+DIGITS = f"{ON_DIGITS} --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --disc_layers 1"
 PRIOR = (
     "--sampler absorbing --ae_load_dir none --ae_load_step 1 --bert_n_emb 32 --bert_n_head 4 "
     "--bert_n_layers 1 --total_steps 8"

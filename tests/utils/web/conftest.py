@@ -8,16 +8,17 @@ import pytest
 
 import train_sampler
 import train_vqgan
+from helpers import ON_DIGITS
 from hparams import get_page_hparams
 from utils.evaluation.experiment import experiment
 from utils.web.studio import Studio
 
 VQGAN = (
-    "--dataset digits --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --emb_dim 8 "
+    f"{ON_DIGITS} --img_size 16 --ch_mult 1 1 --attn_resolutions 8 --emb_dim 8 "
     "--codebook_size 16 --ndf 8 --disc_layers 1 --batch_size 4 --no_visdom --train_steps 2"
 )
 SAMPLER = (
-    "--dataset digits --ae_load_dir ae --ae_load_step 2 --bert_n_emb 32 --bert_n_head 4 "
+    f"{ON_DIGITS} --ae_load_dir ae --ae_load_step 2 --bert_n_emb 32 --bert_n_head 4 "
     "--bert_n_layers 1 --total_steps 16 --sample_steps 8 --batch_size 8 --no_visdom "
     "--train_steps 2 --sampler"
 )
