@@ -17,6 +17,7 @@ from utils.data.pixels import (
 )
 
 LARGEST_FILE = 1 << 30  # bytes
+KEPT = 256 << 20  # bytes of decoded images of which squares are cut
 
 
 class ImageDataset:
@@ -166,17 +167,27 @@ class ImageFiles(ImageDataset):
             yield f"{relative}\0{size}\0{mtime}\n".encode("utf-8", "surrogateescape")
 
 
+def bytes_of(image):
+    """How much memory the pixels of a PIL image take, about."""
+    return image.width * image.height * len(image.getbands())
+
+
 class Crops(ImageDataset):
     """`count` squares of `side` pixels of each image of a dataset of files, as images of their own.
 
     Where a square lies follows from the name of its image and its number alone. An image that is
-    smaller gives its largest square at that place.
+    smaller gives its largest square at that place. The images used last stay in memory, at most
+    `KEPT` bytes of them in each process, since decoding one takes longer than all else.
     """
 
     def __init__(self, dataset, count, side):
         super().__init__(dataset.name, dataset.img_size, dataset.n_channels)
         self.dataset, self.count, self.side = dataset, count, side
         self.remarks = dataset.remarks
+        self.kept, self.bytes = {}, 0  # {number of an image: the image}, those used last at the end
+
+    def __getstate__(self):
+        return {**self.__dict__, "kept": {}, "bytes": 0}  # not for worker processes to begin with
 
     def __len__(self):
         return len(self.dataset) * self.count
@@ -194,8 +205,19 @@ class Crops(ImageDataset):
     def path(self, index):
         return self.dataset.path(index // self.count)
 
+    def whole(self, number):
+        """The image of a number, from memory where it is there; raises UnreadableImage."""
+        image = self.kept.pop(number, None)
+        if image is None:
+            image = self.dataset.open(number)
+            self.bytes += bytes_of(image)
+        self.kept[number] = image
+        while self.bytes > KEPT and len(self.kept) > 1:
+            self.bytes -= bytes_of(self.kept.pop(next(iter(self.kept))))
+        return image
+
     def open(self, index):
-        image = self.dataset.open(index // self.count)
+        image = self.whole(index // self.count)
         name = f"{self.identifier(index)} {index % self.count}".encode("utf-8", "surrogateescape")
         numbers = np.frombuffer(hashlib.sha256(name).digest()[:8], "<u4") / 2**32  # in [0, 1)
         side = min(self.side, *image.size)

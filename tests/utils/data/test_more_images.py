@@ -1,5 +1,6 @@
 """--crops, several squares of each image at places that follow from its name; distorted copies."""
 
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from utils.data import images
 from utils.data.datasets import load_dataset
 from utils.data.images import Distorted, augmented
 from utils.data.split import apply_split, new_split
@@ -44,6 +46,21 @@ def test_crops_are_squares_of_their_image_at_its_own_resolution(folder):
     assert len(places) > 90  # spread over the images
     lefts = [left for left, _ in places]
     assert min(lefts) < 5 and max(lefts) > 39
+
+
+def test_an_image_is_decoded_once_for_its_squares_while_memory_lasts(folder, monkeypatch):
+    expected = [pixels.clone() for pixels in map(dataset(folder).pixels, range(100))]
+    one = 60 * 59 * 3  # bytes of the largest image
+    for kept, decodings in ((20 * one, 20), (3 * one, 40), (0, 40)):  # two passes over 20 images
+        monkeypatch.setattr(images, "KEPT", kept)
+        crops, opened = dataset(folder), []
+        decode = crops.dataset.open
+        crops.dataset.open = lambda number: opened.append(number) or decode(number)
+        for index in (*range(100), *range(100)):
+            assert torch.equal(crops.pixels(index), expected[index])
+        assert len(opened) == decodings
+        assert crops.bytes == sum(map(images.bytes_of, crops.kept.values())) <= max(kept, one)
+        assert not pickle.loads(pickle.dumps(dataset(folder))).kept
 
 
 def test_places_follow_from_the_name_alone(folder):
