@@ -293,7 +293,7 @@ def read_metrics(path):
                 if name not in LINE_KEYS:
                     float(value)
             whole = isinstance(line["step"], int) and isinstance(line["group"], str)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except Exception:  # a line may hold values of any type, as deep as it likes
             continue
         if whole and text.endswith("\n"):
             lines.append(line)

@@ -82,11 +82,12 @@ def read_board(path, until=math.inf):
     try:
         kept = json.loads(path.read_text())
         bars = {name: {"step": int(bars["step"]), "values": [
-            None if value is None else float(value) for value in bars["values"]
+            None if value is None or not math.isfinite(float(value)) else float(value)
+            for value in bars["values"]
         ]} for name, bars in kept["bars"].items()}
         health = kept["health"] and {"step": int(kept["health"]["step"]),
                                      "sentences": list(map(str, kept["health"]["sentences"]))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except Exception:  # a file may hold values of any type, as deep as it likes
         return {"bars": {}, "health": None}
     bars = {name: bars for name, bars in bars.items() if bars["step"] <= until}
     return {"bars": bars, "health": health if health and health["step"] <= until else None}

@@ -272,7 +272,8 @@ def test_rewind_drops_later_lines_and_redraws_the_curves(folder):
 
 
 @pytest.mark.parametrize(
-    "torn", ['{"step": 2, "gro', '{"step": 2, "group": "train", "loss": 2.0}', "\0\0\0", "7\n"]
+    "torn", ['{"step": 2, "gro', '{"step": 2, "group": "train", "loss": 2.0}', "\0\0\0", "7\n",
+             "[" * 200_000 + "\n", '{"step": 2, "group": "train", "loss": 1' + "0" * 400 + "}\n"]
 )
 def test_torn_last_line_is_dropped(folder, torn):
     with RunLogger(folder) as log:
@@ -313,6 +314,25 @@ def test_a_new_logger_shows_what_the_run_has_left(folder):
         log.bars(30, "use", [1.0])  # a damaged file is replaced
     kept = json.loads(folder.board.read_text())
     assert kept == {"bars": {"use": {"step": 30, "values": [1.0]}}, "health": None}
+
+
+@pytest.mark.parametrize("damaged", [
+    '{"bars": {"use": {"step": 1, "values": [NaN, Infinity, 1e999]}}, "health": null}',
+    '{"bars": {"use": {"step": Infinity, "values": []}}, "health": null}',
+    '{"bars": {}, "health": {"step": 1e999, "sentences": []}}',
+    '{"bars": {"use": {"step": 1, "values": [1' + "0" * 400 + ']}}, "health": null}',
+    "[" * 200_000, "\0", "[]", "7", "",
+])
+def test_a_damaged_board_file_does_not_stop_training(damaged, folder):
+    folder.create().board.write_text(damaged)
+    board = Recorder()
+    with RunLogger(folder, board) as log:
+        log.bars(2, "other", [1.0])
+        log.health(2, ["training goes well"])
+    kept = json.loads(folder.board.read_text())
+    assert kept["bars"].pop("other") == {"step": 2, "values": [1.0]}
+    assert kept["bars"] in ({}, {"use": {"step": 1, "values": [None, None, None]}})
+    assert kept["health"] == {"step": 2, "sentences": ["training goes well"]}
 
 
 def test_the_board_forgets_a_run_that_is_moved_aside(folder):
