@@ -55,7 +55,7 @@ def wait_for_server(server, port):
     end = time.monotonic() + WAIT
     while True:
         try:
-            return VisdomBoard(server, port).send()
+            return VisdomBoard(server, port).probe()
         except Outage as error:
             if time.monotonic() > end:
                 raise UserError(f"the visdom server on port {port} {error}") from None

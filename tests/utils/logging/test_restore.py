@@ -15,8 +15,8 @@ from helpers import wait_until
 from hparams import get_vqgan_hparams
 from utils.files import whole_file
 from utils.logging.logger import RunLogger
-from utils.logging.restore import draw_run
-from utils.logging.visdom_board import VisdomBoard
+from utils.logging.restore import draw_run, wait_for_server
+from utils.logging.visdom_board import Outage, VisdomBoard
 from utils.logging.visdom_server import scripts_are_there
 from utils.runs.folder import RunFolder, run_names
 
@@ -126,6 +126,25 @@ def test_pictures_of_a_last_step_without_a_log_entry_are_drawn(server, logs):
     server.start()
     draw_run("run", logs, "127.0.0.1", server.port)
     assert server.windows("run")["image: reconstructions"]["title"].endswith("step 25")
+
+
+def test_waiting_for_the_server_leaves_a_run_called_main_alone(server, logs):
+    finished_run(logs, "main")
+    server.start()
+    draw_run("main", logs, "127.0.0.1", server.port)
+    wait_for_server("127.0.0.1", server.port)
+    assert list(server.windows("main")) == WINDOWS
+
+
+@pytest.mark.parametrize("answer", ["", "hello", "null", "3", "true", "[" * 100_000])
+def test_a_foreign_answer_is_an_outage(answer, monkeypatch, logs):
+    def post(board, endpoint, **message):
+        return "true" if endpoint == "win_exists" else answer
+
+    finished_run(logs, "run")
+    monkeypatch.setattr(VisdomBoard, "_post", post)
+    with pytest.raises(Outage, match="does not answer as visdom does"):
+        draw_run("run", logs, "127.0.0.1", 1)
 
 
 def test_a_window_that_comes_late_takes_its_place(server, logs):
