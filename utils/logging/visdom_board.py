@@ -209,7 +209,7 @@ class VisdomBoard:
             self._meet()
         with self._lock:
             known = dict(self._windows)
-            wanted = known if everything else self._changed
+            wanted = [*known, *self._sent] if everything else self._changed
             changed, self._changed = dict.fromkeys(wanted), {}
         messages = {window: self._message(known, window) for window in changed}
         new = [known[window][0] for window, message in messages.items()

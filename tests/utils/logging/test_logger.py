@@ -24,7 +24,7 @@ from utils.data.pixels import to_uint8
 from utils.errors import SettingsError, UserError
 from utils.logging.images import image_grid, panels, save_image, save_images_individually
 from utils.logging.logger import RunLogger
-from utils.logging.visdom_board import MAX_POINTS, VisdomBoard
+from utils.logging.visdom_board import MAX_POINTS, Outage, VisdomBoard
 from utils.runs.folder import RunFolder
 from utils.runs.resume import record_settings
 from utils.runs.script import start_run
@@ -467,6 +467,26 @@ def test_plots_survive_the_death_of_the_server(server, folder):
         wait_until(arrived)
         assert len(warnings_in(folder)) == 2
     assert len(lines_of(folder)) == len(steps)
+
+
+def test_windows_cleared_while_the_server_is_away_are_closed(server, monkeypatch):
+    server.start()
+    board = VisdomBoard("127.0.0.1", server.port, env="run", **FAST)
+    board.table("kept", {"a": "1"})
+    board.table("cleared", {"a": "1"})
+    board.send()
+    board.clear()
+    board.table("kept", {"a": "2"})
+    with monkeypatch.context() as patch:
+        patch.setattr(board, "_post", away)
+        with pytest.raises(Outage):
+            board.send(everything=False)
+    board.send()
+    assert list(server.windows("run")) == ["table: kept"]
+
+
+def away(*arguments, **message):
+    raise Outage("is away")
 
 
 def test_training_does_not_wait_for_a_hung_server(folder):
