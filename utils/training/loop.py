@@ -110,6 +110,7 @@ class TrainingLoop:
         )
         self.started = time.perf_counter() - seconds
         self.means, self.training_time = Means(), 0.0  # since the last log entry
+        self.logged = start  # the step of that
         self.recent, self.recent_bad_steps = Means(), 0  # since the last validation
         self.bad_steps = 0  # in a row
         self.must_record = False
@@ -243,7 +244,7 @@ class TrainingLoop:
     def log_means(self):
         """Log the means since the last time, images/s and steps/s of training alone, and seconds
         in all."""
-        steps = self.means.counts["loss"]
+        steps, self.logged = self.step - self.logged, self.step
         images = steps * self.H.batch_size * self.processes.size
         means = self.processes.mean(self.means.take())
         seconds = self.training_time + time.perf_counter() - self.began_step

@@ -103,6 +103,17 @@ def test_too_many_bad_steps_in_a_row_end_training(monkeypatch, capsys, workplace
     assert RunFolder("a").complete_steps() == [4]
 
 
+def test_bad_steps_count_in_the_speed(monkeypatch, workplace):
+    """Two of the four steps of the second log entry are bad, but took their time too."""
+    spoil(monkeypatch, VQGAN, "generator_losses", (5, 6), "nan")
+    now = iter(range(10**6))
+    monkeypatch.setattr(utils.training.loop.time, "perf_counter", lambda: float(next(now)))
+    vqgan("--log_dir a --steps_per_log 4 --train_steps 8")
+    first, second = (line for line in lines_of("a") if line["group"] == "train")
+    assert second["steps_per_second"] == first["steps_per_second"]
+    assert second["images_per_second"] == 4 * second["steps_per_second"]
+
+
 class HalfPrecision(Precision):
     """float16 on a CPU, with a scale by which gradients overflow."""
 
