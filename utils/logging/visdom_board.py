@@ -27,7 +27,6 @@ from utils.logging.panes import (
 CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
 MAX_POINTS = 2000  # kept per curve, an even number: a window is a few hundred pixels wide
 OURS = re.compile(r"(metric|bars|image|table|text): ")  # how the names of a board's windows begin
-
 FOREIGN = "does not answer as visdom does"
 
 
