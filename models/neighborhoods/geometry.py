@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-KEPT_BYTES = 2**29  # of each `constant` function; two masks of 8 heads over 63x63 ids in bfloat16
+CACHE_BYTES = 2**29  # of each `constant` function; two masks of 8 heads over 63x63 ids in bfloat16
 ALIGNMENT = 16  # CUDA's memory-efficient kernel copies a mask whose rows are not so many apart
 
 
@@ -31,9 +31,9 @@ def faked():
     return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
 
 
-class Kept:
+class BoundedCache:
     """What a function gives, tuples of tensors, by its arguments: the last one used, and those
-    before it as long as all together take at most KEPT_BYTES."""
+    before it as long as all together take at most CACHE_BYTES."""
 
     def __init__(self, function):
         self.function, self.bytes = function, 0
@@ -49,7 +49,7 @@ class Kept:
                 value = self.function(*arguments)
             self.values[arguments] = value, sum(tensor.nbytes for tensor in value)
             self.bytes += self.values[arguments][1]
-            while self.bytes > KEPT_BYTES and len(self.values) > 1:
+            while self.bytes > CACHE_BYTES and len(self.values) > 1:
                 self.bytes -= self.values.popitem(last=False)[1][1]
             return value
 
@@ -60,19 +60,19 @@ class Kept:
 
 
 def constant(function):
-    """`function` of plain arguments, computed once and `Kept`; a constant in a compiled graph,
-    which keeps it as long as it lives.
+    """`function` of plain arguments, behind a BoundedCache; a constant in a compiled graph, which
+    holds it as long as it lives.
 
     It returns a tuple of tensors (a single one has no shape in a graph), which nobody may change.
     """
-    kept = Kept(function)
+    cache = BoundedCache(function)
 
     @wraps(function)
     def wrapper(*arguments):
-        return function(*arguments) if faked() else kept(*arguments)
+        return function(*arguments) if faked() else cache(*arguments)
 
     wrapper = torch.compiler.assume_constant_result(wrapper)
-    wrapper.cache_clear = kept.clear
+    wrapper.cache_clear = cache.clear
     return wrapper
 
 

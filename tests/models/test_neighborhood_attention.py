@@ -174,7 +174,7 @@ def test_grids_cached_in_inference_mode_work_in_training(backend):
 
 def test_masks_of_many_sizes_take_no_more_memory_than_allowed(monkeypatch):
     """The last used stay; one that is larger than the limit is kept until the next."""
-    monkeypatch.setattr(geometry, "KEPT_BYTES", 100_000)
+    monkeypatch.setattr(geometry, "CACHE_BYTES", 100_000)
     geometry.dense_mask.cache_clear()
     there, groups = [], (geometry.Heads(1, 3, 1),)
 

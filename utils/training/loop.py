@@ -15,7 +15,7 @@ from utils.training.precision import seed_step
 from utils.training.step import is_asynchronous
 
 STEPS_PER_SIGNAL = 10  # after which several processes ask each other who was interrupted
-STEPS_TO_ADD_UP = 1000  # after which they add up what each has noted, if nothing is due before
+STEPS_PER_REDUCE = 1000  # after which they reduce the sums of each, if nothing is due before
 
 
 def due(step, interval):
@@ -82,7 +82,7 @@ class TrainingLoop:
     `must_record` says whether it was known to be the first that trained, and after `end_step`,
     `must_validate`, `must_show`, `must_save_images` and `must_save` say what is due. They are true
     on rank 0 only, and after finite steps only, but for `must_save` where the loop `ends` and has
-    trained anything. `must_add_up` says on all ranks that what each has noted by itself is now to
+    trained anything. `must_reduce` says on all ranks that what each has noted by itself is now to
     be added up: before any of these, and when the means are logged. The loop ends after the last
     step, or raises Stopped soon after any rank gets one of SIGNALS, or UserError where no step was
     finite. `images` is the size of the training set, `seconds` what training took before `start`,
@@ -224,7 +224,7 @@ class TrainingLoop:
             self.ends |= processes.any(interrupted)
         # the others wait for rank 0, for as long as it takes
         self.first_is_busy = validation or shown or images or checkpoint or self.ends
-        self.must_add_up = logs or self.first_is_busy or due(step, STEPS_TO_ADD_UP)
+        self.must_reduce = logs or self.first_is_busy or due(step, STEPS_PER_REDUCE)
         if logs or self.first_is_busy:
             self.settle()
         if logs and self.means.counts:
