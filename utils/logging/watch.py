@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -25,6 +24,7 @@ from utils.logging.logger import read_metrics
 from utils.logging.panes import COLOURS
 from utils.logging.replay import settings_of
 from utils.runs.folder import RunFolder, run_names
+from utils.runs.script import try_lock
 
 COLUMNS = 3
 SIZE = 4.6, 3.4  # inches of a window
@@ -100,13 +100,9 @@ def is_going_on(folder):
     """Whether a program has the run open."""
     if not folder.lock.exists():
         return False
-    lock = FileLock(folder.lock)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    lock = try_lock(folder)
+    if lock is None:
         return True
-    except (OSError, NotImplementedError):  # a file system without locks
-        return False
     lock.release()
     return False
 
