@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from hparams.parser import LOGS, run_name
 from utils.errors import SettingsError, UserError
 from utils.files import whole_file
-from utils.logging.curves import FEW_POINTS, plots
+from utils.logging.curves import plots
 from utils.logging.logger import read_metrics
 from utils.logging.panes import COLOURS
 from utils.logging.replay import settings_of
@@ -64,8 +64,7 @@ def draw_plot(axes, plot):
     """Draw one Plot on matplotlib's axes."""
     for trace in plot.traces:
         values = [math.nan if value is None else value for value in trace.values]
-        few = len(values) - trace.values.count(None) <= FEW_POINTS
-        axes.plot(trace.steps, values, label=trace.label, marker="o" if few else "",
+        axes.plot(trace.steps, values, label=trace.label, marker="o" if trace.is_short else "",
                   color=COLOURS[trace.stat % len(COLOURS)], markersize=3,
                   linestyle="dotted" if trace.dashed else "solid")
     axes.set_title(plot.title, parse_math=False)
