@@ -125,7 +125,7 @@ class SamplerTraining:
                 if loop.must_record:
                     record_settings(H, self.log)
                 loop.end_step()
-                if loop.must_add_up:
+                if loop.must_reduce:
                     self.update_histories()
                 best = self.judge(step, loop) if loop.must_validate else None
                 if loop.must_show or loop.must_save_images:

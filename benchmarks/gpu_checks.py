@@ -200,7 +200,7 @@ def memory(setup, report):
     its algorithms of float32, so twice the batch is left out there.
     """
     for stage, precision, flags in AMOUNTS:
-        precision = setup.half if precision == "half" else precision
+        precision = setup.precision(precision)
         published = getattr(setup, f"{stage}_settings")().batch_size
         for batch in (published, 2 * published)[: 1 if precision == "float32" else 2]:
             about = dict(stage=stage, precision=precision, flags=flags, batch=batch)

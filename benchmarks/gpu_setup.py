@@ -42,6 +42,10 @@ class Setup:
         name = Precision(True, self.device).description
         return name if name in HALF else "bfloat16"
 
+    def precision(self, name):
+        """The name of a precision, where "half" is what `--amp` takes on the device."""
+        return self.half if name == "half" else name
+
     def wait(self):
         """Wait until the device has done what it was given."""
         if self.on_gpu:

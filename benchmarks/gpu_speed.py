@@ -47,7 +47,7 @@ def training(setup, report):
     for stage, value in flops.items():
         report.figure("operations of a step", value / 1e12, "TFLOP", stage=stage)
     for stage, precision, compiled in WAYS:
-        precision = setup.half if precision == "half" else precision
+        precision = setup.precision(precision)
         if report.left <= 0:
             report.say("training: the rest is skipped, the time is spent")
             return

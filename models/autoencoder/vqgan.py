@@ -67,7 +67,8 @@ def weighted_sum(nll, g_loss, share, max_weight, x_hat, seen, last_weight, grad_
     networks is passed backward once, to the image: the last layer's gradients and that of the sum
     follow from the gradients there. `grad_scale`, a float or a 0-d tensor, multiplies the losses
     while they are differentiated, so that float16 gradients do not vanish. Where that makes both
-    gradients of the last layer overflow, the sum is finite, with a w of 0, and its gradient is not.
+    gradients of the last layer overflow, w counts as 0 in the value, which stays finite; the
+    gradient does not, so the scaler lowers its scale.
     """
     of_image, of_last_weight = [], []
     for loss in (nll, g_loss):

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-KEPT_BYTES = 2**29  # of each `constant` function; two masks of 8 heads over 63x63 ids in bfloat16
+CACHE_BYTES = 2**29  # two masks of 8 heads over 63x63 ids in bfloat16 take so much
 ALIGNMENT = 16  # CUDA's memory-efficient kernel copies a mask whose rows are not so many apart
 
 
@@ -31,25 +31,26 @@ def faked():
     return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
 
 
-class Kept:
-    """What a function gives, tuples of tensors, by its arguments: the last one used, and those
-    before it as long as all together take at most KEPT_BYTES."""
+class BoundedCache:
+    """What functions give, tuples of tensors, by function and arguments: a least-recently-used
+    cache of at most CACHE_BYTES; the newest entry always stays."""
 
-    def __init__(self, function):
-        self.function, self.bytes = function, 0
-        self.values = OrderedDict()  # arguments to (value, its bytes), the last used at the end
+    def __init__(self):
+        self.bytes = 0
+        self.values = OrderedDict()  # call to (value, its bytes), the last used at the end
         self.lock = RLock()  # blocks are computed again in the thread of the backward pass
 
-    def __call__(self, *arguments):
+    def __call__(self, *call):
+        function, *arguments = call
         with self.lock:
-            if arguments in self.values:
-                self.values.move_to_end(arguments)
-                return self.values[arguments][0]
+            if call in self.values:
+                self.values.move_to_end(call)
+                return self.values[call][0]
             with torch.inference_mode(False), torch.no_grad():  # training may need it later
-                value = self.function(*arguments)
-            self.values[arguments] = value, sum(tensor.nbytes for tensor in value)
-            self.bytes += self.values[arguments][1]
-            while self.bytes > KEPT_BYTES and len(self.values) > 1:
+                value = function(*arguments)
+            self.values[call] = value, sum(tensor.nbytes for tensor in value)
+            self.bytes += self.values[call][1]
+            while self.bytes > CACHE_BYTES and len(self.values) > 1:
                 self.bytes -= self.values.popitem(last=False)[1][1]
             return value
 
@@ -59,21 +60,20 @@ class Kept:
             self.bytes = 0
 
 
+CACHE = BoundedCache()  # of all `constant` functions
+
+
 def constant(function):
-    """`function` of plain arguments, computed once and `Kept`; a constant in a compiled graph,
-    which keeps it as long as it lives.
+    """`function` of plain arguments, behind the CACHE; a constant in a compiled graph, which holds
+    it as long as it lives.
 
     It returns a tuple of tensors (a single one has no shape in a graph), which nobody may change.
     """
-    kept = Kept(function)
-
     @wraps(function)
     def wrapper(*arguments):
-        return function(*arguments) if faked() else kept(*arguments)
+        return function(*arguments) if faked() else CACHE(function, *arguments)
 
-    wrapper = torch.compiler.assume_constant_result(wrapper)
-    wrapper.cache_clear = kept.clear
-    return wrapper
+    return torch.compiler.assume_constant_result(wrapper)
 
 
 class Axis(NamedTuple):

@@ -63,7 +63,7 @@ class AbsorbingDiffusion(nn.Module):
     `mask_id` is the id of the absorbing state, K; `embedding_weight` [K, emb_dim] is the codebook,
     which is neither copied nor saved. The running averages of each time's losses (`loss_history`
     of the objective, `Lt_history` of the squared bound; decay 0.9) and the number of visits
-    `Lt_count` are buffers [T+1], saved with the weights. In training, forward passes note losses,
+    `Lt_count` are buffers [T+1], saved with the weights. In training, forward passes record losses,
     `end_step` makes a step of them, and `update_histories` averages the steps into the histories,
     before these are read.
     """
@@ -83,7 +83,8 @@ class AbsorbingDiffusion(nn.Module):
         }
         for name in ("Lt_history", "Lt_count", "loss_history"):
             self.register_buffer(name, torch.zeros(H.total_steps + 1))
-        self.noted, self.steps = None, []  # sums of losses: of this step, of those before it
+        self.step_sums = None  # sums of losses of this step
+        self.pending_sums = []  # those of earlier steps, which are not in the histories yet
         self.register_buffer("embedding_weight", embedding_weight.detach(), persistent=False)
         self._denoise_fn = denoise_fn
 
@@ -105,7 +106,7 @@ class AbsorbingDiffusion(nn.Module):
         """Training objective for ids [B, N]: a dict with `loss` and `bits_per_token`, means.
 
         With `part` (r, R) the ids are part r of R of a batch, whose noise is drawn for all parts
-        from `rng`. In training mode the losses are noted for the histories.
+        from `rng`. In training mode the losses are recorded for the histories.
         """
         index, parts = part
         t = draw_times(len(ids) * parts, self.total_steps, self.low_discrepancy, rng, ids.device)
@@ -114,37 +115,37 @@ class AbsorbingDiffusion(nn.Module):
         losses = self.losses(ids, t, mask)
         loss = losses[self.loss_type]
         if self.training:
-            self.note(t, loss.detach(), losses["elbo"].detach())
+            self.record_losses(t, loss.detach(), losses["elbo"].detach())
         return {"loss": loss.mean(), "bits_per_token": losses["elbo"].detach().mean()}
 
     @torch.no_grad()
-    def note(self, t, loss, elbo):
+    def record_losses(self, t, loss, elbo):
         """Add losses [B] at times t to the sums of this step: visits, losses, squared bounds."""
         values = torch.stack((torch.ones_like(loss), loss, elbo**2))  # [3, B]
-        if self.noted is None:
-            self.noted = values.new_zeros(3, self.total_steps + 1)
-        self.noted.index_add_(1, t, values)
+        if self.step_sums is None:
+            self.step_sums = values.new_zeros(3, self.total_steps + 1)
+        self.step_sums.index_add_(1, t, values)
 
     @torch.no_grad()
     def end_step(self, bad):
-        """The losses noted since the last call are those of one step of training; where `bad`, bool
-        0-d, is true, they are left out."""
-        self.steps.append(self.noted.masked_fill_(bad, 0.0))
-        self.noted = None
+        """The losses recorded since the last call are those of one step of training; where `bad`,
+        bool 0-d, is true, they are left out."""
+        self.pending_sums.append(self.step_sums.masked_fill_(bad, 0.0))
+        self.step_sums = None
 
     @torch.no_grad()
-    def update_histories(self, add_up=None):
+    def update_histories(self, all_reduce=None):
         """Average the steps since the last call into the histories, one after another: the mean of
         the losses at each time, whose first visit sets its entry.
 
-        `add_up` adds a tensor up over several processes in place, as
+        `all_reduce` adds a tensor up over several processes in place, as
         `torch.distributed.all_reduce` does: the means are then those of all.
         """
-        if not self.steps:
+        if not self.pending_sums:
             return
-        steps, self.steps = torch.stack(self.steps), []  # [n, 3, T+1]
-        if add_up is not None:
-            add_up(steps)
+        steps, self.pending_sums = torch.stack(self.pending_sums), []  # [n, 3, T+1]
+        if all_reduce is not None:
+            all_reduce(steps)
         histories = torch.stack((self.loss_history, self.Lt_history))
         for visits, *totals in steps:
             means = torch.stack(totals) / visits.clamp(min=1)

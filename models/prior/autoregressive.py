@@ -43,7 +43,7 @@ class AutoregressiveTransformer(nn.Module):
     def end_step(self, bad):
         """It has no times, and so no histories of their losses."""
 
-    def update_histories(self, add_up=None):
+    def update_histories(self, all_reduce=None):
         """See `end_step`."""
 
     @torch.no_grad()

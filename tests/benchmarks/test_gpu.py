@@ -179,7 +179,7 @@ def test_what_is_measured_is_what_amp_takes_on_the_card(capability, amp, monkeyp
         torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0)
     )
     setup, report, asked = Setup(torch.device("cuda")), measured(), []
-    assert setup.half == amp
+    assert setup.half == setup.precision("half") == amp and setup.precision("tf32") == "tf32"
     monkeypatch.setattr(gpu_speed, "flops_of", lambda *arguments: 1)
     monkeypatch.setattr(gpu_speed, "time_training", lambda *case: asked.append(case[3]))
     monkeypatch.setattr(gpu_checks, "peak_of_training", lambda *case: asked.append(case[2]))

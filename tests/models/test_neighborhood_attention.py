@@ -161,8 +161,8 @@ def check_compiled(backend, with_bias, compiler):
 
 @pytest.mark.parametrize("backend", OURS)
 def test_grids_cached_in_inference_mode_work_in_training(backend):
-    for cached in (geometry.cut_grid, geometry.tile_mask, geometry.dense_mask):
-        cached.cache_clear()
+    geometry.cut_grid.cache_clear()
+    geometry.CACHE.clear()
     qkv = torch.randn(3, 1, 12, 18, 1, 4, requires_grad=True)
     rpb = torch.randn(1, 5, 5, requires_grad=True)
     for table in (None, rpb):
@@ -174,8 +174,8 @@ def test_grids_cached_in_inference_mode_work_in_training(backend):
 
 def test_masks_of_many_sizes_take_no_more_memory_than_allowed(monkeypatch):
     """The last used stay; one that is larger than the limit is kept until the next."""
-    monkeypatch.setattr(geometry, "KEPT_BYTES", 100_000)
-    geometry.dense_mask.cache_clear()
+    monkeypatch.setattr(geometry, "CACHE_BYTES", 100_000)
+    geometry.CACHE.clear()
     there, groups = [], (geometry.Heads(1, 3, 1),)
 
     def mask_of(side):
@@ -187,7 +187,19 @@ def test_masks_of_many_sizes_take_no_more_memory_than_allowed(monkeypatch):
         assert len(alive) == 1 or sum(alive.values()) <= 100_000
         assert mask_of(side) is there[-1]()
     assert there[4]() is None and there[6]() is None and there[7]() is not None
-    geometry.dense_mask.cache_clear()
+    geometry.CACHE.clear()
+
+
+def test_all_constants_together_take_no_more_memory_than_allowed(monkeypatch):
+    monkeypatch.setattr(geometry, "CACHE_BYTES", 100_000)
+    geometry.CACHE.clear()
+    zeros = geometry.constant(lambda size: (torch.zeros(size),))
+    ones = geometry.constant(lambda size: (torch.ones(size),))
+    first, second = weakref.ref(zeros(15_000)[0]), weakref.ref(ones(15_000)[0])
+    assert first() is None and ones(15_000)[0] is second()
+    small = zeros(5_000)[0]
+    assert zeros(5_000)[0] is small and ones(15_000)[0] is second()
+    geometry.CACHE.clear()
 
 
 @pytest.mark.parametrize("backend", ["tiled", "dense"])

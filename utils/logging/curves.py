@@ -62,6 +62,11 @@ class Trace:
     steps: tuple
     values: tuple  # None where there is nothing to draw
 
+    @property
+    def is_short(self):
+        """Whether its points are so few that each is marked."""
+        return len(self.values) - self.values.count(None) <= FEW_POINTS
+
 
 @dataclasses.dataclass(frozen=True)
 class Plot:

@@ -151,15 +151,17 @@ class RunLogger:
         if self._board is not None:
             self._board.settings(values, defaults)
 
-    def _keep(self, bars=None, health=None):
-        """Write into board.json what a dashboard shows beside metrics and images."""
-        kept = read_board(self.folder.board)
+    def _keep(self, bars=None, health=None, until=math.inf):
+        """Write into board.json what a dashboard shows beside metrics and images; what it holds of
+        steps after `until` is dropped."""
+        kept = read_board(self.folder.board, until)
         kept = {"bars": kept["bars"] | (bars or {}), "health": health or kept["health"]}
         with contextlib.suppress(DiskError), whole_file(self.folder.board, durable=False) as file:
             file.write(json.dumps(kept, allow_nan=False).encode())
 
     def rewind(self, step):
-        """Drop what training has written into metrics.jsonl after `step`, and writes again.
+        """Drop what training has written into metrics.jsonl and board.json after `step`, and writes
+        again.
 
         A crash can leave half a line at the end: it is dropped too, or the next line would be
         glued to it. The board follows.
@@ -173,6 +175,8 @@ class RunLogger:
         if path.exists() and len(content) != path.stat().st_size:
             with whole_file(path) as file:
                 file.write(content)
+        if self.folder.board.exists() and step < math.inf:
+            self._keep(until=step)
 
     def close(self, timeout=5.0):
         """Send the last plots, for at most `timeout` seconds, and log no more."""
@@ -289,7 +293,7 @@ def read_metrics(path):
                 if name not in LINE_KEYS:
                     float(value)
             whole = isinstance(line["step"], int) and isinstance(line["group"], str)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except Exception:  # a line may hold values of any type, as deep as it likes
             continue
         if whole and text.endswith("\n"):
             lines.append(line)

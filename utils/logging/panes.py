@@ -5,7 +5,6 @@ import html
 import io
 
 from hparams.settings import show
-from utils.logging.curves import FEW_POINTS
 
 WIDTH = 400  # pixels of a window: three stand side by side on a screen of 1280
 BETWEEN = 10  # pixels from one window to the next
@@ -20,10 +19,9 @@ def curves_pane(plot, tall=False):
     """A `curves.Plot` over the step."""
     traces = []
     for trace in plot.traces:
-        points = [value for value in trace.values if value is not None]
         traces.append({
             "type": "scatter", "name": trace.label, "x": trace.steps, "y": trace.values,
-            "mode": "lines+markers" if len(points) <= FEW_POINTS else "lines",
+            "mode": "lines+markers" if trace.is_short else "lines",
             "line": {"color": COLOURS[trace.stat % len(COLOURS)], "width": 2,
                      "dash": "dot" if trace.dashed else "solid"},
         })

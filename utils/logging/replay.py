@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 
 from PIL import Image
@@ -21,24 +22,25 @@ def until(step, lines):
 def replay(folder, lines, board, step):
     """Draw all that a RunFolder holds until `step`; `lines` are those of its metrics.jsonl.
 
-    What cannot be read is left out.
+    What cannot be read is left out, and so are pictures of steps that training has not reached
+    again since it was taken back.
     """
+    settings = settings_of(folder)
     for line in lines:
         draw_line(board, line)
-    for name, (number, path) in newest_pictures(folder.images, step).items():
+    reached = min(step, last_step(lines, settings))
+    for name, (number, path) in newest_pictures(folder.images, reached).items():
         # anything: a file that is cut short, too large, or no picture
         with contextlib.suppress(Exception), Image.open(path) as picture:
             picture = picture.convert("RGB")
             picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
             board.picture(name, number, picture)
-    kept = read_board(folder.board)
+    kept = read_board(folder.board, step)
     for name, bars in kept["bars"].items():
-        if bars["step"] <= step:
-            values = [float("nan") if value is None else value for value in bars["values"]]
-            board.bars(name, bars["step"], values)
-    if kept["health"] and kept["health"]["step"] <= step:
+        values = [float("nan") if value is None else value for value in bars["values"]]
+        board.bars(name, bars["step"], values)
+    if kept["health"]:
         board.health(**kept["health"])
-    settings = settings_of(folder)
     if settings:
         board.settings(settings, defaults_of(settings))
 
@@ -53,6 +55,16 @@ def draw_line(board, line):
         board.table(line["group"], {name: f"{float(v):.6g}" for name, v in figures.items()})
 
 
+def last_step(lines, settings):
+    """The last step that the training with these lines and settings, dicts, may have reached: one
+    before its next log entry. Infinity where that is unknown."""
+    interval = settings.get("steps_per_log")
+    if not isinstance(interval, int):
+        return math.inf
+    logged = max((line["step"] for line in lines if line["group"] in GROUPS), default=0)
+    return logged + interval - 1
+
+
 def newest_pictures(folder, step):
     """{name: (step, path)} of the newest `<name>_<step>.png` of each name until `step`."""
     found = {}
@@ -64,19 +76,21 @@ def newest_pictures(folder, step):
     return dict(sorted(found.items()))
 
 
-def read_board(path):
+def read_board(path, until=math.inf):
     """{"bars": {name: {"step", "values"}}, "health": {"step", "sentences"} or None} of a
-    board.json; empty where it cannot be read."""
+    board.json, but for what is of steps after `until`; empty where it cannot be read."""
     try:
         kept = json.loads(path.read_text())
         bars = {name: {"step": int(bars["step"]), "values": [
-            None if value is None else float(value) for value in bars["values"]
+            None if value is None or not math.isfinite(float(value)) else float(value)
+            for value in bars["values"]
         ]} for name, bars in kept["bars"].items()}
         health = kept["health"] and {"step": int(kept["health"]["step"]),
                                      "sentences": list(map(str, kept["health"]["sentences"]))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except Exception:  # a file may hold values of any type, as deep as it likes
         return {"bars": {}, "health": None}
-    return {"bars": bars, "health": health}
+    bars = {name: bars for name, bars in bars.items() if bars["step"] <= until}
+    return {"bars": bars, "health": health if health and health["step"] <= until else None}
 
 
 def settings_of(folder):

@@ -14,14 +14,13 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from filelock import FileLock, Timeout
-
 from hparams.parser import LOGS
 from utils.errors import UserError
 from utils.logging.logger import read_metrics
 from utils.logging.replay import replay, settings_of
 from utils.logging.visdom_board import Outage, VisdomBoard
 from utils.runs.folder import RunFolder, run_names
+from utils.runs.script import try_lock
 
 WAIT = 60  # seconds for the server to start
 
@@ -32,21 +31,18 @@ def draw_run(name, logs, server, port):
     Returns the address of its page; None for a run that draws by itself, which is left out.
     """
     folder = RunFolder(name, logs)
-    lock = FileLock(folder.lock)
-    try:
-        if folder.lock.exists():  # then nobody begins to train while it is drawn
-            lock.acquire(timeout=0)
-    except Timeout:
-        if not settings_of(folder).get("no_visdom"):
+    lock = None
+    if folder.lock.exists():
+        lock = try_lock(folder)  # then nobody begins to train while it is drawn
+        if lock is None and not settings_of(folder).get("no_visdom"):
             return None
-    except (OSError, NotImplementedError):
-        pass
     try:
         board = VisdomBoard(server, port, env=name)
         replay(folder, read_metrics(folder.metrics), board, math.inf)
         board.send()
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
     return f"{board.address}/env/{quote(board.env)}"
 
 
@@ -55,7 +51,7 @@ def wait_for_server(server, port):
     end = time.monotonic() + WAIT
     while True:
         try:
-            return VisdomBoard(server, port).send()
+            return VisdomBoard(server, port).probe()
         except Outage as error:
             if time.monotonic() > end:
                 raise UserError(f"the visdom server on port {port} {error}") from None

@@ -27,6 +27,7 @@ from utils.logging.panes import (
 CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
 MAX_POINTS = 2000  # kept per curve, an even number: a window is a few hundred pixels wide
 OURS = re.compile(r"(metric|bars|image|table|text): ")  # how the names of a board's windows begin
+FOREIGN = "does not answer as visdom does"
 
 
 class _Curve:
@@ -207,7 +208,7 @@ class VisdomBoard:
             self._meet()
         with self._lock:
             known = dict(self._windows)
-            wanted = known if everything else self._changed
+            wanted = [*known, *self._sent] if everything else self._changed
             changed, self._changed = dict.fromkeys(wanted), {}
         messages = {window: self._message(known, window) for window in changed}
         new = [known[window][0] for window, message in messages.items()
@@ -222,21 +223,36 @@ class VisdomBoard:
                 continue
             name = self._sent.setdefault(window, f"{window} #{uuid.uuid4().hex[:8]}")
             if self._post("events", win=name, **message) != name:
-                raise Outage("does not answer as visdom does")
+                raise Outage(FOREIGN)
+
+    def probe(self):
+        """Find out whether a visdom server answers, without a change to it. Raises Outage."""
+        if self._post("win_exists", win="") not in ("true", "false"):
+            raise Outage(FOREIGN)
 
     def _meet(self):
         """Find out whether a visdom server answers and still has what was sent; close what an
         earlier process has drawn of this run."""
-        if self._post("win_exists", win="") not in ("true", "false"):
-            raise Outage("does not answer as visdom does")
+        self.probe()
         found = []
-        if self.env in json.loads(self._post("env_state")):
-            found = json.loads(self._post("win_data", win=None))
+        if self.env in self._names("env_state"):
+            found = self._names("win_data", win=None)
         found = {window for window in found if OURS.match(window)}
         if not found >= set(self._sent.values()):
             self._sent = {}
         for window in found - set(self._sent.values()):
             self._post("close", win=window)
+
+    def _names(self, endpoint, **message):
+        """The names, strings, in the server's answer, a list or an object of JSON; raises
+        Outage."""
+        try:
+            answer = json.loads(self._post(endpoint, **message))
+        except (ValueError, RecursionError):
+            raise Outage(FOREIGN) from None
+        if not isinstance(answer, (list, dict)):
+            raise Outage(FOREIGN)
+        return [name for name in answer if isinstance(name, str)]
 
     def _close(self, *windows):
         for window in windows:

@@ -13,18 +13,18 @@ import sys
 import time
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hparams.parser import LOGS, run_name
 from utils.errors import SettingsError, UserError
 from utils.files import whole_file
-from utils.logging.curves import FEW_POINTS, plots
+from utils.logging.curves import plots
 from utils.logging.logger import read_metrics
 from utils.logging.panes import COLOURS
 from utils.logging.replay import settings_of
 from utils.runs.folder import RunFolder, run_names
+from utils.runs.script import try_lock
 
 COLUMNS = 3
 SIZE = 4.6, 3.4  # inches of a window
@@ -64,8 +64,7 @@ def draw_plot(axes, plot):
     """Draw one Plot on matplotlib's axes."""
     for trace in plot.traces:
         values = [math.nan if value is None else value for value in trace.values]
-        few = len(values) - trace.values.count(None) <= FEW_POINTS
-        axes.plot(trace.steps, values, label=trace.label, marker="o" if few else "",
+        axes.plot(trace.steps, values, label=trace.label, marker="o" if trace.is_short else "",
                   color=COLOURS[trace.stat % len(COLOURS)], markersize=3,
                   linestyle="dotted" if trace.dashed else "solid")
     axes.set_title(plot.title, parse_math=False)
@@ -100,13 +99,9 @@ def is_going_on(folder):
     """Whether a program has the run open."""
     if not folder.lock.exists():
         return False
-    lock = FileLock(folder.lock)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    lock = try_lock(folder)
+    if lock is None:
         return True
-    except (OSError, NotImplementedError):  # a file system without locks
-        return False
     lock.release()
     return False
 

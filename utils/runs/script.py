@@ -135,12 +135,21 @@ def hold_lock(folder):
     One that was killed lets go once its workers have ended, for which LOCK_SECONDS are given. A
     file system without locks does without.
     """
+    lock = try_lock(folder, LOCK_SECONDS)
+    if lock is None:
+        raise UserError(f"another program is using {folder.path}: let it end, or give another "
+                        f"--log_dir")
+    return lock
+
+
+def try_lock(folder, seconds=0):
+    """The lock of a run folder, acquired within so many seconds; None where another program holds
+    it. On a file system without locks it is not acquired, and can be released all the same."""
     lock = FileLock(folder.lock, thread_local=False)
     try:
-        lock.acquire(timeout=LOCK_SECONDS)
+        lock.acquire(timeout=seconds)
     except Timeout:
-        raise UserError(f"another program is using {folder.path}: let it end, or give another "
-                        f"--log_dir") from None
+        return None
     except (OSError, NotImplementedError):
         pass
     return lock

@@ -19,7 +19,7 @@ class EMA:
         never_copied = {id(value): value for value in (getattr(model, name) for name in shared)}
         self.model = copy.deepcopy(model, never_copied).requires_grad_(False).eval()
         self.beta, self.warmup = beta, warmup
-        # To walk through the modules takes longer than to average: once, here.
+        # Listed once: walking through the modules takes longer than averaging.
         own = pairs_of(self.model.parameters(), model.parameters())
         self.averages, self.values = (list(tensors) for tensors in zip(*own))
         self.buffers = pairs_of(self.model.buffers(), model.buffers())

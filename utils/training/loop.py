@@ -15,7 +15,7 @@ from utils.training.precision import seed_step
 from utils.training.step import is_asynchronous
 
 STEPS_PER_SIGNAL = 10  # after which several processes ask each other who was interrupted
-STEPS_TO_ADD_UP = 1000  # after which they add up what each has noted, if nothing is due before
+STEPS_PER_REDUCE = 1000  # after which they reduce their sums, if nothing is due before
 
 
 def due(step, interval):
@@ -82,12 +82,12 @@ class TrainingLoop:
     `must_record` says whether it was known to be the first that trained, and after `end_step`,
     `must_validate`, `must_show`, `must_save_images` and `must_save` say what is due. They are true
     on rank 0 only, and after finite steps only, but for `must_save` where the loop `ends` and has
-    trained anything. `must_add_up` says on all ranks that what each has noted by itself is now to
-    be added up: before any of these, and when the means are logged. The loop ends after the last
-    step, or raises Stopped soon after any rank gets one of SIGNALS, or UserError where no step was
-    finite. `images` is the size of the training set, `seconds` what training took before `start`,
-    and `hint` how an interrupted run goes on. Of TrainingBatches that are given as `batches` it
-    logs how long they were waited for.
+    trained anything. `must_reduce` is true on every rank when the ranks' own sums must be reduced:
+    at each log entry, before anything above, and every STEPS_PER_REDUCE steps. The loop ends after
+    the last step, or raises Stopped soon after any rank gets one of SIGNALS, or UserError where no
+    step was finite. `images` is the size of the training set, `seconds` what training took before
+    `start`, and `hint` how an interrupted run goes on. Of TrainingBatches that are given as
+    `batches` it logs how long they were waited for.
 
     On a GPU the host is ahead of the device, and finds out what became of the steps, by `settle`,
     only when something is due that depends on it.
@@ -110,6 +110,7 @@ class TrainingLoop:
         )
         self.started = time.perf_counter() - seconds
         self.means, self.training_time = Means(), 0.0  # since the last log entry
+        self.logged = start  # the step of that
         self.recent, self.recent_bad_steps = Means(), 0  # since the last validation
         self.bad_steps = 0  # in a row
         self.must_record = False
@@ -223,7 +224,7 @@ class TrainingLoop:
             self.ends |= processes.any(interrupted)
         # the others wait for rank 0, for as long as it takes
         self.first_is_busy = validation or shown or images or checkpoint or self.ends
-        self.must_add_up = logs or self.first_is_busy or due(step, STEPS_TO_ADD_UP)
+        self.must_reduce = logs or self.first_is_busy or due(step, STEPS_PER_REDUCE)
         if logs or self.first_is_busy:
             self.settle()
         if logs and self.means.counts:
@@ -243,7 +244,7 @@ class TrainingLoop:
     def log_means(self):
         """Log the means since the last time, images/s and steps/s of training alone, and seconds
         in all."""
-        steps = self.means.counts["loss"]
+        steps, self.logged = self.step - self.logged, self.step
         images = steps * self.H.batch_size * self.processes.size
         means = self.processes.mean(self.means.take())
         seconds = self.training_time + time.perf_counter() - self.began_step

@@ -421,7 +421,7 @@ def test_histories_average_with_decay():
         ([3, 4, 9], [float("nan")] * 3, [float("inf")] * 3, True), ([3], [12.0], [4.0], False),
     ):
         for model in (together, alone):
-            model.note(torch.tensor(t), torch.tensor(loss), torch.tensor(elbo))
+            model.record_losses(torch.tensor(t), torch.tensor(loss), torch.tensor(elbo))
             model.end_step(torch.tensor(bad))
         alone.update_histories()
     assert not together.Lt_count.any()

@@ -6,7 +6,8 @@ import pytest
 
 from test_training import sampler, vqgan
 from utils.logging.curves import (
-    BARS, CURVES, HEALTH, PARTS, PICTURES, bars_of, is_drawn, metrics_in, plots, rank, window_of,
+    BARS, CURVES, FEW_POINTS, HEALTH, PARTS, PICTURES, Trace, bars_of, is_drawn, metrics_in, plots,
+    rank, window_of,
 )
 from utils.logging.logger import read_metrics
 from utils.logging.replay import newest_pictures, read_board
@@ -107,6 +108,13 @@ def test_figures_of_an_experiment_are_curves_once_there_are_two_steps():
     [plot] = plots([*fid, *lines({"FID": [8.0]}, "FID", [200])], {})
     assert plot.title == "FID" and plot.traces[0].values == (9, 8)
     assert not is_drawn("ids: bits per token (standard error)")
+
+
+def test_gaps_are_no_points_of_a_short_curve():
+    values = (1.0, None) * FEW_POINTS
+    steps = tuple(range(len(values)))
+    assert Trace("loss", 0, False, steps, values).is_short
+    assert not Trace("loss", 0, False, (*steps, 100), (*values, 1.0)).is_short
 
 
 def test_images_per_second_say_nothing_more_than_steps_per_second():

@@ -24,7 +24,7 @@ from utils.data.pixels import to_uint8
 from utils.errors import SettingsError, UserError
 from utils.logging.images import image_grid, panels, save_image, save_images_individually
 from utils.logging.logger import RunLogger
-from utils.logging.visdom_board import MAX_POINTS, VisdomBoard
+from utils.logging.visdom_board import MAX_POINTS, Outage, VisdomBoard
 from utils.runs.folder import RunFolder
 from utils.runs.resume import record_settings
 from utils.runs.script import start_run
@@ -272,7 +272,8 @@ def test_rewind_drops_later_lines_and_redraws_the_curves(folder):
 
 
 @pytest.mark.parametrize(
-    "torn", ['{"step": 2, "gro', '{"step": 2, "group": "train", "loss": 2.0}', "\0\0\0", "7\n"]
+    "torn", ['{"step": 2, "gro', '{"step": 2, "group": "train", "loss": 2.0}', "\0\0\0", "7\n",
+             "[" * 200_000 + "\n", '{"step": 2, "group": "train", "loss": 1' + "0" * 400 + "}\n"]
 )
 def test_torn_last_line_is_dropped(folder, torn):
     with RunLogger(folder) as log:
@@ -313,6 +314,25 @@ def test_a_new_logger_shows_what_the_run_has_left(folder):
         log.bars(30, "use", [1.0])  # a damaged file is replaced
     kept = json.loads(folder.board.read_text())
     assert kept == {"bars": {"use": {"step": 30, "values": [1.0]}}, "health": None}
+
+
+@pytest.mark.parametrize("damaged", [
+    '{"bars": {"use": {"step": 1, "values": [NaN, Infinity, 1e999]}}, "health": null}',
+    '{"bars": {"use": {"step": Infinity, "values": []}}, "health": null}',
+    '{"bars": {}, "health": {"step": 1e999, "sentences": []}}',
+    '{"bars": {"use": {"step": 1, "values": [1' + "0" * 400 + ']}}, "health": null}',
+    "[" * 200_000, "\0", "[]", "7", "",
+])
+def test_a_damaged_board_file_does_not_stop_training(damaged, folder):
+    folder.create().board.write_text(damaged)
+    board = Recorder()
+    with RunLogger(folder, board) as log:
+        log.bars(2, "other", [1.0])
+        log.health(2, ["training goes well"])
+    kept = json.loads(folder.board.read_text())
+    assert kept["bars"].pop("other") == {"step": 2, "values": [1.0]}
+    assert kept["bars"] in ({}, {"use": {"step": 1, "values": [None, None, None]}})
+    assert kept["health"] == {"step": 2, "sentences": ["training goes well"]}
 
 
 def test_the_board_forgets_a_run_that_is_moved_aside(folder):
@@ -447,6 +467,26 @@ def test_plots_survive_the_death_of_the_server(server, folder):
         wait_until(arrived)
         assert len(warnings_in(folder)) == 2
     assert len(lines_of(folder)) == len(steps)
+
+
+def test_windows_cleared_while_the_server_is_away_are_closed(server, monkeypatch):
+    server.start()
+    board = VisdomBoard("127.0.0.1", server.port, env="run", **FAST)
+    board.table("kept", {"a": "1"})
+    board.table("cleared", {"a": "1"})
+    board.send()
+    board.clear()
+    board.table("kept", {"a": "2"})
+    with monkeypatch.context() as patch:
+        patch.setattr(board, "_post", away)
+        with pytest.raises(Outage):
+            board.send(everything=False)
+    board.send()
+    assert list(server.windows("run")) == ["table: kept"]
+
+
+def away(*arguments, **message):
+    raise Outage("is away")
 
 
 def test_training_does_not_wait_for_a_hung_server(folder):

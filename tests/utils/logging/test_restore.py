@@ -1,6 +1,7 @@
 """Finished runs come back on a visdom server that starts anew, in order and once each."""
 
 import dataclasses
+import json
 import os
 import shutil
 
@@ -14,8 +15,8 @@ from helpers import wait_until
 from hparams import get_vqgan_hparams
 from utils.files import whole_file
 from utils.logging.logger import RunLogger
-from utils.logging.restore import draw_run
-from utils.logging.visdom_board import VisdomBoard
+from utils.logging.restore import draw_run, wait_for_server
+from utils.logging.visdom_board import Outage, VisdomBoard
 from utils.logging.visdom_server import scripts_are_there
 from utils.runs.folder import RunFolder, run_names
 
@@ -35,7 +36,8 @@ TITLES = [
 def finished_run(logs, name, board=None):
     """A run that has trained 20 steps; its windows come in another order than one looks."""
     folder = RunFolder(name, logs)
-    H = get_vqgan_hparams(["--dataset", "digits", "--log_dir", name, "--ema"])
+    flags = f"--dataset digits --codebook_size 16 --log_dir {name} --ema"
+    H = get_vqgan_hparams(flags.split())
     with RunLogger(folder, board) as log:
         with whole_file(folder.hparams) as file:
             file.write(H.as_yaml().encode())
@@ -102,7 +104,47 @@ def test_a_resumed_run_is_drawn_once_and_in_order(server, logs):
     assert after["image: reconstructions"]["title"].endswith("step 10")
     address = f"http://127.0.0.1:{server.port}/env/run"
     assert draw_run("run", logs, "127.0.0.1", server.port) == address
-    assert list(server.windows("run")) == WINDOWS[:2] + WINDOWS[3:4] + WINDOWS[5:]
+    assert list(server.windows("run")) == list(after)
+
+
+def test_what_is_rewound_does_not_come_back(server, logs):
+    folder = finished_run(logs, "run")
+    with RunLogger(folder) as log:
+        log.rewind(10)
+    assert json.loads(folder.board.read_text()) == {"bars": {}, "health": None}
+    server.start()
+    draw_run("run", logs, "127.0.0.1", server.port)
+    windows = server.windows("run")
+    assert list(windows) == [WINDOWS[0], WINDOWS[1], WINDOWS[6], WINDOWS[7]]
+    assert windows["image: reconstructions"]["title"].endswith("step 10")
+
+
+def test_pictures_of_a_last_step_without_a_log_entry_are_drawn(server, logs):
+    folder = finished_run(logs, "run")
+    with RunLogger(folder) as log:
+        log.images(25, "reconstructions", torch.rand(4, 1, 8, 8))
+    server.start()
+    draw_run("run", logs, "127.0.0.1", server.port)
+    assert server.windows("run")["image: reconstructions"]["title"].endswith("step 25")
+
+
+def test_waiting_for_the_server_leaves_a_run_called_main_alone(server, logs):
+    finished_run(logs, "main")
+    server.start()
+    draw_run("main", logs, "127.0.0.1", server.port)
+    wait_for_server("127.0.0.1", server.port)
+    assert list(server.windows("main")) == WINDOWS
+
+
+@pytest.mark.parametrize("answer", ["", "hello", "null", "3", "true", "[" * 100_000])
+def test_a_foreign_answer_is_an_outage(answer, monkeypatch, logs):
+    def post(board, endpoint, **message):
+        return "true" if endpoint == "win_exists" else answer
+
+    finished_run(logs, "run")
+    monkeypatch.setattr(VisdomBoard, "_post", post)
+    with pytest.raises(Outage, match="does not answer as visdom does"):
+        draw_run("run", logs, "127.0.0.1", 1)
 
 
 def test_a_window_that_comes_late_takes_its_place(server, logs):

@@ -10,12 +10,13 @@ import threading
 
 import pytest
 import torch
+from filelock import FileLock
 
 import train_vqgan
 from helpers import ROOT, as_torchrun, free_port, wait_until
 from test_training import VQGAN, lines_of, sentence, trained, two_runs, vqgan, workplace
 from utils.runs.folder import RunFolder
-from utils.runs.script import run_script
+from utils.runs.script import run_script, try_lock
 from utils.signals import SIGNALS, Stopped, handle_signals
 from utils.training.loop import TrainingLoop
 
@@ -234,6 +235,21 @@ def test_names_that_leave_the_folder_of_runs_are_refused(
 ):
     line = sentence(train_vqgan.main, f"{VQGAN} --{flag} {name}", capsys, monkeypatch)
     assert "lies outside logs/" in line and not (workplace / "logs").exists()
+
+
+def test_a_run_is_locked_once_and_a_file_system_without_locks_does_without(tmp_path, monkeypatch):
+    folder = RunFolder("run", tmp_path).create()
+    lock = try_lock(folder)
+    assert lock.is_locked and try_lock(folder) is None
+    lock.release()
+    monkeypatch.setattr(FileLock, "_acquire", no_locks)
+    lock = try_lock(folder)
+    assert not lock.is_locked
+    lock.release()
+
+
+def no_locks(lock):
+    raise NotImplementedError
 
 
 def test_log_txt_tells_losses_every_hundred_steps_and_each_validation(workplace):

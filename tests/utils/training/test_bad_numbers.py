@@ -1,5 +1,6 @@
 """Losses and gradients that are not finite: the step is passed over and leaves no trace."""
 
+import math
 import signal
 
 import pytest
@@ -102,6 +103,17 @@ def test_too_many_bad_steps_in_a_row_end_training(monkeypatch, capsys, workplace
     assert RunFolder("a").complete_steps() == [4]
 
 
+def test_bad_steps_count_in_the_speed(monkeypatch, workplace):
+    """Two of the four steps of the second log entry are bad, but took their time too."""
+    spoil(monkeypatch, VQGAN, "generator_losses", (5, 6), "nan")
+    now = iter(range(10**6))
+    monkeypatch.setattr(utils.training.loop.time, "perf_counter", lambda: float(next(now)))
+    vqgan("--log_dir a --steps_per_log 4 --train_steps 8")
+    first, second = (line for line in lines_of("a") if line["group"] == "train")
+    assert second["steps_per_second"] == first["steps_per_second"]
+    assert second["images_per_second"] == 4 * second["steps_per_second"]
+
+
 class HalfPrecision(Precision):
     """float16 on a CPU, with a scale by which gradients overflow."""
 
@@ -126,7 +138,7 @@ def test_overflow_of_the_adaptive_weight_lowers_the_scale(monkeypatch, workplace
     assert 2 < overflows < 20
     assert "passed over" not in RunFolder("a").log.read_text()
     lines = [line for line in lines_of("a") if line["group"] == "train"]
-    assert len(lines) == 20 and all(line["d_weight"] is not None for line in lines)
+    assert len(lines) == 20 and all(math.isfinite(float(line["d_weight"])) for line in lines)
     scale = torch.load(RunFolder("a").stats(20), weights_only=True)["scaler"]["scale"]
     assert scale <= 2.0 ** (24 - overflows)
 
