@@ -10,8 +10,9 @@ from PIL import Image
 from utils.errors import UserError
 from utils.logging.images import to_pil
 from utils.web import pictures
+from utils.web.guards import MaskEditor
 from utils.web.parts import (
-    Choices, buttons, caption, cost, done, file_to_save, nothing_to_save, picture, running,
+    TURN, Choices, buttons, caption, cost, done, file_to_save, nothing_to_save, picture, running,
     save_buttons, saved, seed_row, starts, status_line, wrong,
 )
 from utils.web.records import as_json, as_png, as_zip
@@ -19,7 +20,7 @@ from utils.web.stepwise import Step
 from utils.web.studio import (
     MOST_CANVASES, MOST_COMPARED, MOST_COMPLETIONS, MOST_SAMPLES, MOST_TIMES, Settings,
 )
-from utils.web.uploads import CANVAS, MOST_BYTES, painted, to_paint_on
+from utils.web.uploads import CANVAS, MOST_BYTES, painted, read_layers, to_paint_on
 
 PAINT = "#ff2d55"
 FIRST = 3  # the number of the image of the dataset that is shown at first
@@ -108,7 +109,7 @@ def fill_in_tab(studio):
             with gr.Row():
                 with gr.Column(min_width=300, elem_classes="figure"):
                     caption("The image: paint over what is to be filled in")
-                    editor = gr.ImageEditor(
+                    editor = MaskEditor(
                         first_to_paint(given), show_label=False, type="pil", format="png",
                         sources=(), transforms=(), layers=False, canvas_size=(CANVAS, CANVAS),
                         height=520, elem_id="mask",
@@ -127,12 +128,12 @@ def fill_in_tab(studio):
     show = image_shower(given, editor, status)
     for event in (given.number.change, given.file.upload, given.file.clear):
         event(show, given.inputs, [editor, status], show_progress="hidden",
-              api_visibility="private")
+              api_visibility="private", **TURN)
 
     def handler(layers, number, path, *values):
         yield {status: done("Waiting for the model …"), **nothing_to_save(save)}
         image, source = given.load(number, path)
-        mask = painted((layers or {}).get("layers", []), to_paint_on(image).size)
+        mask = painted(read_layers(layers or []), to_paint_on(image).size)
         for item in studio.fill_in(Settings(*values), image, mask, source):
             if isinstance(item, Step):
                 forming = [to_pil(part) for part in studio.partial(item.ids)]
