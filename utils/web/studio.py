@@ -29,6 +29,7 @@ from utils.web.uploads import read_upload, square_of
 
 MOST_SAMPLES = CHUNK  # more have noise of their own in get_samples.py
 MOST_COMPLETIONS, MOST_CANVASES, MOST_COMPARED = 16, 4, 16
+MOST_TOGETHER = 32_000_000  # pixels of all completions of an image
 MOST_STEPS = 1024
 MOST_TIMES = 4  # a side of a canvas, in sides of the grid trained on
 LARGEST_SEED = 2**32 - 1
@@ -79,6 +80,16 @@ def number(name, value, least, most, whole=True):
         pass
     raise UserError(f"{name} must be a {'whole ' if whole else ''}number from {least} to {most}, "
                     f"not {str(value)[:40]}")
+
+
+def check_size(count, size):
+    """Raise UserError where `count` images of `size` (width, height) would take long to write."""
+    width, height = size
+    if count * width * height > MOST_TOGETHER:
+        fit = MOST_TOGETHER // (width * height)
+        raise UserError(f"{count} completions of {width}x{height} pixels are more than "
+                        f"{MOST_TOGETHER // 10**6} megapixels together: ask for {fit} at most, or "
+                        f"give a smaller image")
 
 
 def means_of_codes(image, ids):
@@ -198,18 +209,19 @@ class Studio:
         run = self.with_settings(settings, MOST_CANVASES)
 
         def work(progress):
-            return to_uint8(draw_canvases(run, sides, mode, progress))
+            ids, images = draw_canvases(run, sides, mode, progress)
+            return ids, to_uint8(images)
 
-        ids = None
         for item in stepwise(work, self.network, self.worker):
             if isinstance(item, Step):
-                ids = item.ids
                 yield item
             else:
+                ids, images = item.result
                 command = command_for(run.H, "generate_big_samples", **sampling_flags(run.H),
                                       shape=sides, canvas=mode, log_dir="big")
-                facts = record(run, "canvases", command, item, shape=sides, canvas=mode)
-                yield Drawn(item.result, ids, item.seconds, item.calls, facts)
+                facts = record(run, "canvases", command, item, shape=sides, canvas=mode,
+                               ids=ids.tolist())
+                yield Drawn(images, ids, item.seconds, item.calls, facts)
 
     # --- images that are given
 
@@ -240,6 +252,7 @@ class Studio:
         image = to_float(self.pixels(photograph))
         hidden = torch.from_numpy(scaled(square, run.H.img_size))
         original = as_png_holds(photograph)
+        check_size(run.H.n_samples, original.size)
         at_full_size = scaled(square, min(original.size))
 
         def work(progress):
@@ -299,17 +312,21 @@ class Studio:
     def look(self, photograph, source):
         """Steps, and (View, record) of a PIL image; `source` says which it is."""
         image = self.pixels(photograph)
-        yield from self.views(lambda progress: image, source)
+        for item in self.views(self.run, lambda progress: image, source):
+            if not isinstance(item, Step):
+                item[1].pop("samples", None)  # nothing is drawn
+            yield item
 
     def look_at_sample(self, settings):
         """Steps, and (View, record) of a sample."""
         run = self.with_settings(settings, 1)
         source = {"command of the sample": command_for(
             run.H, "get_samples", **sampling_flags(run.H), log_dir="samples")}
-        yield from self.views(lambda progress: self.draw(run, progress)[1][0], source)
+        yield from self.views(run, lambda progress: self.draw(run, progress)[1][0], source)
 
-    def views(self, image, source):
-        """Steps, and (View, record) of what `image(progress)` gives, uint8 [C, S, S]."""
+    def views(self, run, image, source):
+        """Steps, and (View, record) of what `image(progress)` gives, uint8 [C, S, S]; `run` has the
+        settings that it is drawn by."""
         def work(progress):
             return self.inside(image(progress), progress)
 
@@ -318,7 +335,7 @@ class Studio:
                 yield item
             else:
                 view = item.result
-                facts = record(self.run, "inside of an image", None, item, **source,
+                facts = record(run, "inside of an image", None, item, **source,
                                ids=view.ids.unflatten(0, self.shape).tolist(),
                                neighbours=dict(zip(map(str, view.numbers), view.distances)))
                 yield view, facts
