@@ -36,6 +36,12 @@ def central_square(width, height):
     return (width - side) // 2, (height - side) // 2, side
 
 
+def on_square(mask):
+    """The part bool [m, m] of a mask bool [h, w] on the central square of its image."""
+    left, top, side = central_square(mask.shape[1], mask.shape[0])
+    return mask[top : top + side, left : left + side]
+
+
 def read_mask(path):
     """Which pixels of a mask file are hidden: bool [h, w], True where it is lighter than mid-grey.
 
@@ -74,11 +80,10 @@ def mask_square(hidden, path, size, log):
         log.info(f"--mask {path} is square and the image is not: it is taken to lie on the central "
                  f"{side}x{side} pixels, which are what the model sees")
         return hidden
-    left, top, side = central_square(width, height)
-    square = hidden[top : top + side, left : left + side]
+    square = on_square(hidden)
     if width != height:
         log.info(f"--mask {path} is cut like the image: of its {width}x{height} pixels the model "
-                 f"sees the central {side}x{side}")
+                 f"sees the central {len(square)}x{len(square)}")
     if not square.any():
         raise UserError(f"what --mask {path} hides lies outside the central square of the image, "
                         f"which is all that the model sees: move it, or cut the image around it")

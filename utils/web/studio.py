@@ -6,14 +6,17 @@ and its result last; closing it ends the work. Wrong input raises UserError, wit
 Shapes: n samples of N ids each on a grid h x w; images uint8 [n, C, S, S].
 """
 
+import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from hparams.scripts import NOT_NATIVE, runs_on_any_grid
 from models.autoencoder.quantizers import embed_grid
 from utils.data.batches import evaluation_batches
 from utils.data.datasets import load_dataset
-from utils.data.pixels import to_float, to_square, to_uint8
+from utils.data.pixels import UnreadableImage, to_float, to_square, to_uint8
 from utils.data.split import sample_of
 from utils.errors import UserError
 from utils.evaluation.canvas import draw_canvases
@@ -60,7 +63,7 @@ class View(NamedTuple):
     numbers: list
 
 
-class Settings(NamedTuple):
+class Choice(NamedTuple):
     """What a visitor chooses about sampling."""
 
     count: int
@@ -80,6 +83,11 @@ def number(name, value, least, most, whole=True):
         pass
     raise UserError(f"{name} must be a {'whole ' if whole else ''}number from {least} to {most}, "
                     f"not {str(value)[:40]}")
+
+
+def names_only(sentence):
+    """A sentence with the names of files alone, not the folders of this machine that hold them."""
+    return re.sub(r"(?<![\w.:/])~?/(?:[^\s/]+/)*(?=[^\s/])", "", sentence)
 
 
 def check_size(count, size):
@@ -119,13 +127,12 @@ class Studio:
         try:
             self.dataset, self.no_dataset = load_dataset(run.H), None
         except UserError as error:
-            self.dataset, self.no_dataset = None, str(error)
+            self.dataset, self.no_dataset = None, names_only(str(error))
 
     @property
     def is_native(self):
         """Whether the denoiser runs on canvases of any size."""
-        H = self.run.H
-        return self.is_absorbing and H.attention != "full" and "absolute" not in H.position
+        return self.is_absorbing and runs_on_any_grid(self.run.H)
 
     # --- settings
 
@@ -204,8 +211,7 @@ class Studio:
         sides = [number(name, value, trained, MOST_TIMES * trained) for name, value, trained in zip(
             ("the height in ids", "the width in ids"), (height, width), self.shape)]
         if mode not in ("windows", "native") or mode == "native" and not self.is_native:
-            raise UserError("this model has absolute positions, so it can draw a larger canvas by "
-                            "windows only")
+            raise UserError(NOT_NATIVE)
         run = self.with_settings(settings, MOST_CANVASES)
 
         def work(progress):
@@ -235,7 +241,10 @@ class Studio:
         index = number("the number of the image", index, 0, len(self.dataset) - 1)
         if self.dataset.embedded:
             return to_pil(self.dataset.pixels(index))
-        return self.dataset.open(index)
+        try:
+            return self.dataset.open(index)
+        except UnreadableImage as error:
+            raise UnreadableImage(Path(error.path).name, error.reason) from None
 
     def pixels(self, photograph):
         """A PIL image as the model sees it: uint8 [C, S, S]."""

@@ -8,7 +8,7 @@ from PIL import Image
 
 from utils.data.pixels import decode
 from utils.errors import UserError
-from utils.evaluation.inpainting import central_square
+from utils.evaluation.inpainting import central_square, on_square
 
 MOST_BYTES = 10_000_000  # of a file
 MOST_PIXELS = 16_000_000  # of an image
@@ -81,8 +81,7 @@ def painted(layers, size):
 
 def square_of(mask):
     """The part bool [m, m] of a mask bool [h, w] on the central square, all that a model sees."""
-    left, top, side = central_square(mask.shape[1], mask.shape[0])
-    square = mask[top : top + side, left : left + side]
+    square = on_square(mask)
     if not square.any():
         raise UserError("what is painted lies outside the central square of the image, which is "
                         "all that the model sees: paint inside it")

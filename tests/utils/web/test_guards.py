@@ -121,3 +121,28 @@ def test_images_are_shown_in_turn(studio):
     events = [function for function in build_page(studio).fns.values() if function.name == "show"]
     assert len(events) == 3
     assert all(event.concurrency_id == "model" for event in events)
+
+
+def test_stop_leaves_what_is_finished():
+    from utils.web.parts import WAITING, done, running, stopped, wrong
+    from utils.web.stepwise import Step
+
+    for told in (WAITING, running(Step(3, 8, 0.5))):
+        assert stopped(told) == done("Stopped.")
+    for told in (done("4 images in 0.5 s"), wrong("a sentence"), None):
+        assert stopped(told) == gr.skip()
+
+
+def test_no_folder_of_the_server_is_told():
+    from utils.web.parts import wrong
+
+    assert wrong("there is no image in /srv/faces") == \
+        '<div class="told wrong">There is no image in faces</div>'
+
+
+def test_times_are_compared_in_words():
+    from utils.web.tabs import comparison
+
+    took = [SimpleNamespace(seconds=seconds) for seconds in (2.0, 2.05, 3.0)]
+    assert comparison(took[0], took[1]).endswith("they are equally fast.")
+    assert comparison(took[0], took[2]).endswith("A is 1.5 times as fast.")

@@ -6,6 +6,7 @@ import json
 import shlex
 import threading
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,17 +15,17 @@ from PIL import Image, ImageCms
 
 from experiments import generate_big_samples, get_samples, inpaint
 from utils.data.images import Digits
-from utils.data.pixels import to_uint8
+from utils.data.pixels import UnreadableImage, to_uint8
 from utils.errors import UserError
 from utils.evaluation.inpainting import central_square
 from utils.logging.images import image_grid, to_pil
 from utils.runs.folder import RunFolder
 from utils.web.records import as_json, as_png, as_zip
 from utils.web.stepwise import Finished, Step, Work, Worker, counted_calls, stepwise
-from utils.web.studio import Settings, means_of_codes, number
+from utils.web.studio import Choice, means_of_codes, names_only, number
 from utils.web.uploads import painted, read_upload, square_of, to_paint_on
 
-CHOSEN = Settings(count=5, method="halton", steps=6, temp=0.9, seed=7)
+CHOSEN = Choice(count=5, method="halton", steps=6, temp=0.9, seed=7)
 SCRIPTS = {"get_samples": get_samples, "inpaint": inpaint,
            "generate_big_samples": generate_big_samples}
 
@@ -368,12 +369,22 @@ def test_masks_are_checked():
     assert square_of(mask[:, :20]).shape == (20, 20)
 
 
-def test_images_of_a_dataset_that_is_not_there(studio):
+def test_images_of_a_dataset_that_is_not_there(studio, monkeypatch):
     with pytest.raises(UserError, match="the number of the image must be a whole number from 0"):
         studio.photograph(None, 1797)
+    error = UnreadableImage("/home/me/private/a.png", "it is cut")
+    monkeypatch.setattr(studio.dataset, "open", Mock(side_effect=error))
+    with pytest.raises(UserError, match="^cannot read the image a.png: it is cut$"):
+        studio.photograph(None, 0)
     studio.dataset, studio.no_dataset = None, "it is gone"
     with pytest.raises(UserError, match="there is no dataset to take an image of .it is gone."):
         studio.photograph(None, 0)
+
+
+def test_folders_of_the_server_are_not_told():
+    assert names_only("there is no folder /home/me/faces: see https://example.org/a/b or and/or") \
+        == "there is no folder faces: see https://example.org/a/b or and/or"
+    assert names_only("cannot read (/a/b c/d.png)") == "cannot read (b c/d.png)"
 
 
 def test_numbers_keep_their_kind():
