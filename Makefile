@@ -29,7 +29,7 @@ VENV_PYTHON := .venv/bin/python
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-lowest demo photos web gpu-check visdom watch clean
+.PHONY: help install test test-all test-lowest test-page demo photos web gpu-check visdom watch clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,9 @@ test-all: .venv/installed ## run the tests, the slow ones too
 
 test-lowest: .venv-lowest/installed ## run `make test` with the lowest versions in pyproject.toml
 	.venv-lowest/bin/python -m pytest
+
+test-page: .venv/installed-page ## run the tests of the page, in a browser where chromium is installed
+	$(VENV_PYTHON) -m pytest tests/utils/web -m "slow or not slow"
 
 demo: .venv/installed ## train both stages on the digits and report on them: minutes on a CPU
 	$(VENV_PYTHON) train_vqgan.py --dataset digits --log_dir demo_vqgan --amp --ema \
@@ -117,6 +120,11 @@ clean: ## remove both environments and what tools left behind, but nothing that 
 
 .venv/installed-web: .venv/installed
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable ".[web]"
+	touch $@
+
+.venv/installed-page: .venv/installed
+	$(PIP) install --constraint constraints.txt --no-build-isolation \
+	  --editable ".[test,web,browser]"
 	touch $@
 
 # The lower bounds in pyproject.toml as pins; constraints.txt pins what those need in turn, save the

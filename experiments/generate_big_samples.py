@@ -19,7 +19,7 @@ def main(argv=None):
     H = get_big_samples_hparams(argv)
     with experiment(H, "big samples", several=False) as run:
         run.load_sampler()
-        images = draw_canvases(run, H.shape, H.canvas)
+        _, images = draw_canvases(run, H.shape, H.canvas)
         run.show_images("big", images)
         if H.save_individually:
             run.log.images(H.load_step, "big", images, display=False, individually=True)

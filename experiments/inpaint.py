@@ -48,11 +48,10 @@ def save_at_full_size(run, photograph, images, hidden):
             folder.rmdir()
         return
     make_folder(folder)
-    profile = photograph.info.get("icc_profile")
     hidden = scaled(hidden, min(width, height))
     for number, image in enumerate(tqdm(images, desc="full size", unit="image")):
         with whole_file(folder / f"{number:06d}.png", durable=False) as file:
-            lay_back(photograph, image, hidden).save(file, format="PNG", icc_profile=profile)
+            lay_back(photograph, image, hidden).save(file, format="PNG")
     grey = " (filled in with grey, which is all that this model draws)"
     is_grey = H.n_channels == 1 and photograph.mode.startswith("RGB")
     log.info(f"the same completions at the image's own size, {width}x{height}"

@@ -148,6 +148,14 @@ class InpaintSettings(SamplesSettings, Inpainting):
                 )
 
 
+NOT_NATIVE = "--canvas native needs a model without absolute positions: use --canvas windows"
+
+
+def runs_on_any_grid(H):
+    """Whether the denoiser runs on canvases of any size, not only on windows of that trained on."""
+    return H.attention != "full" and "absolute" not in H.position
+
+
 class BigSamplesSettings(SamplesSettings, Canvas):
     """experiments/generate_big_samples.py: draw samples larger than those trained on."""
 
@@ -164,10 +172,8 @@ class BigSamplesSettings(SamplesSettings, Canvas):
             raise SettingsError(
                 f"--shape {show(self.shape)} is smaller than the {show(trained)} ids trained on"
             )
-        if self.canvas == "native" and (self.attention == "full" or "absolute" in self.position):
-            raise SettingsError(
-                "--canvas native needs a model without absolute positions: use --canvas windows"
-            )
+        if self.canvas == "native" and not runs_on_any_grid(self):
+            raise SettingsError(NOT_NATIVE)
 
 
 class PageSettings(Page, ExperimentSettings):

@@ -18,7 +18,7 @@ TABS = {  # name of the picture: (tab, button, what the line says at the end)
     "web_sample": ("Sample", "Draw", "images in"),
     "web_fill_in": ("Fill in", "Fill in", "completions of"),
     "web_canvas": ("Canvas", "Draw", "canvas of"),
-    "web_compare": ("Compare", "Compare", "as fast"),
+    "web_compare": ("Compare", "Compare", "fast."),
     "web_look_inside": ("Look inside", "Look", "PSNR"),
 }
 

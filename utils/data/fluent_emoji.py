@@ -9,6 +9,7 @@ the variable npm_config_registry, or by a line `registry=` of ~/.npmrc.
 
 import base64
 import hashlib
+import http.client
 import io
 import os
 import re
@@ -16,7 +17,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
-import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path, PurePosixPath
 
@@ -43,12 +44,26 @@ def registry():
     return (address or REGISTRY).rstrip("/") + "/"
 
 
+def without_login(address):
+    """(an address without its user:password@, the header that says these to the server, a dict)."""
+    found = re.match(r"([^/]*//)([^/]*)@", address)
+    if not found:
+        return address, {}
+    coded = base64.b64encode(urllib.parse.unquote_to_bytes(found[2])).decode()
+    return found[1] + address[found.end() :], {"Authorization": f"Basic {coded}"}
+
+
 def download(address):
     """The bytes at an address; UserError where they do not come, or are not those of SHA512."""
+    address, login = without_login(address)
     try:
-        with urllib.request.urlopen(address, timeout=SECONDS) as answer:
+        request = urllib.request.Request(address)
+        for header, value in login.items():
+            request.add_unredirected_header(header, value)
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             content = answer.read()
-    except (OSError, ValueError) as error:  # urllib's own errors are OSErrors
+    # urllib's own errors are OSErrors; an answer that ends early is an HTTPException
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"cannot get {address} ({error}): {REMEDY}") from None
     if base64.b64encode(hashlib.sha512(content).digest()).decode() != SHA512:
         raise UserError(f"{address} is not the archive that it should be: its {len(content)} bytes "
@@ -90,7 +105,7 @@ def main(argv=None):
         print(f"pictures are in {folder} already")
         return
     address = registry() + ARCHIVE
-    print(f"fetching {COUNT} emoji, 16 MB: {address}", flush=True)
+    print(f"fetching {COUNT} emoji, 16 MB: {without_login(address)[0]}", flush=True)
     unpack(download(address), folder)
     print(f"pictures are in {folder}")
 

@@ -29,8 +29,9 @@ class UnreadableImage(UserError):
         super().__init__(f"cannot read the image {self.path}: {reason}")
 
 
-def decode(content, path):
-    """The upright PIL image in the bytes `content`; raises UnreadableImage, naming `path`."""
+def decode(content, path, most_pixels=None):
+    """The upright PIL image in the bytes `content`; raises UnreadableImage, naming `path`, also
+    where its header says that it has more than `most_pixels`, before any is decoded."""
     if not content:
         raise UnreadableImage(path, "the file is empty")
     try:
@@ -40,6 +41,9 @@ def decode(content, path):
             # gigabytes for such an image.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content), formats=FORMATS)
+            if most_pixels and image.width * image.height > most_pixels:
+                raise ValueError(f"it has {image.width}x{image.height} pixels, and "
+                                 f"{most_pixels / 1e6:.3g} megapixels are allowed at most")
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
         return image

@@ -4,6 +4,7 @@ import torch
 from tqdm import tqdm
 
 from models.sampling.canvas import WindowedDenoiser, decode_canvas
+from utils.evaluation.samples import over_batches
 from utils.training.precision import seed_step
 
 
@@ -39,11 +40,15 @@ def decode_big(run, ids, shape):
 
 
 def draw_canvases(run, shape, canvas, progress=None):
-    """Images [n_samples, C, H*f, W*f] in [0, 1] of canvases of `shape` (H, W) ids; the arguments
-    are those of `draw_canvas`."""
-    H, images = run.H, []
+    """(ids [n_samples, H*W] on the CPU, images [n_samples, C, H*f, W*f] in [0, 1]) of canvases of
+    `shape` (H, W) ids; the arguments are those of `draw_canvas`, `progress` that of all batches."""
+    H, ids, images = run.H, [], []
     for first in range(0, H.n_samples, H.batch_size):
         seed_step(H.seed, first, "samples")
         count = min(H.batch_size, H.n_samples - first)
-        images.append(decode_big(run, draw_canvas(run, count, shape, canvas, progress), shape))
-    return torch.cat(images)
+        rest = torch.full((H.n_samples - first - count, shape[0] * shape[1]), run.sampler.mask_id,
+                          device=run.device)
+        told = over_batches(progress, ids, rest)
+        ids.append(draw_canvas(run, count, shape, canvas, told))
+        images.append(decode_big(run, ids[-1], shape))
+    return torch.cat(ids).cpu(), torch.cat(images)

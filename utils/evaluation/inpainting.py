@@ -13,7 +13,7 @@ from PIL import Image
 from models.sampling.blending import lay_in
 from utils.data.pixels import decode as decode_file
 from utils.errors import UserError
-from utils.evaluation.samples import decode
+from utils.evaluation.samples import decode, over_batches
 from utils.logging.images import to_pil
 from utils.training.precision import seed_step
 
@@ -34,6 +34,12 @@ def central_square(width, height):
     """(left, top, side) of the square that a model sees of an image."""
     side = min(width, height)
     return (width - side) // 2, (height - side) // 2, side
+
+
+def on_square(mask):
+    """The part bool [m, m] of a mask bool [h, w] on the central square of its image."""
+    left, top, side = central_square(mask.shape[1], mask.shape[0])
+    return mask[top : top + side, left : left + side]
 
 
 def read_mask(path):
@@ -74,11 +80,10 @@ def mask_square(hidden, path, size, log):
         log.info(f"--mask {path} is square and the image is not: it is taken to lie on the central "
                  f"{side}x{side} pixels, which are what the model sees")
         return hidden
-    left, top, side = central_square(width, height)
-    square = hidden[top : top + side, left : left + side]
+    square = on_square(hidden)
     if width != height:
         log.info(f"--mask {path} is cut like the image: of its {width}x{height} pixels the model "
-                 f"sees the central {side}x{side}")
+                 f"sees the central {len(square)}x{len(square)}")
     if not square.any():
         raise UserError(f"what --mask {path} hides lies outside the central square of the image, "
                         f"which is all that the model sees: move it, or cut the image around it")
@@ -116,38 +121,47 @@ def hidden_ids(hidden, shape):
 def complete(run, image, hidden, progress=None):
     """`n_samples` completions of image [C, S, S], its pixels kept where `hidden` is False.
 
-    `run` is an Experiment; `progress` that of `models.sampling.samplers`, for each batch anew.
+    `run` is an Experiment; `progress` that of `models.sampling.samplers`, for all batches.
     """
     H, sampler = run.H, run.sampler
     ids = run.autoencoder.encode(image[None].to(run.device))[-1]  # [1, N]
     unknown = hidden_ids(hidden, sampler.shape).to(run.device)
     known = ids.masked_fill(unknown, sampler.mask_id).expand(H.n_samples, -1)
     run.log.info(f"{int(unknown.sum())} of {ids.shape[1]} ids are drawn again")
-    images = []
+    drawn, images = [], []
     for first in range(0, H.n_samples, H.batch_size):
-        part = known[first : first + H.batch_size]
+        part, rest = known[first : first + H.batch_size], known[first + H.batch_size :]
         seed_step(H.seed, first, "inpaint")
         with run.precision.autocast():
-            drawn = sampler.sample(
-                len(part), H.temp, H.sample_steps, H.sample_type, progress=progress, known=part
-            )
-        images.append(decode(run.decoder, drawn))
+            drawn.append(sampler.sample(
+                len(part), H.temp, H.sample_steps, H.sample_type, known=part,
+                progress=over_batches(progress, drawn, rest),
+            ))
+        images.append(decode(run.decoder, drawn[-1]))
     return lay_in(image, torch.cat(images), hidden)
 
 
 def as_png_holds(photograph):
     """A PIL image with its pixels as they are, in a mode of PNG: 8-bit grey or colour, colour with
     transparency, 16-bit grey."""
-    mode = photograph.mode
+    mode, profile = photograph.mode, photograph.info.get("icc_profile")
     if mode.startswith("I"):
-        return Image.fromarray(np.asarray(photograph).clip(0, 65535).astype(np.uint16))
+        photograph = Image.fromarray(np.asarray(photograph).clip(0, 65535).astype(np.uint16))
+        return with_profile(photograph, profile)
     if photograph.has_transparency_data:
-        return photograph.convert("RGBA")
-    if mode not in ("L", "RGB"):
+        photograph = photograph.convert("RGBA")
+    elif mode not in ("L", "RGB"):
         photograph = photograph.convert("L" if mode == "1" else "RGB")
-    if mode == "CMYK":
-        photograph.info.pop("icc_profile", None)  # that of inks
+    if mode == "CMYK" or mode in ("L", "LA") and photograph.mode == "RGBA":
+        photograph.info.pop("icc_profile", None)  # that of inks, or of grey
     return photograph
+
+
+def with_profile(image, profile):
+    """A PIL image with an ICC profile, bytes or None, which it is saved with."""
+    if profile:
+        image.info["icc_profile"] = profile
+    return image
 
 
 def lay_back(photograph, completion, hidden):
@@ -155,6 +169,7 @@ def lay_back(photograph, completion, hidden):
     replaced by those of `completion` [C, S, S], which is enlarged; all others stay as they are.
 
     What is filled in takes the photograph's form: grey in a grey one, opaque in a transparent one.
+    The photograph's ICC profile is kept.
     """
     left, top, side = central_square(*photograph.size)
     drawn = to_pil(completion).resize((side, side), Image.Resampling.BICUBIC)
@@ -164,4 +179,4 @@ def lay_back(photograph, completion, hidden):
     else:
         drawn = np.asarray(drawn.convert(photograph.mode))
     pixels[top : top + side, left : left + side][hidden] = drawn[hidden]
-    return Image.fromarray(pixels)
+    return with_profile(Image.fromarray(pixels), photograph.info.get("icc_profile"))

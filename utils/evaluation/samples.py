@@ -93,6 +93,20 @@ def draw_chunks(H, sampler, precision, spans, integer, **options):
     return [{"ids": part.clone()} for part in ids.to("cpu", integer).split(counts)]
 
 
+def over_batches(progress, drawn, rest):
+    """`progress` of the batch that follows those that are `drawn`, a list of ids [b, N], told of
+    all batches as one; `rest` [m, N] are what is known of the ids after it. None stays None."""
+    if progress is None:
+        return None
+
+    def told(done, total, ids):
+        size = len(drawn[0]) if drawn else len(ids)
+        batches = len(drawn) + 1 + -(-len(rest) // size)
+        progress(len(drawn) * total + done, batches * total, torch.cat((*drawn, ids, rest)))
+
+    return told
+
+
 def given_ids(H, tokens, log):
     """Parts of the ids [b, N] of the first `H.n_samples` samples that `--latents_path` holds.
 

@@ -9,7 +9,7 @@ import gradio as gr
 from models.sampling.samplers import SAMPLERS
 from utils.errors import UserError
 from utils.web.records import as_json
-from utils.web.studio import MOST_STEPS
+from utils.web.studio import MOST_STEPS, names_only
 
 METHODS = {
     "diffusion": "diffusion: at random times",
@@ -38,8 +38,18 @@ def done(sentence):
     return f'<div class="told done">{html.escape(sentence)}</div>'
 
 
+WAITING = done("Waiting for the model …")
+
+
+def stopped(told):
+    """What a line that says `told`, HTML, says after Stop: it stays where nothing runs."""
+    is_running = told == WAITING or '<div class="bar">' in str(told)
+    return done("Stopped.") if is_running else gr.skip()
+
+
 def wrong(sentence):
     """HTML of what a visitor did wrong, in one sentence."""
+    sentence = names_only(sentence)
     sentence = sentence[:1].upper() + sentence[1:]
     return f'<div class="told wrong">{html.escape(sentence)}</div>'
 
@@ -73,7 +83,7 @@ def telling(status):
 
 
 class Choices:
-    """The components by which a visitor chooses how to draw, `inputs`, in the order of Settings."""
+    """The components by which a visitor chooses how to draw, `inputs`, in the order of Choice."""
 
     def __init__(self, studio, count, most, seed=True, steps=None):
         H, absorbing = studio.run.H, studio.is_absorbing
@@ -126,7 +136,7 @@ def starts(button, stop, handler, inputs, outputs, status):
         api_visibility="private", **TURN,
     )
     stop.click(None, cancels=[event], queue=False).then(
-        lambda: done("Stopped."), outputs=status, queue=False, show_progress="hidden",
+        stopped, status, status, queue=False, show_progress="hidden",
         api_visibility="private",
     )
 

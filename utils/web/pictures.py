@@ -6,12 +6,12 @@ Shapes: n images, K codebook size, D width of its vectors, h x w the grid of ids
 import colorsys
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.data.pixels import to_uint8
+from utils.data.pixels import to_float, to_uint8
+from utils.evaluation.metrics import psnr
 from utils.logging.images import image_grid, to_pil
 
 WIDTH = 640  # pixels that a picture is about wide
@@ -126,9 +126,8 @@ def labelled_row(images, labels, width=2 * WIDTH):
 
 
 def difference(image, reconstruction):
-    """How far two images uint8 [C, S, S] are apart: (peak signal-to-noise ratio in dB, largest
-    difference of a pixel)."""
-    apart = image.double() - reconstruction.double()
-    error = apart.square().mean().item()
-    psnr = math.inf if error == 0 else 10 * math.log10(255**2 / error)
-    return psnr, int(np.abs(apart.numpy()).max())
+    """How far two images uint8 [C, S, S] are apart: (peak signal-to-noise ratio in dB, 120 for
+    equal ones; largest difference of a pixel)."""
+    apart = image.int() - reconstruction.int()
+    decibels = psnr(to_float(image)[None], to_float(reconstruction)[None]).item()
+    return decibels, int(apart.abs().max())

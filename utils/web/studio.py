@@ -6,14 +6,17 @@ and its result last; closing it ends the work. Wrong input raises UserError, wit
 Shapes: n samples of N ids each on a grid h x w; images uint8 [n, C, S, S].
 """
 
+import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from hparams.scripts import NOT_NATIVE, runs_on_any_grid
 from models.autoencoder.quantizers import embed_grid
 from utils.data.batches import evaluation_batches
 from utils.data.datasets import load_dataset
-from utils.data.pixels import to_float, to_square, to_uint8
+from utils.data.pixels import UnreadableImage, to_float, to_square, to_uint8
 from utils.data.split import sample_of
 from utils.errors import UserError
 from utils.evaluation.canvas import draw_canvases
@@ -29,6 +32,7 @@ from utils.web.uploads import read_upload, square_of
 
 MOST_SAMPLES = CHUNK  # more have noise of their own in get_samples.py
 MOST_COMPLETIONS, MOST_CANVASES, MOST_COMPARED = 16, 4, 16
+MOST_TOGETHER = 32_000_000  # pixels of all completions of an image
 MOST_STEPS = 1024
 MOST_TIMES = 4  # a side of a canvas, in sides of the grid trained on
 LARGEST_SEED = 2**32 - 1
@@ -59,7 +63,7 @@ class View(NamedTuple):
     numbers: list
 
 
-class Settings(NamedTuple):
+class Choice(NamedTuple):
     """What a visitor chooses about sampling."""
 
     count: int
@@ -79,6 +83,21 @@ def number(name, value, least, most, whole=True):
         pass
     raise UserError(f"{name} must be a {'whole ' if whole else ''}number from {least} to {most}, "
                     f"not {str(value)[:40]}")
+
+
+def names_only(sentence):
+    """A sentence with the names of files alone, not the folders of this machine that hold them."""
+    return re.sub(r"(?<![\w.:/])~?/(?:[^\s/]+/)*(?=[^\s/])", "", sentence)
+
+
+def check_size(count, size):
+    """Raise UserError where `count` images of `size` (width, height) would take long to write."""
+    width, height = size
+    if count * width * height > MOST_TOGETHER:
+        fit = MOST_TOGETHER // (width * height)
+        raise UserError(f"{count} completions of {width}x{height} pixels are more than "
+                        f"{MOST_TOGETHER // 10**6} megapixels together: ask for {fit} at most, or "
+                        f"give a smaller image")
 
 
 def means_of_codes(image, ids):
@@ -108,13 +127,12 @@ class Studio:
         try:
             self.dataset, self.no_dataset = load_dataset(run.H), None
         except UserError as error:
-            self.dataset, self.no_dataset = None, str(error)
+            self.dataset, self.no_dataset = None, names_only(str(error))
 
     @property
     def is_native(self):
         """Whether the denoiser runs on canvases of any size."""
-        H = self.run.H
-        return self.is_absorbing and H.attention != "full" and "absolute" not in H.position
+        return self.is_absorbing and runs_on_any_grid(self.run.H)
 
     # --- settings
 
@@ -193,23 +211,23 @@ class Studio:
         sides = [number(name, value, trained, MOST_TIMES * trained) for name, value, trained in zip(
             ("the height in ids", "the width in ids"), (height, width), self.shape)]
         if mode not in ("windows", "native") or mode == "native" and not self.is_native:
-            raise UserError("this model has absolute positions, so it can draw a larger canvas by "
-                            "windows only")
+            raise UserError(NOT_NATIVE)
         run = self.with_settings(settings, MOST_CANVASES)
 
         def work(progress):
-            return to_uint8(draw_canvases(run, sides, mode, progress))
+            ids, images = draw_canvases(run, sides, mode, progress)
+            return ids, to_uint8(images)
 
-        ids = None
         for item in stepwise(work, self.network, self.worker):
             if isinstance(item, Step):
-                ids = item.ids
                 yield item
             else:
+                ids, images = item.result
                 command = command_for(run.H, "generate_big_samples", **sampling_flags(run.H),
                                       shape=sides, canvas=mode, log_dir="big")
-                facts = record(run, "canvases", command, item, shape=sides, canvas=mode)
-                yield Drawn(item.result, ids, item.seconds, item.calls, facts)
+                facts = record(run, "canvases", command, item, shape=sides, canvas=mode,
+                               ids=ids.tolist())
+                yield Drawn(images, ids, item.seconds, item.calls, facts)
 
     # --- images that are given
 
@@ -223,7 +241,10 @@ class Studio:
         index = number("the number of the image", index, 0, len(self.dataset) - 1)
         if self.dataset.embedded:
             return to_pil(self.dataset.pixels(index))
-        return self.dataset.open(index)
+        try:
+            return self.dataset.open(index)
+        except UnreadableImage as error:
+            raise UnreadableImage(Path(error.path).name, error.reason) from None
 
     def pixels(self, photograph):
         """A PIL image as the model sees it: uint8 [C, S, S]."""
@@ -240,6 +261,7 @@ class Studio:
         image = to_float(self.pixels(photograph))
         hidden = torch.from_numpy(scaled(square, run.H.img_size))
         original = as_png_holds(photograph)
+        check_size(run.H.n_samples, original.size)
         at_full_size = scaled(square, min(original.size))
 
         def work(progress):
@@ -299,17 +321,21 @@ class Studio:
     def look(self, photograph, source):
         """Steps, and (View, record) of a PIL image; `source` says which it is."""
         image = self.pixels(photograph)
-        yield from self.views(lambda progress: image, source)
+        for item in self.views(self.run, lambda progress: image, source):
+            if not isinstance(item, Step):
+                item[1].pop("samples", None)  # nothing is drawn
+            yield item
 
     def look_at_sample(self, settings):
         """Steps, and (View, record) of a sample."""
         run = self.with_settings(settings, 1)
         source = {"command of the sample": command_for(
             run.H, "get_samples", **sampling_flags(run.H), log_dir="samples")}
-        yield from self.views(lambda progress: self.draw(run, progress)[1][0], source)
+        yield from self.views(run, lambda progress: self.draw(run, progress)[1][0], source)
 
-    def views(self, image, source):
-        """Steps, and (View, record) of what `image(progress)` gives, uint8 [C, S, S]."""
+    def views(self, run, image, source):
+        """Steps, and (View, record) of what `image(progress)` gives, uint8 [C, S, S]; `run` has the
+        settings that it is drawn by."""
         def work(progress):
             return self.inside(image(progress), progress)
 
@@ -318,7 +344,7 @@ class Studio:
                 yield item
             else:
                 view = item.result
-                facts = record(self.run, "inside of an image", None, item, **source,
+                facts = record(run, "inside of an image", None, item, **source,
                                ids=view.ids.unflatten(0, self.shape).tolist(),
                                neighbours=dict(zip(map(str, view.numbers), view.distances)))
                 yield view, facts

@@ -10,16 +10,17 @@ from PIL import Image
 from utils.errors import UserError
 from utils.logging.images import to_pil
 from utils.web import pictures
+from utils.web.guards import MaskEditor
 from utils.web.parts import (
-    Choices, buttons, caption, cost, done, file_to_save, nothing_to_save, picture, running,
-    save_buttons, saved, seed_row, starts, status_line, wrong,
+    TURN, WAITING, Choices, buttons, caption, cost, done, file_to_save, nothing_to_save, picture,
+    running, save_buttons, saved, seed_row, starts, status_line, wrong,
 )
 from utils.web.records import as_json, as_png, as_zip
 from utils.web.stepwise import Step
 from utils.web.studio import (
-    MOST_CANVASES, MOST_COMPARED, MOST_COMPLETIONS, MOST_SAMPLES, MOST_TIMES, Settings,
+    MOST_CANVASES, MOST_COMPARED, MOST_COMPLETIONS, MOST_SAMPLES, MOST_TIMES, Choice,
 )
-from utils.web.uploads import CANVAS, MOST_BYTES, painted, to_paint_on
+from utils.web.uploads import CANVAS, MOST_BYTES, painted, read_layers, to_paint_on
 
 PAINT = "#ff2d55"
 FIRST = 3  # the number of the image of the dataset that is shown at first
@@ -56,8 +57,8 @@ def sample_tab(studio):
             save = save_buttons()
 
     def handler(*values):
-        yield {status: done("Waiting for the model …"), **nothing_to_save(save)}
-        for item in studio.sample(Settings(*values)):
+        yield {status: WAITING, **nothing_to_save(save)}
+        for item in studio.sample(Choice(*values)):
             shown = {ids: sheet_of_ids(studio, item.ids, size)}
             if isinstance(item, Step):
                 yield {**shown, images: pictures.sheet(studio.partial(item.ids)),
@@ -108,7 +109,7 @@ def fill_in_tab(studio):
             with gr.Row():
                 with gr.Column(min_width=300, elem_classes="figure"):
                     caption("The image: paint over what is to be filled in")
-                    editor = gr.ImageEditor(
+                    editor = MaskEditor(
                         first_to_paint(given), show_label=False, type="pil", format="png",
                         sources=(), transforms=(), layers=False, canvas_size=(CANVAS, CANVAS),
                         height=520, elem_id="mask",
@@ -127,13 +128,13 @@ def fill_in_tab(studio):
     show = image_shower(given, editor, status)
     for event in (given.number.change, given.file.upload, given.file.clear):
         event(show, given.inputs, [editor, status], show_progress="hidden",
-              api_visibility="private")
+              api_visibility="private", **TURN)
 
     def handler(layers, number, path, *values):
-        yield {status: done("Waiting for the model …"), **nothing_to_save(save)}
+        yield {status: WAITING, **nothing_to_save(save)}
         image, source = given.load(number, path)
-        mask = painted((layers or {}).get("layers", []), to_paint_on(image).size)
-        for item in studio.fill_in(Settings(*values), image, mask, source):
+        mask = painted(read_layers(layers or []), to_paint_on(image).size)
+        for item in studio.fill_in(Choice(*values), image, mask, source):
             if isinstance(item, Step):
                 forming = [to_pil(part) for part in studio.partial(item.ids)]
                 yield {gallery: [pictures.enlarged(part, 256) for part in forming],
@@ -206,7 +207,7 @@ def canvas_tab(studio):
             modes += [("native: the whole canvas at once", "native")] if studio.is_native else []
             mode = gr.Radio(
                 modes, value=modes[-1][1], label="How", info=None if studio.is_native else
-                "This model has absolute positions, so the whole canvas at once is not possible",
+                "The whole canvas at once needs a model without absolute positions",
             )
             choices = Choices(studio, 1, MOST_CANVASES, steps=min(H.sample_steps, CANVAS_STEPS))
             draw, stop = buttons("Draw")
@@ -218,14 +219,15 @@ def canvas_tab(studio):
             save = save_buttons()
 
     def handler(height, width, mode, *values):
-        yield {status: done("Waiting for the model …"), images: None, **nothing_to_save(save)}
-        for item in studio.canvas(Settings(*values), height, width, mode):
+        yield {status: WAITING, images: None, **nothing_to_save(save)}
+        for item in studio.canvas(Choice(*values), height, width, mode):
             size = (int(height) * patch, int(width) * patch)
             shown = {ids: sheet_of_ids(studio, item.ids, size, (int(height), int(width)))}
             if isinstance(item, Step):
                 yield {**shown, status: running(item, "steps")}
             else:
-                words = f"{len(item.images)} canvas of {size[1]}x{size[0]} pixels"
+                canvases = "1 canvas" if len(item.images) == 1 else f"{len(item.images)} canvases"
+                words = f"{canvases} of {size[1]}x{size[0]} pixels"
                 stem = f"canvas_seed{item.record['samples']['seed']}"
                 yield {**shown, images: pictures.sheet(item.images),
                        status: done(cost(item, words)),
@@ -261,10 +263,10 @@ def compare_tab(studio):
     outputs = [told, *save, *(part for side in sides for part in side[1:])]
 
     def handler(count, seed, *values):
-        yield {told: done("Waiting for the model …"), **nothing_to_save(save),
+        yield {told: WAITING, **nothing_to_save(save),
                **{part: value for _, status, image in sides
                   for part, value in ((status, done("…")), (image, None))}}
-        first, second = (Settings(count, *part, seed) for part in (values[:3], values[3:]))
+        first, second = (Choice(count, *part, seed) for part in (values[:3], values[3:]))
         drawn = []
         for side, item in studio.compare(first, second):
             _, status, image = sides[side]
@@ -286,9 +288,9 @@ def compare_tab(studio):
 def comparison(first, second):
     """How long both sides took, in words."""
     slower, faster = sorted((first.seconds, second.seconds), reverse=True)
-    name = "A" if first.seconds < second.seconds else "B"
-    return (f"A took {first.seconds:.2f} s, B {second.seconds:.2f} s: {name} is "
-            f"{slower / max(faster, 1e-9):.1f} times as fast.")
+    name, times = "A" if first.seconds < second.seconds else "B", slower / max(faster, 1e-9)
+    found = "they are equally fast" if times < 1.05 else f"{name} is {times:.1f} times as fast"
+    return f"A took {first.seconds:.2f} s, B {second.seconds:.2f} s: {found}."
 
 
 def beside(left, right, gap=24):
@@ -330,9 +332,9 @@ def look_tab(studio):
                   [of_image, of_sample], queue=False, api_visibility="private")
 
     def handler(name, seed, number, path):
-        yield {status: done("Waiting for the model …"), **nothing_to_save(save)}
+        yield {status: WAITING, **nothing_to_save(save)}
         if name == SOURCES[1]:
-            items = studio.look_at_sample(Settings(1, H.sample_type, H.sample_steps, H.temp, seed))
+            items = studio.look_at_sample(Choice(1, H.sample_type, H.sample_steps, H.temp, seed))
         else:
             image, flags = given.load(number, path)
             items = studio.look(image, flags)

@@ -8,27 +8,42 @@ from PIL import Image
 
 from utils.data.pixels import decode
 from utils.errors import UserError
-from utils.evaluation.inpainting import central_square
+from utils.evaluation.inpainting import central_square, on_square
 
 MOST_BYTES = 10_000_000  # of a file
 MOST_PIXELS = 16_000_000  # of an image
 CANVAS = 512  # pixels: about the longer side of an image that is painted on
+MOST_PAINTED = 2 * CANVAS**2  # pixels of a layer of what is painted on it
+MOST_LAYERS = 4
+MOST_BLOB = 4 * MOST_PAINTED  # bytes of a layer's file
 
 
 def read_upload(path):
     """The upright PIL image in a visitor's file; UserError."""
     name = Path(path).name
+    return decode(content_of(path, name, MOST_BYTES), name, MOST_PIXELS)
+
+
+def content_of(path, name, most):
+    """The bytes of a visitor's file, `most` at most; UserError, which calls it `name`."""
     try:
-        if os.stat(path).st_size > MOST_BYTES:
-            raise UserError(f"{name} is larger than {MOST_BYTES // 10**6} MB: give a smaller image")
-        content = Path(path).read_bytes()
+        if os.stat(path).st_size > most:
+            raise UserError(f"{name} is larger than {most // 10**6} MB: give a smaller image")
+        return Path(path).read_bytes()
     except OSError:
         raise UserError(f"{name} is gone: give it again") from None
-    image = decode(content, name)
-    if image.width * image.height > MOST_PIXELS:
-        raise UserError(f"{name} has {image.width}x{image.height} pixels: give an image of "
-                        f"{MOST_PIXELS // 10**6} megapixels at most")
-    return image
+
+
+def read_layers(layers):
+    """The PIL images of what is painted, paths or bytes of files as a browser sent them; UserError.
+    """
+    if len(layers) > MOST_LAYERS:
+        raise UserError(f"what is painted has {len(layers)} layers, and {MOST_LAYERS} are allowed "
+                        f"at most")
+    name = "what is painted"
+    contents = [layer if isinstance(layer, bytes) else content_of(layer, name, MOST_BLOB)
+                for layer in layers]
+    return [decode(content, name, MOST_PAINTED) for content in contents]
 
 
 def to_paint_on(photograph):
@@ -66,8 +81,7 @@ def painted(layers, size):
 
 def square_of(mask):
     """The part bool [m, m] of a mask bool [h, w] on the central square, all that a model sees."""
-    left, top, side = central_square(mask.shape[1], mask.shape[0])
-    square = mask[top : top + side, left : left + side]
+    square = on_square(mask)
     if not square.any():
         raise UserError("what is painted lies outside the central square of the image, which is "
                         "all that the model sees: paint inside it")

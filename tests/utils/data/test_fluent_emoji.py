@@ -32,13 +32,17 @@ def archive(monkeypatch):
 
 @pytest.fixture
 def registry(archive, monkeypatch, tmp_path):
-    """A registry that npm is configured for; gives the paths it was asked for."""
+    """A registry that npm is configured for; gives the paths it was asked for, and the logins."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
-            self.send_response(200 if self.path == f"/npm/{fluent_emoji.ARCHIVE}" else 404)
+            login = self.headers.get("Authorization")
+            asked.append((self.path, login) if login else self.path)
+            folder = self.path.removesuffix(fluent_emoji.ARCHIVE)
+            self.send_response(200 if folder in ("/npm/", "/cut/") else 404)
+            if folder == "/cut/":
+                self.send_header("Content-Length", "1000000")
             self.end_headers()
             self.wfile.write(archive)
 
@@ -63,6 +67,26 @@ def test_pictures_are_fetched_once(registry, tmp_path, capsys):
     assert found[1].read_bytes() == b"image" and found[1].stat().st_mtime == TIME
     assert registry == [f"/npm/{fluent_emoji.ARCHIVE}"]
     assert "already" in capsys.readouterr().out
+
+
+def test_a_login_is_sent_and_not_shown(registry, monkeypatch, tmp_path, capsys):
+    address = fluent_emoji.registry()
+    with_login = address.replace("://", "://me:se%40same@")
+    monkeypatch.setenv("npm_config_registry", with_login)
+    fluent_emoji.main(["emoji"])
+    login = "Basic " + base64.b64encode(b"me:se@same").decode()
+    assert registry == [(f"/npm/{fluent_emoji.ARCHIVE}", login)]
+    monkeypatch.setenv("npm_config_registry", with_login.replace("/npm", "/other"))
+    with pytest.raises(UserError, match="cannot get http://127") as error:
+        fluent_emoji.main(["more"])
+    shown = capsys.readouterr().out + str(error.value)
+    assert "same" not in shown and "me:" not in shown and address in shown
+
+
+def test_an_answer_that_ends_early_gets_a_sentence(registry):
+    address = fluent_emoji.registry().replace("/npm", "/cut")
+    with pytest.raises(UserError, match="cannot get .*IncompleteRead"):
+        fluent_emoji.download(address + fluent_emoji.ARCHIVE)
 
 
 def test_another_archive_is_refused(registry, monkeypatch, tmp_path):

@@ -151,6 +151,9 @@ def test_samples_appear_step_by_step_and_are_saved(server, visitor, trained, tmp
         seen.add(visitor.told())
         pictures |= {image.get_attribute("src") for image in
                      visitor.panel.locator(".pixels img").all()}
+    visitor.press("Stop")
+    visitor.page.wait_for_timeout(1000)
+    assert "images in" in visitor.told()  # what is finished is not called stopped
     assert len([line for line in seen if "network calls" in line]) > 2
     assert len(pictures) > 4
     png = visitor.saved("Save the picture", tmp_path)
@@ -235,7 +238,7 @@ def test_the_other_tabs(visitor, tmp_path):
     assert record["shape"] == [16, 16] and "generate_big_samples" in record["command"]
     visitor.open("Compare")
     visitor.press("Compare")
-    visitor.wait_for("times as fast")
+    visitor.wait_for("fast.")
     record = json.loads(visitor.saved("Save how", tmp_path).read_text())
     assert record["left"]["samples"]["temp"] != record["right"]["samples"]["temp"]
     visitor.open("Look inside")

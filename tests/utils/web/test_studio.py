@@ -1,29 +1,31 @@
 """What the page computes: what the experiments give, step by step, and sentences for what is wrong.
 """
 
+import io
 import json
 import shlex
 import threading
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from experiments import generate_big_samples, get_samples, inpaint
 from utils.data.images import Digits
-from utils.data.pixels import to_uint8
+from utils.data.pixels import UnreadableImage, to_uint8
 from utils.errors import UserError
 from utils.evaluation.inpainting import central_square
 from utils.logging.images import image_grid, to_pil
 from utils.runs.folder import RunFolder
 from utils.web.records import as_json, as_png, as_zip
 from utils.web.stepwise import Finished, Step, Work, Worker, counted_calls, stepwise
-from utils.web.studio import Settings, means_of_codes, number
+from utils.web.studio import Choice, means_of_codes, names_only, number
 from utils.web.uploads import painted, read_upload, square_of, to_paint_on
 
-CHOSEN = Settings(count=5, method="halton", steps=6, temp=0.9, seed=7)
+CHOSEN = Choice(count=5, method="halton", steps=6, temp=0.9, seed=7)
 SCRIPTS = {"get_samples": get_samples, "inpaint": inpaint,
            "generate_big_samples": generate_big_samples}
 
@@ -147,6 +149,22 @@ def test_what_is_kept_is_untouched_and_the_size_kept(studio, workplace, mode, si
     assert all(changed)
 
 
+def test_completions_keep_the_profile_of_colours(studio, workplace):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("RGB", (20, 20), "red").save(workplace / "image.png", icc_profile=profile)
+    photograph = read_upload(workplace / "image.png")
+    *_, drawn = studio.fill_in(CHOSEN, photograph, mask_of((20, 20), (4, 4, 9, 9)), {})
+    for completion in drawn.images:
+        saved = Image.open(io.BytesIO(as_png(completion)))
+        assert saved.info["icc_profile"] == profile
+
+
+def test_large_completions_are_limited(studio):
+    large, mask = Image.new("RGB", (4000, 2500)), mask_of((40, 25), (15, 5, 20, 10))
+    with pytest.raises(UserError, match="4 completions of 4000x2500 .* 32 megapixels .* 3 at most"):
+        next(studio.fill_in(CHOSEN._replace(count=4), large, mask, {}))
+
+
 # --- canvases
 
 
@@ -155,9 +173,34 @@ def test_canvases_are_those_of_the_command_in_their_record(studio_of, name, mode
     studio = studio_of(name)
     *steps, drawn = studio.canvas(CHOSEN._replace(count=2), 9, 12, mode)
     assert drawn.images.shape == (2, 1, 18, 24) and steps[-1].ids.shape == (2, 108)
+    assert drawn.record["ids"] == drawn.ids.tolist()
     folder = run_command(drawn.record["command"])
     grid = np.asarray(to_pil(image_grid(drawn.images)))
     assert np.array_equal(pixels_of(folder.images / "big_2.png"), grid)
+
+
+def test_a_canvas_that_is_done_early_has_all_its_ids(studio):
+    choice = CHOSEN._replace(count=1, method="confidence", steps=64)
+    *steps, drawn = studio.canvas(choice, 9, 12, "windows")
+    assert drawn.ids.shape == (1, 108) and int(drawn.ids.max()) < studio.blank
+
+
+def test_progress_goes_on_over_batches(studio_of, monkeypatch):
+    monkeypatch.setattr("utils.web.stepwise.EVERY", 0)
+    monkeypatch.setattr("utils.web.stepwise.PAUSE", 0)
+    studio = studio_of("demo_absorbing", "--batch_size 2")
+    mask = mask_of((16, 16), (0, 0, 8, 8))
+    works = {studio.fill_in(CHOSEN, studio.photograph(None, 5), mask, {}): 64,
+             studio.canvas(CHOSEN._replace(count=4), 8, 9, "windows"): 72}
+    for work, tokens in works.items():
+        *steps, drawn = work
+        assert len(drawn.images) == (5 if tokens == 64 else 4)
+        made = [step.done for step in steps]
+        assert made == sorted(set(made)) and made[-1] == steps[-1].total
+        assert len({step.total for step in steps}) == 1
+        assert all(step.ids.shape == (len(drawn.images), tokens) for step in steps)
+        assert (steps[0].ids[-1] == studio.blank).any()
+        assert (steps[-1].ids != studio.blank).all()
 
 
 # --- the inside of an image
@@ -171,7 +214,7 @@ def test_the_inside_of_an_image(studio):
     with torch.no_grad():
         expected, *_, ids = studio.run.autoencoder(image[None].float() / 255)
     assert torch.equal(view.ids, ids[0]) and torch.equal(view.reconstruction, to_uint8(expected[0]))
-    assert record["image_index"] == 8 and len(record["ids"]) == 8
+    assert record["image_index"] == 8 and len(record["ids"]) == 8 and "samples" not in record
     learned = {int(index) for index in studio.learned.indices}
     assert set(view.numbers) <= learned
     assert view.distances == sorted(view.distances)
@@ -186,6 +229,7 @@ def test_the_inside_of_a_sample(studio):
     *_, drawn = studio.sample(CHOSEN._replace(count=1))
     assert torch.equal(view.image, drawn.images[0])
     assert record["command of the sample"] == drawn.record["command"]
+    assert record["samples"] == drawn.record["samples"] and record["samples"]["seed"] == 7
 
 
 def test_the_mean_of_the_pixels_of_a_code():
@@ -325,12 +369,22 @@ def test_masks_are_checked():
     assert square_of(mask[:, :20]).shape == (20, 20)
 
 
-def test_images_of_a_dataset_that_is_not_there(studio):
+def test_images_of_a_dataset_that_is_not_there(studio, monkeypatch):
     with pytest.raises(UserError, match="the number of the image must be a whole number from 0"):
         studio.photograph(None, 1797)
+    error = UnreadableImage("/home/me/private/a.png", "it is cut")
+    monkeypatch.setattr(studio.dataset, "open", Mock(side_effect=error))
+    with pytest.raises(UserError, match="^cannot read the image a.png: it is cut$"):
+        studio.photograph(None, 0)
     studio.dataset, studio.no_dataset = None, "it is gone"
     with pytest.raises(UserError, match="there is no dataset to take an image of .it is gone."):
         studio.photograph(None, 0)
+
+
+def test_folders_of_the_server_are_not_told():
+    assert names_only("there is no folder /home/me/faces: see https://example.org/a/b or and/or") \
+        == "there is no folder faces: see https://example.org/a/b or and/or"
+    assert names_only("cannot read (/a/b c/d.png)") == "cannot read (b c/d.png)"
 
 
 def test_numbers_keep_their_kind():
@@ -339,7 +393,6 @@ def test_numbers_keep_their_kind():
 
 
 def test_archives_hold_their_files():
-    import io
     import zipfile
 
     archive = zipfile.ZipFile(io.BytesIO(as_zip({"a.txt": b"1", "b.txt": b"2"})))
