@@ -239,9 +239,9 @@ class Studio:
             raise UserError(f"there is no dataset to take an image of ({self.no_dataset}): give a "
                             f"file")
         index = number("the number of the image", index, 0, len(self.dataset) - 1)
-        if self.dataset.embedded:
-            return to_pil(self.dataset.pixels(index))
         try:
+            if self.dataset.embedded:
+                return to_pil(self.dataset.pixels(index))
             return self.dataset.open(index)
         except UnreadableImage as error:
             raise UnreadableImage(Path(error.path).name, error.reason) from None
