@@ -25,7 +25,7 @@ from utils.runs.folder import RunFolder
 EVERY = 50  # steps between validations and between figures of speed
 RECIPE = (
     "--recipe published --optimizer muon --t_sampling low_discrepancy --lr_schedule cosine "
-    "--lr 3e-3"
+    "--lr 3e-3 --position rpb absolute"
 )
 FULL_ADAM = "full attention, adam 1e-3"
 PUBLISHED = "full attention, adam as published"
@@ -33,7 +33,7 @@ PUBLISHED = "full attention, adam as published"
 # published optimiser, learning rate, times and dropout; batch, EMA and warm-up stay those of the
 # dataset, since the published ones (30,000 steps of warm-up) are for longer runs.
 VARIANTS = {
-    "hydra, kernels {small} {large}": "--kernel_sizes {small} {large} --position rpb absolute",
+    "hydra, kernels {small} {large}": "--kernel_sizes {small} {large}",
     "rpb": "--kernel_sizes {small} {large} --position rpb",
     "rope": "--kernel_sizes {small} {large} --position rope",
     "rope + absolute": "--kernel_sizes {small} {large} --position rope absolute",
@@ -46,13 +46,13 @@ VARIANTS = {
     "adam 1e-3": "--kernel_sizes {small} {large} --optimizer adam --lr 1e-3",
     "lr 6e-3": "--kernel_sizes {small} {large} --lr 6e-3",
     "lr 1.2e-2": "--kernel_sizes {small} {large} --lr 1.2e-2",
-    "full attention": "--attention full",
-    "full attention, lr 6e-3": "--attention full --lr 6e-3",
-    "full attention, lr 1.2e-2": "--attention full --lr 1.2e-2",
-    "full attention, lr 2.4e-2": "--attention full --lr 2.4e-2",
-    FULL_ADAM: "--attention full --optimizer adam --lr 1e-3",
-    PUBLISHED: "--attention full --optimizer adam --lr 2e-4 --lr_schedule constant "
-               "--t_sampling uniform --embd_pdrop 0 --resid_pdrop 0",
+    "full attention": "--attention full --position absolute",
+    "full attention, lr 6e-3": "--attention full --position absolute --lr 6e-3",
+    "full attention, lr 1.2e-2": "--attention full --position absolute --lr 1.2e-2",
+    "full attention, lr 2.4e-2": "--attention full --position absolute --lr 2.4e-2",
+    FULL_ADAM: "--attention full --position absolute --optimizer adam --lr 1e-3",
+    PUBLISHED: "--attention full --position absolute --optimizer adam --lr 2e-4 "
+               "--lr_schedule constant --t_sampling uniform --embd_pdrop 0 --resid_pdrop 0",
 }
 
 

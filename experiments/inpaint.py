@@ -22,8 +22,8 @@ from utils.evaluation.experiment import experiment
 from utils.evaluation.inpainting import (
     as_png_holds, complete, hidden_square, lay_back, open_image, scaled,
 )
-from utils.files import make_folder, whole_file
-from utils.logging.images import remove_images
+from utils.files import make_folder
+from utils.logging.images import remove_images, save_image
 from utils.runs.script import run_script
 
 
@@ -50,8 +50,7 @@ def save_at_full_size(run, photograph, images, hidden):
     make_folder(folder)
     hidden = scaled(hidden, min(width, height))
     for number, image in enumerate(tqdm(images, desc="full size", unit="image")):
-        with whole_file(folder / f"{number:06d}.png", durable=False) as file:
-            lay_back(photograph, image, hidden).save(file, format="PNG")
+        save_image(lay_back(photograph, image, hidden), folder / f"{number:06d}.png")
     grey = " (filled in with grey, which is all that this model draws)"
     is_grey = H.n_channels == 1 and photograph.mode.startswith("RGB")
     log.info(f"the same completions at the image's own size, {width}x{height}"

@@ -81,8 +81,7 @@ def model_path(H):
 
 def unreadable_images(run):
     """UnreadableFiles that raises UnreadableImage for a file that --images names itself."""
-    named = {ImageFiles("", 0, 0, ".", [(Path(os.path.expanduser(path)).as_posix(),)]).path(0)
-             for path in run.H.images or ()}
+    named = {str(Path(os.path.expanduser(path))) for path in run.H.images or ()}
 
     def on_new(path, reason):
         if path in named:

@@ -1,15 +1,15 @@
 """What datasets, recipes and presets change of the declared defaults, for each of the two stages.
 
 Later layers win: the declared default, that of the stage, the recipe, the preset, the dataset, the
-recipe for this dataset; a preset that a flag names comes last. What is None at the end follows from
-`--train_steps`, by `follow_steps`.
+recipe for this dataset, a preset that a flag names and that is not the usual one. What is None at
+the end follows from `--train_steps`, by `follow_steps`.
 """
 
 import dataclasses
 
 ENDLESS = 100000000  # train_steps that no run reaches
 LIKE = 200000  # steps of a run of which the defaults of an endless one are taken
-START = 60  # steps of an autoencoder's warm-up, and of those without a codebook, at most
+START = 70  # steps of an autoencoder's warm-up, and of those without a codebook, at most
 
 RECIPES = ("published", "modern")
 PRESETS = ("small", "medium", "published")
@@ -157,10 +157,9 @@ VQGAN_DEFAULTS = Defaults(
     },
     modern_datasets={
         "digits": dict(
-            MODERN_DIGITS, lr=1.5e-3, batch_size=16, warmup_iters=70, codebook_start_step=70,
-            codebook_revival=15, distorted_copies=7,
+            MODERN_DIGITS, lr=1.5e-3, batch_size=16, codebook_revival=15, distorted_copies=7,
         ),
-        "textures": dict(MODERN_TEXTURES, lr=1e-3),
+        "textures": MODERN_TEXTURES,
     },
 )
 
@@ -189,7 +188,7 @@ SAMPLER_DEFAULTS = Defaults(
     modern_datasets={
         "digits": dict(
             MODERN_DIGITS, batch_size=64, bert_n_emb=192, kernel_sizes=[3], distorted_copies=15,
-            distortion=0.6, sample_type="remdm", sample_steps=512, temp=1.0,
+            distortion=0.6, sample_type="remdm", temp=1.0,
         ),
         "textures": MODERN_TEXTURES,
     },

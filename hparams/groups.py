@@ -209,12 +209,11 @@ class Autoencoder(AutoencoderArchitecture):
                                     only_with=("quantizer", "nearest"))
     codebook_start_step: int | None = setting(0, "step until which vectors are not quantized; the "
                                               "codebook then begins as their k-means centres "
-                                              "(none: a twentieth of train_steps, at most 1000)",
+                                              "(none: a twentieth of train_steps, at most 70)",
                                               minimum=0, only_with=("quantizer", "nearest"))
-    codebook_revival: int | None = setting(0, "steps after which a codebook vector that was not "
-                                           "used becomes one of the encoder's (none: 5 to 50, by "
-                                           "train_steps); 0 for never", minimum=0,
-                                           only_with=("quantizer", "nearest"))
+    codebook_revival: int = setting(0, "steps after which a codebook vector that was not used "
+                                    "becomes one of the encoder's; 0 for never", minimum=0,
+                                    only_with=("quantizer", "nearest"))
     perceptual: str = setting("lpips", "perceptual distance in the loss: lpips, which needs VGG16's"
                               " weights, efficientnet_lite0, which is installed with its own, or "
                               "none", choices=["lpips", "efficientnet_lite0", "none"])

@@ -22,10 +22,10 @@ from utils.errors import SettingsError
 
 LOGS = Path("logs")  # the folder of all runs, in the working directory
 SETTINGS_FILE = "hparams.yaml"  # in the folder of a run
+BEST_FILE = "saved_stats/best.json"  # there too: which step had the best validation
 # What a file without a recipe, which is older than these, does not hold of a model: it has the
 # declared defaults.
 NEWER = {"norm_groups"}
-BEST_FILE = "saved_stats/best.json"  # there too: which step had the best validation
 LONGEST = 1 << 20  # bytes of a settings file
 OF_DATASET = {"custom_dataset_path", "crops", "crop_side"}  # what means nothing for another dataset
 RUN_NAMES = ("log_dir", "load_dir", "ae_load_dir")  # the settings that name runs

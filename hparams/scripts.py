@@ -230,12 +230,10 @@ def default_settings(settings):
     stage = SAMPLER_DEFAULTS if is_sampler else VQGAN_DEFAULTS
     chosen = {"recipe": "published", "preset": "published"}  # of files that are older than these
     chosen |= {name: settings[name] for name in CHOSEN & settings.keys()}
-    ordinary = stage.of({name: chosen[name] for name in chosen.keys() - {"preset"}}, False)
-    preset_given = "preset" in chosen and chosen["preset"] != ordinary["preset"]
     kept = names_of(Autoencoder) if is_sampler else set()
     kept = {name: settings[name] for name in kept & settings.keys()}
     H = settings_class()
-    for name, value in {**stage.of(chosen, preset_given), **kept, **chosen}.items():
+    for name, value in {**stage.of(chosen, True), **kept, **chosen}.items():
         if name in settings_class.__dataclass_fields__:
             setattr(H, name, value)
     H.validate()

@@ -60,7 +60,7 @@ def test_intervals_follow_the_steps(steps):
               get_sampler_hparams([*CUSTOM, *SAMPLER, "--train_steps", str(steps)])):
         for name in ("steps_per_eval", "steps_per_save_output", "steps_per_checkpoint"):
             assert getattr(H, name) == steps // 10
-        assert H.warmup_iters == min(steps // 20, 1000 if hasattr(H, "sampler") else 60)
+        assert H.warmup_iters == min(steps // 20, 1000 if hasattr(H, "sampler") else 70)
         assert 1 / (1 - H.ema_beta) == pytest.approx(max(10, 0.03 * steps), rel=0.01)
         assert H.validation_images >= 64
     H = get_vqgan_hparams([*CUSTOM, "--train_steps", str(steps)])
@@ -70,7 +70,7 @@ def test_intervals_follow_the_steps(steps):
 
 def test_endless_runs_have_the_intervals_of_long_ones():
     H = get_vqgan_hparams(CUSTOM)
-    assert H.steps_per_checkpoint == 20000 and H.warmup_iters == H.codebook_start_step == 60
+    assert H.steps_per_checkpoint == 20000 and H.warmup_iters == H.codebook_start_step == 70
     assert get_sampler_hparams([*CUSTOM, *SAMPLER]).warmup_iters == 1000
     given = get_vqgan_hparams([*CUSTOM, "--steps_per_eval", "0", "--train_steps", "200"])
     assert given.steps_per_eval == 0

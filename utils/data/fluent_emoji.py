@@ -21,7 +21,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path, PurePosixPath
 
-from utils.errors import UserError
+from utils.errors import UserError, run_tool
 from utils.files import make_folder
 
 REGISTRY = "https://registry.npmjs.org/"
@@ -111,7 +111,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

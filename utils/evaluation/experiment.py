@@ -235,11 +235,8 @@ class Experiment:
         identity = json.dumps([self.name, measured, self.facts], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
-    def manifest(self, settings=None):
-        """How the results came about, a dict that JSON takes; `settings` (None: all) are the
-        hyperparameters that it names."""
-        if settings is None:
-            settings = dataclasses.asdict(without_credentials(self.H))
+    def manifest(self):
+        """How the results came about, a dict that JSON takes."""
         return {
             "command": command_of(self.H),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -249,7 +246,7 @@ class Experiment:
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in LIBRARIES},
             **self.facts,
-            "hyperparameters": settings,
+            "hyperparameters": dataclasses.asdict(without_credentials(self.H)),
         }
 
     def show_images(self, name, images, columns=None):

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from hparams.parser import LOGS
-from utils.errors import UserError
+from utils.errors import UserError, run_tool
 from utils.logging.logger import read_metrics
 from utils.logging.replay import replay, settings_of
 from utils.logging.visdom_board import Outage, VisdomBoard
@@ -81,9 +81,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        pass
+    run_tool(main)

@@ -22,11 +22,12 @@ import visdom.server.app
 from visdom.server.defaults import DEFAULT_ENV_PATH
 from visdom.server.run_server import start_server
 
-from utils.errors import UserError
+from hparams.environment import is_loopback
+from hparams.parser import LOGS
+from utils.errors import UserError, run_tool
 
 STATIC = Path(visdom.__file__).parent / "static"
 DOWNLOAD_SECONDS = 30
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # What the page loads, as in visdom/server/build.py: file in STATIC -> npm package/file in it.
 _BOOTSTRAP = "bootstrap@3.3.7/dist"
@@ -132,7 +133,7 @@ def main(argv=None):
                         help="the default is for this machine only; any other name opens the "
                         "server, which asks for no password, to all networks of the machine")
     parser.add_argument("--env_path", default=DEFAULT_ENV_PATH, help="where plots are kept")
-    parser.add_argument("--logs", default="logs", help="the folder whose runs are shown")
+    parser.add_argument("--logs", default=LOGS, help="the folder whose runs are shown")
     scripts = parser.add_mutually_exclusive_group()
     scripts.add_argument("--no_download", action="store_true",
                          help="do not try to download the page's scripts")
@@ -156,7 +157,7 @@ def main(argv=None):
         Path(flags.env_path).mkdir(parents=True, exist_ok=True)
         with drawn_runs(flags.port, flags.logs):
             start_server(
-                flags.port, flags.hostname, base_url="", bind_local=flags.hostname in LOOPBACK,
+                flags.port, flags.hostname, base_url="", bind_local=is_loopback(flags.hostname),
                 env_path=os.path.join(flags.env_path, ""),
             )
     except OSError as error:
@@ -169,7 +170,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

@@ -9,7 +9,6 @@ the run has ended.
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hparams.parser import LOGS, run_name
-from utils.errors import SettingsError, UserError
+from utils.errors import SettingsError, UserError, run_tool
 from utils.files import whole_file
 from utils.logging.curves import plots
 from utils.logging.logger import read_metrics
@@ -89,7 +88,7 @@ def draw_run(folder):
     shown = plots(lines, settings_of(folder))
     if not shown:
         return None
-    step, path = max(line["step"] for line in lines), folder.path / "curves.png"
+    step, path = max(line["step"] for line in lines), folder.curves
     with whole_file(path, durable=False) as file:
         draw(folder.path.as_posix(), shown, step).savefig(file, format="png", dpi=DPI)
     return path, step
@@ -131,9 +130,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        pass
+    run_tool(main)

@@ -7,6 +7,8 @@ from pathlib import Path
 from hparams.parser import BEST_FILE, LOGS, SETTINGS_FILE, run_name
 from utils.files import make_folder
 
+METRICS = "metrics.jsonl"
+
 
 class RunFolder:
     """Paths of `<root>/<name>/`; nothing is created before `create()`.
@@ -18,10 +20,11 @@ class RunFolder:
         self.path = Path(root) / (run_name(name) if root == LOGS else name)
         self.log = self.path / "log.txt"
         self.lock = self.path / ".lock"
-        self.metrics = self.path / "metrics.jsonl"
+        self.metrics = self.path / METRICS
         self.hparams = self.path / SETTINGS_FILE
         self.best = self.path / BEST_FILE
         self.images = self.path / "images"
+        self.curves = self.path / "curves.png"
         self.board = self.path / "board.json"  # what the dashboard shows beside metrics and images
         self.results = self.path / "results.json"
         self.report = self.path / "report.html"
@@ -88,6 +91,6 @@ def run_names(root=LOGS):
         seen.add(here)
         folders[:] = sorted(name for name in folders if name not in inside)
         name = Path(path).relative_to(root).as_posix()
-        if "metrics.jsonl" in files and name != ".":
-            found[name] = os.stat(os.path.join(path, "metrics.jsonl")).st_mtime
+        if METRICS in files and name != ".":
+            found[name] = os.stat(os.path.join(path, METRICS)).st_mtime
     return sorted(found, key=found.get, reverse=True)

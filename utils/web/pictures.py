@@ -49,12 +49,11 @@ def veiled(images, missing):
     return torch.where(missing > 0, 0.25 * images + 0.75 * BLANK[0] / 255, images)
 
 
-def sheet(images, columns=None, width=WIDTH):
-    """Images [n, C, H, W] side by side as a PIL image about `width` pixels wide, each enlarged by a
+def sheet(images):
+    """Images [n, C, H, W] side by side as a PIL image about WIDTH pixels wide, each enlarged by a
     whole number of times."""
-    count = len(images)
-    columns = min(columns or math.ceil(math.sqrt(count)), count)
-    times = max(1, width // (columns * images.shape[3]))
+    columns = math.ceil(math.sqrt(len(images)))
+    times = max(1, WIDTH // (columns * images.shape[3]))
     images = to_uint8(images).repeat_interleave(times, dim=2).repeat_interleave(times, dim=3)
     return to_pil(image_grid(images, columns))
 
@@ -65,10 +64,10 @@ def enlarged(image, width=WIDTH):
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
-def numbered(ids, shape, colours, width=WIDTH):
+def numbered(ids, shape, colours):
     """Ids [h*w] of a grid (h, w) as a PIL image of coloured cells with their numbers in them, where
     these can be read."""
-    cell = max(4, width // max(shape))
+    cell = max(4, WIDTH // max(shape))
     size = (shape[0] * cell, shape[1] * cell)
     picture = to_pil(ids_as_images(ids[None], shape, colours, size)[0])
     if cell < 28:
@@ -87,14 +86,14 @@ def contrast(colour):
     return "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 130 else "white"
 
 
-def codes_in_use(ids, colours, patches, width=2 * WIDTH):
+def codes_in_use(ids, colours, patches):
     """A PIL image of the codes that ids [h*w] use, the most frequent first: the colour, one of
     `patches` {code: uint8 [C, p, p]}, and how often it is used."""
     numbers, counts = ids.unique(return_counts=True)
     order = counts.argsort(descending=True, stable=True)[:CODES_SHOWN]
-    columns, side, gap = 16, width // 16 - 10, 10
+    columns, side, gap = 16, 2 * WIDTH // 16 - 10, 10
     rows = math.ceil(len(order) / columns)
-    picture = Image.new("RGB", (width, rows * (2 * side + 42)), "white")
+    picture = Image.new("RGB", (2 * WIDTH, rows * (2 * side + 42)), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
     for place, index in enumerate(order.tolist()):
         number, count = int(numbers[index]), int(counts[index])
@@ -112,10 +111,10 @@ def codes_in_use(ids, colours, patches, width=2 * WIDTH):
     return picture
 
 
-def labelled_row(images, labels, width=2 * WIDTH):
+def labelled_row(images, labels):
     """Images [n, C, H, W] in a row, each with a line of text below it: a PIL image."""
-    side = min(160, (width - 12 * len(images)) // len(images))
-    picture = Image.new("RGB", (width, side + 30), "white")
+    side = min(160, (2 * WIDTH - 12 * len(images)) // len(images))
+    picture = Image.new("RGB", (2 * WIDTH, side + 30), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
     for place, (image, label) in enumerate(zip(images, labels)):
         left = place * (side + 12)

@@ -8,7 +8,7 @@ import zipfile
 
 from hparams.experiment_groups import Page
 from hparams.groups import SamplingMethod
-from hparams.settings import names_of, show
+from hparams.settings import names_of
 from utils.evaluation.experiment import only_finite
 
 OWN = names_of(Page) | names_of(SamplingMethod) | {"seed"}  # flags that are no part of the model
@@ -33,9 +33,10 @@ def model_flags(command):
 
 def command_for(H, script, **settings):
     """The command line of a script that does the same with the page's model; of the `settings`
-    those that are None are left out."""
+    those that are None are left out. Steps are numbers: `best` may be another one tomorrow."""
     flags = model_flags(H.command)
-    flags |= {name: shlex.split(show(value)) if isinstance(value, list) else [str(value)]
+    settings |= {name: getattr(H, name) for name in ("load_step", "ae_load_step") if name in flags}
+    flags |= {name: list(map(str, value)) if isinstance(value, list) else [str(value)]
               for name, value in settings.items() if value is not None}
     words = [f"experiments/{script}.py"]
     for name, values in flags.items():
@@ -55,19 +56,17 @@ def sampling_flags(H):
     return flags
 
 
-def record(run, what, command, finished=None, **details):
+def record(run, what, command, finished, **details):
     """How a picture came about, a dict that JSON takes: `what` it shows, the command that makes it
     again (None: that of the page), models with their hashes, settings, versions; `details` are the
     picture's own."""
-    manifest = run.manifest({})
-    manifest.pop("hyperparameters")
+    manifest = run.manifest()
+    manifest.pop("hyperparameters")  # those of the page, its password too
     checkpoints = {
         name: {key: value for key, value in facts.items() if key != "trained_on"}
         for name, facts in manifest.pop("checkpoints").items()
     }
-    costs = {}
-    if finished is not None:
-        costs = {"seconds": round(finished.seconds, 3), "network_calls": finished.calls}
+    costs = {"seconds": round(finished.seconds, 3), "network_calls": finished.calls}
     return only_finite({
         "what": what, **manifest, "command": command or manifest["command"], "run": run.H.load_dir,
         "step": run.H.load_step, "checkpoints": checkpoints, **costs, **details,
@@ -82,7 +81,7 @@ def as_json(facts):
 def as_png(image):
     """The bytes of a PIL image as PNG."""
     file = io.BytesIO()
-    image.save(file, format="PNG", icc_profile=image.info.get("icc_profile"))
+    image.save(file, format="PNG")  # with the profile of its colours
     return file.getvalue()
 
 

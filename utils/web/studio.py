@@ -14,7 +14,7 @@ import torch
 
 from hparams.scripts import NOT_NATIVE, runs_on_any_grid
 from models.autoencoder.quantizers import embed_grid
-from utils.data.batches import evaluation_batches
+from utils.data.batches import RepeatedBatches
 from utils.data.datasets import load_dataset
 from utils.data.pixels import UnreadableImage, to_float, to_square, to_uint8
 from utils.data.split import sample_of
@@ -299,9 +299,12 @@ class Studio:
         if self.learned is None:
             learned = images_trained_on(run.H, self.dataset, run.log)
             self.learned = sample_of(learned, NEIGHBOURS_AMONG)
+            self.batches = RepeatedBatches(
+                self.learned, 64, 0, torch.device("cpu"), run.log.passed_over
+            )
         nearest = NearestNeighbours(to_float(image).flatten()[None], NEIGHBOURS)
-        seen, cpu = 0, torch.device("cpu")
-        for images, places in evaluation_batches(self.learned, 64, 0, cpu, run.log.passed_over):
+        seen = 0
+        for images, places in self.batches:
             nearest.add(images.flatten(1), places)
             seen += len(images)
             if progress:

@@ -32,10 +32,10 @@ def grid_of(images):
     return to_pil(pictures.image_grid(images))
 
 
-def sheet_of_ids(studio, ids, size, shape=None, width=pictures.WIDTH):
+def sheet_of_ids(studio, ids, size, shape=None):
     """Ids [n, N] as a PIL image of coloured grids, laid out as images of `size` are."""
     images = pictures.ids_as_images(ids, tuple(shape or studio.shape), studio.colours, size)
-    return pictures.sheet(images, width=width)
+    return pictures.sheet(images)
 
 
 # --- sample

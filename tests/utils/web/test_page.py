@@ -283,7 +283,7 @@ def test_memory_stays_as_it_is(server):
     ([10**6, "halton", 8, 0.8, 3], "number of images|greater than maximum"),
     ([4, "halton", 10**9, 0.8, 3], "number of steps|greater than maximum"),
     ([4, "magic", 8, 0.8, 3], "sample_type|not in the list"),
-    (["x", None, {}, [], "y"], ""),
+    (["x", None, {}, [], "y"], '"success": false'),
 ])
 def test_wrong_requests_are_refused(server, data, says):
     answer = server.press("Draw", data)

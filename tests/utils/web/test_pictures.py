@@ -47,7 +47,9 @@ def test_what_is_missing_is_veiled():
 def test_numbered_ids_and_codes_in_use(shape):
     colours = pictures.palette(torch.randn(200, 4))
     ids = torch.randint(200, (shape[0] * shape[1],))
-    assert max(pictures.numbered(ids, shape, colours).size) <= pictures.WIDTH
+    picture = pictures.numbered(ids, shape, colours)
+    assert max(picture.size) <= pictures.WIDTH
+    assert picture.getpixel((0, 0)) == tuple(colours[ids[0]].tolist())
     patches = {code: torch.zeros(1, 4, 4, dtype=torch.uint8) for code in range(200)}
     assert pictures.codes_in_use(ids, colours, patches).width == 2 * pictures.WIDTH
 

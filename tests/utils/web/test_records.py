@@ -1,0 +1,16 @@
+"""Records name the command that makes a picture again."""
+
+from types import SimpleNamespace
+
+from utils.web.records import command_for
+
+
+def test_the_command_names_the_step_that_best_stood_for():
+    H = SimpleNamespace(
+        load_step=70, ae_load_step=30,
+        command="web_demo.py --load_dir prior --load_step best --ae_load_step=best --temp 0.5",
+    )
+    assert command_for(H, "get_samples", shape=[8, 16], seed=3, temp=None) == (
+        "python experiments/get_samples.py --load_dir prior --load_step 70 --ae_load_step 30 "
+        "--shape 8 16 --seed 3"
+    )
