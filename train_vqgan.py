@@ -69,7 +69,7 @@ class VQGANTraining:
         self.best, self.ema = self.vqgan, None
         models = {"vqgan": self.vqgan}
         if H.ema and processes.is_first:
-            self.ema = EMA(self.vqgan, H.ema_beta, ["perceptual"], H.ema_warmup)
+            self.ema = EMA(self.vqgan, H.ema_beta, self.vqgan.never_learn, H.ema_warmup)
             self.best = models["vqgan_ema"] = self.ema.model
         self.precision = Precision(H.amp, processes.device)
         self.optimizers = {

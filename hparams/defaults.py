@@ -114,7 +114,8 @@ MODERN = dict(
 DIGITS = dict(
     num_workers=0, img_size=32, n_channels=1, nf=32, ch_mult=[1, 1, 2], res_blocks=1,
     attn_resolutions=[8], emb_dim=32, codebook_size=16, ndf=16, disc_layers=2,
-    perceptual_weight=0.0, disc_start_step=100000001, batch_size=32, ema_beta=0.99,
+    perceptual_weight=0.0, disc_input="pixels", disc_start_step=100000001, batch_size=32,
+    ema_beta=0.99,
     steps_per_update_ema=1, steps_per_eval=200, steps_per_display_output=500,
     steps_per_save_output=500, steps_per_checkpoint=500,
 )

@@ -184,6 +184,9 @@ class AutoencoderArchitecture(Settings):
     quantizer: str = setting("nearest", "how vectors become ids", choices=["nearest", "gumbel"])
     ndf: int = setting(64, "channels of the discriminator's first layer", minimum=1)
     disc_layers: int = setting(3, "strided layers of the discriminator", minimum=1)
+    disc_input: str = setting("pixels", "what the discriminator looks at: pixels, or features of "
+                              "the frozen EfficientNet-Lite0 (2111.01007), which need few steps",
+                              choices=["pixels", "features"])
     disc_norm: str = setting("batch", "normalisation in the discriminator: batch as published, "
                              "group, or spectral (1802.05957), which do not mix images",
                              choices=["batch", "group", "spectral"])

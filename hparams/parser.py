@@ -23,9 +23,8 @@ from utils.errors import SettingsError
 LOGS = Path("logs")  # the folder of all runs, in the working directory
 SETTINGS_FILE = "hparams.yaml"  # in the folder of a run
 BEST_FILE = "saved_stats/best.json"  # there too: which step had the best validation
-# What a file without a recipe, which is older than these, does not hold of a model: it has the
-# declared defaults.
-NEWER = {"norm_groups"}
+# What older files do not hold of a model: it has the declared defaults.
+NEWER = {"norm_groups", "disc_input"}
 LONGEST = 1 << 20  # bytes of a settings file
 OF_DATASET = {"custom_dataset_path", "crops", "crop_side"}  # what means nothing for another dataset
 RUN_NAMES = ("log_dir", "load_dir", "ae_load_dir")  # the settings that name runs
@@ -256,7 +255,7 @@ def loaded_settings(settings_class, given, sources):
             loaded |= {"recipe": "published", "preset": "published"}
         free = source.overridable(settings_class, given)
         values = read_settings(path) if path.exists() else {}
-        if values and "recipe" not in values:
+        if values:
             for name in NEWER & source.adopt:
                 values.setdefault(name, settings_class.__dataclass_fields__[name].default)
         same_data = given.get("dataset", values.get("dataset")) == values.get("dataset")

@@ -14,7 +14,8 @@ from models.messages import listed
 
 PUBLISHED = dict(  # what settings that the published programs do not have are with them
     norm_groups=32, entropy_weight=0.0, codebook_revival=0, perceptual="lpips",
-    disc_norm="batch", disc_blur=False, disc_weight=1.0, disc_lead_steps=0, disc_fade_steps=0,
+    disc_input="pixels", disc_norm="batch", disc_blur=False, disc_weight=1.0, disc_lead_steps=0,
+    disc_fade_steps=0,
 )
 
 

@@ -1,4 +1,4 @@
-"""PatchGAN discriminator: one real/fake logit per overlapping patch (Isola et al., 1611.07004)."""
+"""Discriminators: networks that tell images from reconstructions, patch by patch."""
 
 from itertools import pairwise
 
@@ -33,8 +33,19 @@ def normalization(norm, width):
     return []  # spectral norm is one of the weights
 
 
+def bounded(layers, norm):
+    """The `layers`, their convolutions with a spectral norm of 1 where `norm` is spectral."""
+    if norm != "spectral":
+        return layers
+    return [
+        nn.utils.parametrizations.spectral_norm(layer) if isinstance(layer, nn.Conv2d) else layer
+        for layer in layers
+    ]
+
+
 class Discriminator(nn.Module):
-    """Images [B, n_channels, S, S] -> logits [B, 1, s, s], where s = S // 2^disc_layers - 2.
+    """PatchGAN, one logit for each overlapping patch of the pixels (Isola et al., 1611.07004):
+    images [B, n_channels, S, S] -> logits [B, 1, s, s], where s = S // 2^disc_layers - 2.
 
     `disc_layers` convolutions halve the side, two more follow. Widths double from `ndf` to 8·ndf.
     `norm` is batch, as published, group, whose logits do not depend on the other images, or
@@ -76,13 +87,44 @@ class Discriminator(nn.Module):
                 nn.init.normal_(layer.weight, 0.0, 0.02)
             elif isinstance(layer, nn.BatchNorm2d):
                 nn.init.normal_(layer.weight, 1.0, 0.02)
-        if norm == "spectral":
-            layers = [
-                nn.utils.parametrizations.spectral_norm(layer)
-                if isinstance(layer, nn.Conv2d) else layer for layer in layers
-            ]
-        self.main = nn.Sequential(*layers)
+        self.main = nn.Sequential(*bounded(layers, norm))
         self.by_batch = norm == "batch"  # logits depend on the other images of a batch
 
     def forward(self, x):
         return self.main(x if self.by_batch else 2 * x - 1)
+
+
+class FeatureDiscriminator(nn.Module):
+    """Small heads on features of the frozen EfficientNet-Lite0, which know from the start what
+    images look like (Projected GAN, Sauer et al., 2111.01007): images [B, 1 or 3, S, S] in [0, 1]
+    -> logits [B, 5, S/4, S/4], those of coarser features repeated.
+
+    `network` is an `EfficientNetDistance`. Each head, of `width` channels, sees one place of the
+    features, scaled to one length there, and its neighbours. `norm` is that of the heads, group or
+    spectral; ValueError for another one.
+    """
+
+    widths = {2: 24, 4: 80, 5: 112, 6: 192, 7: 320}  # {layer: channels}, at S/4 to S/32
+    by_batch = False
+
+    def __init__(self, network, width, norm="group"):
+        super().__init__()
+        if norm not in ("group", "spectral"):
+            raise ValueError(f"`disc_norm` must be group or spectral for features, not {norm!r}")
+        self.network, self.heads = network, nn.ModuleList()
+        for channels in self.widths.values():
+            layers = [
+                nn.Conv2d(channels, width, 1), nn.LeakyReLU(0.2),
+                nn.Conv2d(width, width, 3, padding=1), *normalization(norm, width),
+                nn.LeakyReLU(0.2), nn.Conv2d(width, 1, 1),
+            ]
+            self.heads.append(nn.Sequential(*bounded(layers, norm)))
+
+    def forward(self, x):
+        heads = dict(zip(self.widths, self.heads))
+        logits = []
+        for layer, seen in enumerate(self.network.layers(x.expand(-1, 3, -1, -1))):
+            if layer in heads:
+                scaled = F.normalize(seen.float(), dim=1) * seen.shape[1] ** 0.5
+                logits.append(F.interpolate(heads[layer](scaled).float(), x.shape[2] // 4))
+        return torch.cat(logits, dim=1)

@@ -103,16 +103,21 @@ class EfficientNetDistance(nn.Module):
             self.register_buffer(name, values, persistent=False)  # [3, 1, 1]
         self.train(False)
 
-    def features(self, x):
-        """Images [B, 3, H, W] in [0, 1] -> ([features [B, C, h, w] of each width], logits)."""
-        net, layers = self.net, []
+    def layers(self, x):
+        """Images [B, 3, H, W] in [0, 1] -> an iterator of the last features [B, C, h, w] of each
+        width; C is 32, 16, 24, 40, 80, 112, 192, 320, and what is not taken is not computed."""
+        net = self.net
         x = net._swish(net._bn0(net._conv_stem((x - self.mean) / self.std)))
         for block in net._blocks:
             before, x = x, block(x)
             if before.shape[1] != x.shape[1]:
-                layers.append(before)
-        layers.append(x)
-        pooled = net._swish(net._bn1(net._conv_head(x))).mean((2, 3))
+                yield before
+        yield x
+
+    def features(self, x):
+        """Images [B, 3, H, W] in [0, 1] -> ([features of each of the `layers`], logits)."""
+        net, layers = self.net, list(self.layers(x))
+        pooled = net._swish(net._bn1(net._conv_head(layers[-1]))).mean((2, 3))
         return layers, net._fc(pooled)
 
     def forward(self, x, y):

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from models.autoencoder.autoencoder import VQAutoEncoder, option
 from models.autoencoder.diffaug import diff_augment
-from models.autoencoder.discriminator import Discriminator
-from models.autoencoder.perceptual import SMALLEST, lpips_input
+from models.autoencoder.discriminator import Discriminator, FeatureDiscriminator
+from models.autoencoder.perceptual import SMALLEST, EfficientNetDistance, lpips_input
 
 
 def generator_adversarial_loss(fake_logits):
@@ -84,20 +84,32 @@ def weighted_sum(nll, g_loss, share, max_weight, x_hat, seen, last_weight, grad_
     return GivenGradient.apply(x_hat, value, of_image[0] + adversarial, grad_scale), weight
 
 
+def build_discriminator(H, network):
+    """The discriminator of H, of pixels or of the features of `network`, an `EfficientNetDistance`
+    (None: a random one); ValueError for settings that do not fit together."""
+    norm = option(H, "disc_norm")
+    if option(H, "disc_input") == "pixels":
+        return Discriminator(
+            H.n_channels, H.ndf, H.disc_layers, H.img_size, norm, option(H, "disc_blur")
+        )
+    if H.img_size < (least := SMALLEST["efficientnet_lite0"]):
+        raise ValueError(f"`disc_input` features needs images of {least} pixels or more, not "
+                         f"`img_size` {H.img_size}: set `disc_input` pixels")
+    return FeatureDiscriminator(network or EfficientNetDistance(), 2 * H.ndf, norm)
+
+
 class VQGAN(nn.Module):
     """The autoencoder `ae`, its discriminator `disc`, and their objectives.
 
     `perceptual` is a module of `models.autoencoder.perceptual`, not needed with `perceptual_weight`
-    0. Raises ValueError for settings that do not fit together.
+    0, and `network` the `EfficientNetDistance` of a discriminator of features. Raises ValueError
+    for settings that do not fit together.
     """
 
-    def __init__(self, H, perceptual=None):
+    def __init__(self, H, perceptual=None, network=None):
         super().__init__()
         self.ae = VQAutoEncoder(H)
-        self.disc = Discriminator(
-            H.n_channels, H.ndf, H.disc_layers, H.img_size, option(H, "disc_norm"),
-            option(H, "disc_blur"),
-        )
+        self.disc = build_discriminator(H, network)
         self.perceptual_weight = H.perceptual_weight
         self.disc_start_step, self.disc_weight_max = H.disc_start_step, H.disc_weight_max
         self.disc_weight = option(H, "disc_weight")
@@ -117,6 +129,9 @@ class VQGAN(nn.Module):
                 raise ValueError(
                     f"`perceptual_range` must be 0_1 or -1_1, not {H.perceptual_range!r}"
                 )
+        self.never_learn = ["perceptual"]  # modules that an average of the weights shares
+        if isinstance(self.disc, FeatureDiscriminator):
+            self.never_learn.append("disc.network")
 
     def compile_networks(self, **options):
         """Compile encoder and generator: `VQAutoEncoder.compile_networks`."""

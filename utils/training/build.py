@@ -43,20 +43,22 @@ def build_both(H):
 
 
 def build_vqgan(H, log):
-    """VQGAN, with the distance `perceptual` where `perceptual_weight` asks for it.
+    """VQGAN, with the distance `perceptual` where `perceptual_weight` asks for it, and the network
+    of the discriminator where `disc_input` does.
 
     LPIPS' trunk comes from `--vgg_weights`, else from the checkpoint to be loaded, else from
     torchvision's download; UserError where none of these is to be had.
     """
-    if H.perceptual_weight == 0:
-        return VQGAN(H)
-    if H.perceptual == "efficientnet_lite0":
-        return VQGAN(H, efficientnet_distance())
+    lite0, is_compared = None, H.perceptual_weight > 0
+    if H.disc_input == "features" or is_compared and H.perceptual == "efficientnet_lite0":
+        lite0 = efficientnet_distance()
+    if not is_compared or H.perceptual == "efficientnet_lite0":
+        return VQGAN(H, lite0, lite0)
     perceptual = PerceptualDistance()
     path = RunFolder(H.load_dir).model("vqgan", H.load_step)
     if H.vgg_weights or not (H.load_step and lpips_weights(path)):
         fill_trunk(perceptual, H.vgg_weights, log, "--perceptual_weight 0")
-    return VQGAN(H, perceptual)
+    return VQGAN(H, perceptual, lite0)
 
 
 def efficientnet_distance():

@@ -1,6 +1,7 @@
 """Exponential moving average of a model's parameters."""
 
 import copy
+from operator import attrgetter
 
 import torch
 
@@ -16,7 +17,7 @@ class EMA:
     """
 
     def __init__(self, model, beta, shared=(), warmup=False):
-        never_copied = {id(value): value for value in (getattr(model, name) for name in shared)}
+        never_copied = {id(value): value for value in (attrgetter(name)(model) for name in shared)}
         self.model = copy.deepcopy(model, never_copied).requires_grad_(False).eval()
         self.beta, self.warmup = beta, warmup
         # Listed once: walking through the modules takes longer than averaging.

@@ -193,6 +193,62 @@ def test_the_discriminator_sees_both_at_once_where_logits_do_not_mix(norm, passe
     torch.testing.assert_close(loss, hinge_loss(model.disc(real), model.disc(fake)))
 
 
+def of_features(lite0, **changes):
+    """A VQGAN for images of 32 pixels whose discriminator looks at the features of `lite0`."""
+    sizes = dict(img_size=32, latent_shape=[1, 16, 16], attn_resolutions=[], disc_input="features")
+    torch.manual_seed(0)
+    settings = TINY | sizes | dict(norm_groups=8, disc_norm="group") | changes
+    return VQGAN(SimpleNamespace(**settings), lite0 if settings["perceptual_weight"] else None, lite0)
+
+
+@pytest.mark.parametrize("norm", ["group", "spectral"])
+def test_heads_on_features_give_logits_that_do_not_mix_images(lite0, norm):
+    disc = of_features(lite0, disc_norm=norm).disc.eval()
+    x = images(size=32, batch=4)
+    logits = disc(x)
+    assert logits.shape == (4, 4, 16, 16)
+    assert torch.allclose(logits[:1], disc(x[:1]), atol=1e-5)
+    features = list(lite0.layers(x))
+    for number, (layer, channels) in enumerate(disc.widths.items()):
+        assert features[layer].shape[1] == channels
+        side = features[layer].shape[2]
+        means = F.avg_pool2d(logits[:, number], 16 // side)  # each is repeated
+        assert torch.allclose(means.repeat_interleave(16 // side, 1).repeat_interleave(
+            16 // side, 2), logits[:, number], atol=1e-6)
+        assert logits[:, number].var() > 0
+    grey = of_features(lite0, n_channels=1).disc
+    assert grey(images(size=32, n_channels=1)).shape == (2, 4, 16, 16)
+
+
+def test_heads_learn_what_the_frozen_network_shows_them(lite0):
+    """Hinge loss and gradients: of the heads alone for the one loss, of the image for the other."""
+    model = of_features(lite0, perceptual_weight=0.1, perceptual="efficientnet_lite0").train()
+    assert not any("network" in key or "perceptual" in key for key in model.state_dict())
+    x = images(size=32)
+    loss, x_hat, stats = model.generator_losses(x, 99)
+    loss.backward()
+    assert stats["d_weight"] > 0 and all(p.grad is None for p in model.disc.parameters())
+    assert model.ae.generator.blocks[-1].weight.grad.abs().sum() > 0
+    optimizer = torch.optim.Adam(model.disc.heads.parameters(), 1e-2)
+    blurred = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss, stats = model.discriminator_losses(x, blurred)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 < losses[0] and stats["d_real_right"] > 0.8
+    assert all(p.grad is None for p in lite0.parameters())
+
+
+def test_heads_on_features_refuse_what_they_cannot_see(lite0):
+    with pytest.raises(ValueError, match="`disc_input` features needs images of 32 pixels"):
+        VQGAN(SimpleNamespace(**TINY | dict(disc_input="features", disc_norm="group")))
+    with pytest.raises(ValueError, match="`disc_norm` must be group or spectral"):
+        of_features(lite0, disc_norm="batch")
+
+
 # The perceptual distance -------------------------------------------------------------------
 
 
