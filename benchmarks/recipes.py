@@ -9,7 +9,7 @@ Trains `--preset small` on random crops of 64 pixels with train_vqgan.py, into l
 published recipe and the modern one, the latter also without its discriminator, or, with `--parts`,
 with one part after another taken out. Each gets the steps that fit into the minutes: two short
 trials tell the CPU seconds of a step, so that what else the machine does does not count. A tenth of
-the photographs, whole ones, is held out, and decides. What is trained or measured is not done again.
+the photographs, whole ones, is held out, and decides. What is there already is not made again.
 
 The discriminator of the published recipe would start at step 30,001, long after the end: here it
 starts after a quarter of an hour. Nothing else of that recipe follows the length of a run, so the
@@ -33,7 +33,6 @@ import sys
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from skimage.metrics import structural_similarity
 from torch.nn import functional as F
 from torchvision.utils import save_image
 
@@ -43,7 +42,7 @@ from models.autoencoder.perceptual import PerceptualDistance, load_vgg16
 from utils.data.batches import UnreadableFiles, evaluation_batches
 from utils.data.datasets import load_dataset
 from utils.data.split import sample_of, train_validation_split
-from utils.evaluation.metrics import psnr
+from utils.evaluation.metrics import psnr, ssim
 from utils.evaluation.reconstruction import ReconstructionDistance
 from utils.files import load_file
 from utils.runs.folder import RunFolder
@@ -201,12 +200,8 @@ class Measure:
             self.distance.add(images, others)
             if self.perceptual is not None:
                 distances.append(self.perceptual(2 * images - 1, 2 * others - 1).flatten())
-        similarity = [
-            structural_similarity(a, b, channel_axis=0, data_range=1.0)
-            for a, b in zip(x.numpy(), x_hat.numpy())
-        ]
         return {
-            "psnr": psnr(x, x_hat).mean().item(), "ssim": float(np.mean(similarity)),
+            "psnr": psnr(x, x_hat).mean().item(), "ssim": ssim(x, x_hat).mean().item(),
             "perceptual": torch.cat(distances).mean().item() if distances else None,
             "frechet": float(self.distance.take()["frechet"]),
             "detail": (detail(x_hat) / detail(x)).item(), "codes": int((usage > 0).sum()),
