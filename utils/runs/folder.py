@@ -38,6 +38,10 @@ class RunFolder:
             make_folder(folder)
         return self
 
+    def picture(self, name, step):
+        """Path of the picture `<name>_<step>.png`."""
+        return self.images / f"{name}_{step}.png"
+
     def model(self, name, step):
         """Path of the model or optimiser file `<name>_<step>.th`."""
         return self.models / f"{name}_{step}.th"
