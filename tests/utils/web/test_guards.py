@@ -12,7 +12,8 @@ from utils.errors import UserError
 from utils.web.records import as_png
 from utils.web.uploads import read_layers, read_upload
 
-gr = pytest.importorskip("gradio")
+gr = pytest.importorskip("gradio", reason="there is no gradio: `make test-page` installs it and "
+                         "runs this")
 META = {"_type": "gradio.FileData"}
 
 
