@@ -22,13 +22,12 @@ from utils.logging.curves import plots
 from utils.logging.logger import read_metrics
 from utils.logging.panes import COLOURS
 from utils.logging.replay import settings_of
-from utils.runs.folder import RunFolder, run_names
+from utils.runs.folder import RunFolder, in_words, run_names
 from utils.runs.script import unless_in_use
 
 COLUMNS = 3
 SIZE = 4.6, 3.4  # inches of a window
 DPI = 100
-NAMED = 20  # runs that an error names
 
 
 def find_run(text, logs=LOGS):
@@ -40,9 +39,8 @@ def find_run(text, logs=LOGS):
     if folder is not None and folder.metrics.exists():
         return folder
     names = run_names(logs)
-    there = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" * (len(names) > NAMED))
     problem = f"{logs / text} holds no metrics.jsonl" if text else "name the run to draw"
-    raise UserError(f"{problem}: runs under {logs}/ are {there}" if names else
+    raise UserError(f"{problem}: runs under {logs}/ are {in_words(names)}" if names else
                     f"{problem}, and no run under {logs}/ does")
 
 
