@@ -28,7 +28,7 @@ from models.autoencoder.likelihood import bits_per_dim, gaussian_level_nll, gaus
 from utils.data.batches import TrainingBatches, evaluation_batches
 from utils.data.cache import read_cached
 from utils.data.datasets import load_dataset
-from utils.evaluation.experiment import experiment, known
+from utils.evaluation.experiment import experiment
 from utils.files import save_file
 from utils.runs.script import run_script
 from utils.runs.trained_on import images_held_out
@@ -177,7 +177,7 @@ def main(argv=None):
             dims = H.n_channels * H.img_size**2
             table = likelihood_table(ids, density, levels, run.sampler.tokens, dims)
             if step < H.train_steps:
-                run.log.metrics(step, known(table), group="validation")
+                run.log.metrics(step, table, group="validation")
             return table
 
         LogSigmaFit(run, train_set).train(evaluate, on_unreadable)

@@ -28,7 +28,7 @@ from utils.data.pixels import UnreadableImage, to_float, to_uint8
 from utils.data.split import Subset, sides
 from utils.evaluation.experiment import experiment, table
 from utils.evaluation.pairs import ENOUGH, PairMeasures
-from utils.logging.images import labelled_rows, save_image
+from utils.logging.images import labelled_rows, to_pil
 from utils.runs.folder import RunFolder
 from utils.runs.manifest import is_saved
 from utils.runs.script import run_script
@@ -145,9 +145,8 @@ def main(argv=None):
             run.log.info(f"{measures.count} images are too few for a Fréchet distance: "
                          f"{ENOUGH} are enough")
         report(run, measures.figures(), rows)
-        picture = run.show("pairs", run.log.folder.images / f"pairs_{H.load_step}.png")
-        save_image(labelled_rows({"image": pairs[:, 0], "reconstruction": pairs[:, 1]}, COLUMNS),
-                   picture)
+        rows = labelled_rows({"image": pairs[:, 0], "reconstruction": pairs[:, 1]}, COLUMNS)
+        picture = run.show("pairs", run.log.picture(H.load_step, "pairs", to_pil(rows)))
         run.log.info(f"images above their reconstructions: {picture}")
 
 

@@ -12,16 +12,18 @@ import argparse
 import os
 import shlex
 import shutil
+import socket
 import sys
 import tempfile
 import threading
 
 from hparams import UserError, get_page_hparams
 from utils.evaluation.experiment import experiment
-from utils.runs.folder import RunFolder
+from utils.runs.folder import RunFolder, in_words, run_names
 from utils.runs.script import run_script
 
 DEMO = "demo_absorbing"
+SAMPLERS = ("absorbing", "autoregressive")  # names of their files
 
 
 def with_run(argv):
@@ -35,10 +37,35 @@ def with_run(argv):
     folder = RunFolder(given.load_dir or DEMO)
     steps = folder.complete_steps() or folder.trained_steps()
     if not steps:
-        raise UserError(f"there is no trained run in {folder.path}: `make demo` makes one in "
-                        f"minutes, or name another one with --load_dir")
+        raise UserError(f"there is no trained run in {folder.path}: {what_to_load()}")
+    if holds(folder, "vqgan") and not holds(folder, *SAMPLERS):
+        raise UserError(f"{folder.path} holds an autoencoder, and the page shows samplers: "
+                        f"{what_to_load()}")
     defaults = [] if given.load_dir else ["--load_dir", DEMO]
     return [*defaults, "--load_step", str(steps[-1]), *argv]
+
+
+def holds(folder, *models):
+    """Whether a run folder holds one of the models of these names, or its EMA."""
+    return any(folder.steps(name) or folder.steps(f"{name}_ema") for name in models)
+
+
+def what_to_load():
+    """Which runs the page could show, in words."""
+    found = [name for name in run_names() if holds(RunFolder(name), *SAMPLERS)]
+    others = f", or name another one with --load_dir: there are {in_words(found)}" if found else ""
+    return f"`make demo` makes one in minutes{others}"
+
+
+def check_port(host, port):
+    """Raise UserError where the page cannot listen on a port, before anything is loaded."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = error.strerror.partition(" (")[0]
+        raise UserError(f"port {port} of {host} cannot be used ({reason}): give another one with "
+                        f"--port") from None
 
 
 def without_password(command):
@@ -82,13 +109,15 @@ def show_page(run, folder):
         raise gradio_is_missing() from None
     from utils.web.studio import Studio
 
+    H = run.H
+    check_port(H.host, H.port)
     run.load_sampler()
-    page, H = build_page(Studio(run)), run.H
+    page = build_page(Studio(run))
     try:
         address = serve(page, H.host, H.port, H.password)
-    except OSError as error:
-        raise UserError(f"port {H.port} of {H.host} cannot be used ({error}): give another one "
-                        f"with --port") from None
+    except OSError:  # taken since then
+        raise UserError(f"port {H.port} of {H.host} cannot be used: give another one with "
+                        f"--port") from None
     try:
         run.log.info(f"the page: {address} (Ctrl-C ends it)")
         threading.Event().wait()

@@ -18,6 +18,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from utils.signals import Stopped
 from utils.training.loop import TrainingLoop
+from utils.training.precision import Precision
 from utils.training.processes import Processes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,17 @@ def name_transparent(path, grey):
     chunk = (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
     png = path.read_bytes()
     path.write_bytes(png[:33] + chunk + png[33:])  # after the signature and IHDR
+
+
+def half_precision(scale):
+    """A class of Precision: float16 and a gradient scaler that begins with `scale`, on a CPU."""
+    class HalfPrecision(Precision):
+        def __init__(self, amp, device):
+            super().__init__(amp, device)
+            self.dtype = torch.float16
+            self.scaler = torch.amp.GradScaler(device.type, init_scale=scale)
+
+    return HalfPrecision
 
 
 def free_port():

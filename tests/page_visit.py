@@ -21,6 +21,30 @@ TABS = {  # name of the picture: (tab, button, what the line says at the end)
     "web_compare": ("Compare", "Compare", "fast."),
     "web_look_inside": ("Look inside", "Look", "PSNR"),
 }
+# In the browser, where nothing that is shown for a moment only is missed.
+NOTE_ALL = """panel => {
+    const seen = window.seen = {lines: new Set(), pictures: new Set()};
+    const note = () => {
+        panel.querySelectorAll('.told').forEach(line => seen.lines.add(line.innerText));
+        panel.querySelectorAll('.pixels img').forEach(image => seen.pictures.add(image.src));
+    };
+    new MutationObserver(note).observe(panel, {
+        subtree: true, childList: true, characterData: true, attributeFilter: ['src']});
+    note();
+}"""
+PRESS_AT = """(panel, [words, name, wait]) => new Promise((resolve, reject) => {
+    const look = () => {
+        if (![...panel.querySelectorAll('.told')].some(line => line.innerText.includes(words)))
+            return;
+        observer.disconnect();
+        [...panel.querySelectorAll('button')].find(one => one.innerText.trim() == name).click();
+        resolve();
+    };
+    const observer = new MutationObserver(look);
+    observer.observe(panel, {subtree: true, childList: true, characterData: true});
+    setTimeout(() => reject(`no line said: ${words}`), wait);
+    look();
+})"""
 
 
 def browser_path():
@@ -60,6 +84,18 @@ class Visit:
 
     def press(self, name):
         self.panel.get_by_role("button", name=name, exact=True).click()
+
+    def press_at(self, words, name):
+        """Press a button as soon as a line of the open tab says the words."""
+        self.panel.evaluate(PRESS_AT, [words, name, WAIT])
+
+    def note_all(self):
+        """Note from now on, in `seen`, what the open tab shows, however short."""
+        self.panel.evaluate(NOTE_ALL)
+
+    def seen(self):
+        """(lines, addresses of pictures) that the tab has shown since `note_all`."""
+        return [self.page.evaluate(f"[...window.seen.{what}]") for what in ("lines", "pictures")]
 
     def give(self, path):
         """Give a file of one's own."""

@@ -19,6 +19,8 @@ SETTINGS = {
     "`rope`": "`position` rope", "`kernel_size`": "`kernel_sizes`", "`dilation`": "`dilations`",
 }
 
+IN_CACHE = 2**18  # numbers of x that a CPU takes together
+
 
 def check_attention(H):
     """Raise ValueError where attention does not fit the sampler, the positions or the grid."""
@@ -148,7 +150,12 @@ class Transformer(nn.Module):
 
     def run_blocks(self, blocks, x):
         """x [B, h, w, C] after `blocks`, each computed again in backward if they are checkpoints
-        (`checkpoint_blocks`)."""
+        (`checkpoint_blocks`). Without gradients a CPU takes a few images at a time through all of
+        them, whose features its caches hold."""
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel() > IN_CACHE:
+            parts = x.split(max(1, IN_CACHE // x[0].numel()))
+            if len(parts) > 1:
+                return torch.cat([self.run_blocks(blocks, part) for part in parts])
         again = self.checkpoint_blocks and self.training and torch.is_grad_enabled()
         for block in blocks:
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)

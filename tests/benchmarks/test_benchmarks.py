@@ -7,12 +7,13 @@ from argparse import Namespace
 import denoiser_ablation
 import numpy as np
 import pytest
+import recipes
 import torch
 
 import measure
 import sampling
 from helpers import ROOT
-from hparams import get_sampler_hparams
+from hparams import get_sampler_hparams, get_vqgan_hparams
 
 
 @pytest.mark.parametrize("title", denoiser_ablation.VARIANTS)
@@ -28,6 +29,36 @@ def test_step_of_finds_the_first_step_that_is_low_enough():
     points = [(50, 3.0), (100, 2.0), (150, 2.5)]
     assert denoiser_ablation.step_of(points, 2.4) == 100
     assert denoiser_ablation.step_of(points, 1.0) is None
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_every_recipe_and_part_parses(parts):
+    arguments = Namespace(photographs=".", parts=parts, vgg_weights=None)
+    plain = get_vqgan_hparams(recipes.training_flags(arguments, "modern", []))
+    for title in recipes.PARTS if parts else recipes.RECIPES:
+        flags = recipes.training_flags(arguments, title, ["--train_steps", "900"])
+        H = get_vqgan_hparams(flags)
+        assert H.recipe == ("published" if title == "published" else "modern")
+        assert (H.img_size, H.crops, H.batch_size, H.nf) == (64, 64, 8, 32)
+        assert title == "modern" or any(
+            getattr(H, name) != getattr(plain, name)
+            for name in ("recipe", "optimizer", "codebook_revival", "perceptual_weight",
+                         "disc_start_step", "lr_schedule", "ema_warmup", "norm_groups")
+            if name != "disc_start_step" or H.disc_start_step > 10**8
+        )
+
+
+def test_measures_of_recipes_tell_blur_and_colour(tmp_path):
+    x = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
+    assert recipes.detail(blurred) < 0.1 * recipes.detail(x)
+    means = x.mean((2, 3)).numpy()
+    assert recipes.correlation(means, 0.5 * means + 0.1) == pytest.approx(1)
+    assert recipes.correlation(means, -means) == pytest.approx(-1)
+    point = dict(psnr=20.0, frechet=100.0, perceptual=None, codes=3)
+    curve = [dict(point, step=step) for step in (10, 20)]
+    recipes.draw_curves({"modern": [curve, curve]}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_numbers_have_three_digits_and_tables_are_markdown():

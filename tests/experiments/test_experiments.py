@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -340,6 +341,19 @@ def test_an_experiment_reports_what_is_unknown():
     assert "\n| known | 0.5 |\n| not | unknown |\n" in RunFolder("out").log.read_text()
 
 
+def test_a_table_is_sent_to_the_board_once_and_comes_back_as_it_was(monkeypatch):
+    board = Mock()
+    monkeypatch.setattr("utils.runs.script.VisdomBoard", lambda *_, **__: board)
+    H = get_samples_hparams([*LOAD.split(), "--n_samples", "3", "--log_dir", "out"])
+    H.no_visdom = False
+    with experiment(H, "mine") as this:
+        this.report({"known": 0.5, "not": None})
+    shown = call.table("mine", {"known": "0.5", "not": "unknown"})
+    assert [found for found in board.mock_calls if found[0] == "table"] == [shown]
+    with experiment(H, "another"):
+        assert [found for found in board.mock_calls if found[0] == "table"] == [shown] * 2
+
+
 def strict(path):
     """What a file of strict JSON holds."""
     def refuse(constant):
@@ -363,8 +377,9 @@ def test_numbers_that_are_not_finite_are_null_and_named():
     assert lines[1].startswith("not finite, and so unknown: a; b; many/0; ") and len(lines) == 2
     assert lines[1].endswith("; many/7 and 4 more")
     assert "\n| a | unknown |\n| b | unknown |\n| c | 1.5 |\n" in out.log.read_text()
-    lines = map(json.loads, out.metrics.read_text().splitlines())
-    assert [line.keys() & set("abc") for line in lines] == [{"c"}] * 3
+    lines = list(map(json.loads, out.metrics.read_text().splitlines()))
+    assert [[line.get(name) for name in "abc"] for line in lines] == [["nan", "nan", 1.5]] * 2 + [
+        [None, None, 1.5]]
 
 
 def test_null_takes_the_place_of_what_is_not_finite_in_results():
@@ -572,7 +587,7 @@ def test_the_standard_error_of_one_validation_image_is_unknown(workplace):
     log = RunFolder("out").log.read_text()
     assert log.count("WARNING a standard error needs 2 validation images, and there is 1") == 1
     lines = [json.loads(line) for line in RunFolder("out").metrics.read_text().splitlines()]
-    assert not any("standard error" in name for line in lines for name in line)
+    assert {line[name] for line in lines for name in line if "standard error" in name} == {"nan"}
 
 
 def test_draws_of_t_agree_with_the_sum_over_all():

@@ -1,5 +1,6 @@
 """How the page starts: which run it loads, what it refuses, what it does not write down."""
 
+import socket
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from experiments import web_demo
 from hparams import UserError, get_page_hparams
 from hparams.environment import is_loopback
+from utils.runs.folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +45,29 @@ def test_without_a_run_one_sentence_says_what_makes_one():
         web_demo.main([])
     with pytest.raises(UserError, match="no trained run in logs/mine"):
         web_demo.main(["--load_dir", "mine"])
+
+
+def test_a_run_that_the_page_cannot_show_gets_a_sentence_with_those_that_it_can():
+    for name, model in (("ae", "vqgan_ema"), ("mine", "absorbing_ema")):
+        run_of(name, [7])
+        folder = RunFolder(name).create()
+        folder.model(model, 7).touch()
+        folder.metrics.touch()
+    with pytest.raises(UserError, match="^there is no trained run in logs/nothing: .*are mine$"):
+        web_demo.with_run(["--load_dir", "nothing"])
+    with pytest.raises(UserError, match="^logs/ae holds an autoencoder, .*there are mine$"):
+        web_demo.with_run(["--load_dir", "ae"])
+
+
+def test_a_port_that_is_taken_gets_a_sentence_before_anything_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"^port {port} of 127.0.0.1 cannot be used \(Address "
+                                            r"already in use\): give another one with --port$"):
+            web_demo.check_port("127.0.0.1", port)
+    web_demo.check_port("127.0.0.1", port)
+    with pytest.raises(UserError, match="of no.such.host cannot be used"):
+        web_demo.check_port("no.such.host", port)
 
 
 LOAD = ["--load_dir", "prior", "--load_step", "2", "--sampler", "absorbing", "--dataset", "digits",

@@ -139,7 +139,8 @@ def folder_of(H, registry):
 
 def remedy(H, setting):
     """What to do where a dataset is not in the folder that `setting` gives."""
-    return f"put {H.dataset} there or change {setting}"
+    images = "the images" if H.dataset == "custom" else H.dataset
+    return f"put {images} there or change {setting}"
 
 
 def images_in(root, setting, H, choose=None, layout=()):

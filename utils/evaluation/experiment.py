@@ -225,8 +225,7 @@ class Experiment:
             file.write(json.dumps(results, indent=1, allow_nan=False).encode())
         self.log.info(self.name, markdown_table(figures))
         self.log.info(f"kept as {key!r} in {path}")
-        self.log.metrics(self.H.load_step, known(figures), group=self.name)
-        self.log.table(self.name, in_words(figures))
+        self.log.metrics(self.H.load_step, figures, group=self.name)  # a table on the board
 
     def identity(self):
         """A hash of what is measured: the same for the same settings and `facts`."""
@@ -252,7 +251,7 @@ class Experiment:
     def show_images(self, name, images, columns=None):
         """Save and show images [N, C, H, W] as the grid `name`, here and on the results' page."""
         self.log.images(self.H.load_step, name, images, columns=columns)
-        self.show(name, self.log.folder.images / f"{name}_{self.H.load_step}.png")
+        self.show(name, self.log.folder.picture(name, self.H.load_step))
 
     def show(self, name, path):
         """Put the PNG file `path` on the results' page, and give it back."""
@@ -271,11 +270,6 @@ class Experiment:
             self.log.warning(str(error))
         else:
             self.log.info(f"figures and pictures are on one page: {path}")
-
-
-def known(figures):
-    """The figures, a dict, without those that are None."""
-    return {name: value for name, value in figures.items() if value is not None}
 
 
 def only_finite(value, unknown=None, name=""):

@@ -68,16 +68,18 @@ class RunLogger:
     def metrics(self, step, values, group="train"):
         """Write one line of metrics.jsonl, and add a point to the curve `group` of each metric.
 
-        `values` is a dict of numbers or tensors with one element. JSON has no NaN and no
-        infinities: they are written as the strings "nan", "inf" and "-inf", which `float` reads
-        back, and are gaps in the curves. Raises ValueError for metrics named "step", "group" or
-        "time".
+        `values` is a dict of numbers, tensors with one element, or None for what is unknown, which
+        is NaN. JSON has no NaN and no infinities: they are written as the strings "nan", "inf" and
+        "-inf", which `float` reads back, and are gaps in the curves. The figures of an experiment,
+        any `group` but those of `curves.GROUPS`, are a table too. Raises ValueError for metrics
+        named "step", "group" or "time".
         """
         line = {"step": int(step), "group": group, "time": round(time.time(), 3)}
         for name, value in values.items():
             if name in LINE_KEYS:
                 raise ValueError(f"a metric cannot be named {name!r}: that is a key of every line")
-            number = float(value.item() if torch.is_tensor(value) else value)
+            value = value.item() if torch.is_tensor(value) else value
+            number = math.nan if value is None else float(value)
             line[name] = number if math.isfinite(number) else str(number)
         self._write_metrics(json.dumps(line, allow_nan=False) + "\n")
         if self._board is not None:
@@ -98,10 +100,10 @@ class RunLogger:
 
         Non-finite values leave out their bar.
         """
-        values = torch.as_tensor(values).tolist()
+        values = [float(f"{value:.6g}") if math.isfinite(value) else None
+                  for value in torch.as_tensor(values).tolist()]
         if self._board is not None:
             self._board.bars(name, int(step), values)
-        values = [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]
         self._keep(bars={name: {"step": int(step), "values": values}})
 
     def images(
@@ -120,7 +122,7 @@ class RunLogger:
             remove_images(singles)  # or they would be counted as this run's
             save_images_individually(images, singles)
         elif save:
-            save_image(grid, self.folder.images / f"{name}_{step}.png")
+            self._save(step, name, grid)
         if display and self._board is not None:
             self._board.image(name, int(step), grid)
 
@@ -129,16 +131,17 @@ class RunLogger:
 
         Raises DiskError where the disk does not take it.
         """
-        path = self.folder.images / f"{name}_{step}.png"
-        save_image(picture, path)
+        path = self._save(step, name, picture)
         if self._board is not None:
             self._board.picture(name, int(step), picture)
         return path
 
-    def table(self, name, values):
-        """Show a dict of strings as a table of two columns on the board."""
-        if self._board is not None:
-            self._board.table(name, values)
+    def _save(self, step, name, picture):
+        """Save a picture, keep its step in board.json, and give its path; DiskError."""
+        path = self.folder.picture(name, int(step))
+        save_image(picture, path)
+        self._keep(pictures={name: int(step)})
+        return path
 
     def health(self, step, sentences):
         """Show how the training goes, a list of sentences, and keep it in board.json."""
@@ -151,11 +154,12 @@ class RunLogger:
         if self._board is not None:
             self._board.settings(values, defaults)
 
-    def _keep(self, bars=None, health=None, until=math.inf):
-        """Write into board.json what a dashboard shows beside metrics and images; what it holds of
-        steps after `until` is dropped."""
-        kept = read_board(self.folder.board, until)
-        kept = {"bars": kept["bars"] | (bars or {}), "health": health or kept["health"]}
+    def _keep(self, pictures=None, bars=None, health=None, until=math.inf):
+        """Write into board.json what a dashboard shows beside metrics, as `read_board` gives it;
+        what it holds of steps after `until` is dropped."""
+        kept = read_board(self.folder, until)
+        kept = {"pictures": kept["pictures"] | (pictures or {}),
+                "bars": kept["bars"] | (bars or {}), "health": health or kept["health"]}
         with contextlib.suppress(DiskError), whole_file(self.folder.board, durable=False) as file:
             file.write(json.dumps(kept, allow_nan=False).encode())
 
@@ -175,7 +179,7 @@ class RunLogger:
         if path.exists() and len(content) != path.stat().st_size:
             with whole_file(path) as file:
                 file.write(content)
-        if self.folder.board.exists() and step < math.inf:
+        if step < math.inf:
             self._keep(until=step)
 
     def close(self, timeout=5.0):

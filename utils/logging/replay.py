@@ -22,23 +22,19 @@ def until(step, lines):
 def replay(folder, lines, board, step):
     """Draw all that a RunFolder holds until `step`; `lines` are those of its metrics.jsonl.
 
-    What cannot be read is left out, and so are pictures of steps that training has not reached
-    again since it was taken back.
+    What cannot be read is left out.
     """
-    settings = settings_of(folder)
+    settings, kept = settings_of(folder), read_board(folder, step)
     for line in lines:
         draw_line(board, line)
-    reached = min(step, last_step(lines, settings))
-    for name, (number, path) in newest_pictures(folder.images, reached).items():
-        # anything: a file that is cut short, too large, or no picture
-        with contextlib.suppress(Exception), Image.open(path) as picture:
+    for name, number in kept["pictures"].items():
+        # anything: a file that is gone, cut short, too large, or no picture
+        with contextlib.suppress(Exception), Image.open(folder.picture(name, number)) as picture:
             picture = picture.convert("RGB")
             picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
             board.picture(name, number, picture)
-    kept = read_board(folder.board, step)
     for name, bars in kept["bars"].items():
-        values = [float("nan") if value is None else value for value in bars["values"]]
-        board.bars(name, bars["step"], values)
+        board.bars(name, bars["step"], bars["values"])
     if kept["health"]:
         board.health(**kept["health"])
     if settings:
@@ -52,33 +48,48 @@ def draw_line(board, line):
     for name, value in figures.items():
         board.curve(name, line["step"], float(value), line["group"])
     if line["group"] not in GROUPS:
-        board.table(line["group"], {name: f"{float(v):.6g}" for name, v in figures.items()})
+        board.table(line["group"], {name: _in_words(float(v)) for name, v in figures.items()})
 
 
-def last_step(lines, settings):
-    """The last step that the training with these lines and settings, dicts, may have reached: one
-    before its next log entry. Infinity where that is unknown."""
-    interval = settings.get("steps_per_log")
-    if not isinstance(interval, int):
-        return math.inf
-    logged = max((line["step"] for line in lines if line["group"] in GROUPS), default=0)
-    return logged + interval - 1
+def _in_words(value):
+    return f"{value:.6g}" if math.isfinite(value) else "unknown"
 
 
-def newest_pictures(folder, step):
-    """{name: (step, path)} of the newest `<name>_<step>.png` of each name until `step`."""
+def newest_pictures(folder, until=math.inf):
+    """{name: step} of the newest `<name>_<step>.png` of each name in a folder, until a step."""
     found = {}
     for path in sorted(folder.glob("*.png")):
-        match = re.fullmatch(r"([^.].*)_(\d{1,15})\.png", path.name)
-        if match and int(match[2]) <= step:
-            name = match[1]
-            found[name] = max(found.get(name, (-1, path)), (int(match[2]), path))
+        match = re.fullmatch(r"([^.].*)_(0|[1-9]\d{0,14})\.png", path.name)
+        if match and int(match[2]) <= until:
+            found[match[1]] = max(found.get(match[1], -1), int(match[2]))
     return dict(sorted(found.items()))
 
 
-def read_board(path, until=math.inf):
-    """{"bars": {name: {"step", "values"}}, "health": {"step", "sentences"} or None} of a
-    board.json, but for what is of steps after `until`; empty where it cannot be read."""
+def read_board(folder, until=math.inf):
+    """What a dashboard shows of a RunFolder beside metrics, but for what is of steps after `until`:
+    {"pictures": {name: step}, "bars": {name: {"step", "values"}}, "health": {"step", "sentences"}
+    or None}.
+
+    It is in board.json. Where that names no pictures, as those of older versions do, or cannot be
+    read, the newest files count. A picture of a step that was taken back gives way to the newest
+    file until then.
+    """
+    kept = _read(folder.board)
+    pictures, health = kept["pictures"], kept["health"]
+    if pictures is None or max(pictures.values(), default=0) > until:
+        newest = newest_pictures(folder.images, until)
+        pictures = newest if pictures is None else {
+            name: step if step <= until else newest.get(name) for name, step in pictures.items()
+        }
+    return {
+        "pictures": {name: step for name, step in pictures.items() if step is not None},
+        "bars": {name: bars for name, bars in kept["bars"].items() if bars["step"] <= until},
+        "health": health if health and health["step"] <= until else None,
+    }
+
+
+def _read(path):
+    """What a board.json holds; empty, its pictures None, where it cannot be read."""
     try:
         kept = json.loads(path.read_text())
         bars = {name: {"step": int(bars["step"]), "values": [
@@ -87,10 +98,12 @@ def read_board(path, until=math.inf):
         ]} for name, bars in kept["bars"].items()}
         health = kept["health"] and {"step": int(kept["health"]["step"]),
                                      "sentences": list(map(str, kept["health"]["sentences"]))}
+        pictures = kept.get("pictures")
+        if pictures is not None:
+            pictures = {name: int(step) for name, step in pictures.items()}
     except Exception:  # a file may hold values of any type, as deep as it likes
-        return {"bars": {}, "health": None}
-    bars = {name: bars for name, bars in bars.items() if bars["step"] <= until}
-    return {"bars": bars, "health": health if health and health["step"] <= until else None}
+        return {"pictures": None, "bars": {}, "health": None}
+    return {"pictures": pictures, "bars": bars, "health": health}
 
 
 def settings_of(folder):

@@ -20,7 +20,7 @@ from utils.logging.logger import read_metrics
 from utils.logging.replay import replay, settings_of
 from utils.logging.visdom_board import Outage, VisdomBoard
 from utils.runs.folder import RunFolder, run_names
-from utils.runs.script import try_lock
+from utils.runs.script import unless_in_use
 
 WAIT = 60  # seconds for the server to start
 
@@ -31,18 +31,12 @@ def draw_run(name, logs, server, port):
     Returns the address of its page; None for a run that draws by itself, which is left out.
     """
     folder = RunFolder(name, logs)
-    lock = None
-    if folder.lock.exists():
-        lock = try_lock(folder)  # then nobody begins to train while it is drawn
-        if lock is None and not settings_of(folder).get("no_visdom"):
+    with unless_in_use(folder) as is_free:  # nobody begins to train while it is drawn
+        if not is_free and not settings_of(folder).get("no_visdom"):
             return None
-    try:
         board = VisdomBoard(server, port, env=name)
         replay(folder, read_metrics(folder.metrics), board, math.inf)
         board.send()
-    finally:
-        if lock is not None:
-            lock.release()
     return f"{board.address}/env/{quote(board.env)}"
 
 

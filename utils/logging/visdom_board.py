@@ -134,9 +134,10 @@ class VisdomBoard:
             self._curves, self._windows, self._settings = {}, {}, {}
 
     def bars(self, name, step, values):
-        """Show a list of numbers as bars over their index, in place of the last ones."""
-        heights, bars = [_finite(value) for value in values], curves.bars_of(name)
-        content = partial(bars_pane, bars, step, heights)
+        """Show a list of numbers, None for one that is unknown, as bars over their index, in place
+        of the last ones."""
+        bars = curves.bars_of(name)
+        content = partial(bars_pane, bars, step, list(values))
         self._show(f"bars: {name}", bars.part, bars.title, content)
 
     def image(self, name, step, image):

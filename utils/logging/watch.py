@@ -22,13 +22,12 @@ from utils.logging.curves import plots
 from utils.logging.logger import read_metrics
 from utils.logging.panes import COLOURS
 from utils.logging.replay import settings_of
-from utils.runs.folder import RunFolder, run_names
-from utils.runs.script import try_lock
+from utils.runs.folder import RunFolder, in_words, run_names
+from utils.runs.script import unless_in_use
 
 COLUMNS = 3
 SIZE = 4.6, 3.4  # inches of a window
 DPI = 100
-NAMED = 20  # runs that an error names
 
 
 def find_run(text, logs=LOGS):
@@ -40,9 +39,8 @@ def find_run(text, logs=LOGS):
     if folder is not None and folder.metrics.exists():
         return folder
     names = run_names(logs)
-    there = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" * (len(names) > NAMED))
     problem = f"{logs / text} holds no metrics.jsonl" if text else "name the run to draw"
-    raise UserError(f"{problem}: runs under {logs}/ are {there}" if names else
+    raise UserError(f"{problem}: runs under {logs}/ are {in_words(names)}" if names else
                     f"{problem}, and no run under {logs}/ does")
 
 
@@ -94,17 +92,6 @@ def draw_run(folder):
     return path, step
 
 
-def is_going_on(folder):
-    """Whether a program has the run open."""
-    if not folder.lock.exists():
-        return False
-    lock = try_lock(folder)
-    if lock is None:
-        return True
-    lock.release()
-    return False
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m utils.logging.watch", description=__doc__.splitlines()[0]
@@ -118,7 +105,8 @@ def main(argv=None):
         parser.error("--every must be a number of seconds, 0 or more")
     folder = find_run(flags.run, flags.logs)
     while True:
-        goes_on = is_going_on(folder)  # asked first: what it writes last is drawn too
+        with unless_in_use(folder) as has_ended:  # asked first: what is written last is drawn too
+            goes_on = not has_ended
         drawn = draw_run(folder)
         if drawn:
             print(f"{drawn[0]}: the curves until step {drawn[1]}", flush=True)

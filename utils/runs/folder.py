@@ -8,6 +8,7 @@ from hparams.parser import BEST_FILE, LOGS, SETTINGS_FILE, run_name
 from utils.files import make_folder
 
 METRICS = "metrics.jsonl"
+NAMED = 20  # runs that a sentence names
 
 
 class RunFolder:
@@ -37,6 +38,10 @@ class RunFolder:
         for folder in (self.images, self.models, self.saved_stats):
             make_folder(folder)
         return self
+
+    def picture(self, name, step):
+        """Path of the picture `<name>_<step>.png`."""
+        return self.images / f"{name}_{step}.png"
 
     def model(self, name, step):
         """Path of the model or optimiser file `<name>_<step>.th`."""
@@ -94,3 +99,9 @@ def run_names(root=LOGS):
         if METRICS in files and name != ".":
             found[name] = os.stat(os.path.join(path, METRICS)).st_mtime
     return sorted(found, key=found.get, reverse=True)
+
+
+def in_words(names):
+    """The names of runs, the first ones of many, as a part of a sentence."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -155,6 +155,21 @@ def try_lock(folder, seconds=0):
     return lock
 
 
+@contextlib.contextmanager
+def unless_in_use(folder):
+    """Keep other programs out of a run folder during a `with` block; gives whether none uses it. A
+    folder without a lock file, which no program has opened, gets none."""
+    if not folder.lock.exists():
+        yield True
+    elif (lock := try_lock(folder)) is None:
+        yield False
+    else:
+        try:
+            yield True
+        finally:
+            lock.release()
+
+
 def without_credentials(H):
     """H with the visdom server's address without the name and password that it may hold."""
     scheme, separator, rest = H.visdom_server.rpartition("://")

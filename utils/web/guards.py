@@ -1,7 +1,8 @@
-"""What the server takes from visitors beyond files: paintings, within limits, and no addresses.
+"""What the server takes from visitors beyond files, and what it keeps of them, within limits.
 
-gradio itself would decode whatever is sent in place of a painting, keep all that was ever sent, and
-fetch any public address that is named in place of a file.
+gradio itself would decode whatever is sent in place of a painting, keep all that was ever sent,
+fetch any public address that is named in place of a file, and keep one more copy of a component
+whenever a visitor is shown a value after an update without one.
 """
 
 import abc
@@ -11,6 +12,7 @@ import gradio as gr
 from fastapi import HTTPException
 from gradio.components.base import server
 from gradio.components.image_editor import AcceptBlobs
+from gradio.state_holder import SessionState
 
 from utils.web.uploads import MOST_BLOB, MOST_LAYERS
 
@@ -52,6 +54,23 @@ class MaskEditor(gr.ImageEditor, metaclass=_Quiet):
         super().accept_blobs(data)
         for name in list(self.blob_storage)[:-MOST_PAINTINGS]:
             self.blob_storage.pop(name, None)
+
+
+def keep_one_copy():
+    """Let a visitor's state hold each component once, in this process.
+
+    gradio replaces a component that is updated by a copy with an id of its own, under which it
+    enters the copy a second time when it next has a value.
+    """
+    def enter(state, key, value):
+        if isinstance(value, gr.blocks.Block):
+            value._id = key
+        plainly(state, key, value)
+
+    plainly = SessionState.__setitem__
+    if not hasattr(plainly, "is_guarded"):
+        enter.is_guarded = True
+        SessionState.__setitem__ = enter
 
 
 async def refuse(address, *arguments, **options):

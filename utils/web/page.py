@@ -5,7 +5,7 @@ import html
 
 import gradio as gr
 
-from utils.web.guards import refuse_addresses
+from utils.web.guards import keep_one_copy, refuse_addresses
 from utils.web.tabs import canvas_tab, compare_tab, fill_in_tab, look_tab, sample_tab
 from utils.web.uploads import MOST_BYTES
 
@@ -42,6 +42,7 @@ def facts(studio):
 def build_page(studio):
     """The gradio page of a Studio."""
     refuse_addresses()
+    keep_one_copy()
     with gr.Blocks(title="Hydra diffusion", analytics_enabled=False, delete_cache=CLEANING) as page:
         gr.HTML(f"<h1>Hydra diffusion</h1><p>{html.escape(facts(studio))}</p>", elem_id="head")
         with gr.Tab("Sample"):

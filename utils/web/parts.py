@@ -83,12 +83,14 @@ def telling(status):
 
 
 class Choices:
-    """The components by which a visitor chooses how to draw, `inputs`, in the order of Choice."""
+    """The components by which a visitor chooses how to draw: `inputs`, in the order of Choice, or
+    `method`, `steps` and `temp` alone where no `count` is given."""
 
-    def __init__(self, studio, count, most, seed=True, steps=None):
+    def __init__(self, studio, count=None, most=None, steps=None):
         H, absorbing = studio.run.H, studio.is_absorbing
-        self.count = count and gr.Slider(1, most, value=min(count, most), step=1,
-                                         label="How many images")
+        if count:
+            self.count = gr.Slider(1, most, value=min(count, most), step=1,
+                                   label="How many images")
         self.method = gr.Dropdown(
             [(METHODS.get(name, name), name) for name in SAMPLERS], value=H.sample_type,
             label="Sampling method", visible=absorbing, filterable=False,
@@ -100,7 +102,7 @@ class Choices:
         )
         self.temp = gr.Slider(0.1, 2, value=H.temp, step=0.05, label="Temperature",
                               info="Lower is safer, higher more diverse")
-        if seed:
+        if count:
             self.seed = seed_row(H.seed)
 
     @property

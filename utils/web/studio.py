@@ -155,34 +155,42 @@ class Studio:
             raise UserError(f"{what} needs an absorbing sampler: this one draws ids in one order "
                             f"only, row by row")
 
+    def follow(self, work, finish):
+        """The Steps of `work(progress)`, and last what `finish` makes of its Finished."""
+        for item in stepwise(work, self.network, self.worker):
+            yield item if isinstance(item, Step) else finish(item)
+
     # --- samples
 
     def draw(self, run, progress):
-        """(ids [n, N], images) as experiments/get_samples.py draws them."""
+        """(ids [n, N], images) as experiments/get_samples.py draws them; ids to come are `blank`
+        where `progress` is told."""
+        def told(done, total, ids):  # [n, done] of an autoregressive sampler
+            to_come = self.tokens - ids.shape[1]
+            progress(done, total, torch.nn.functional.pad(ids, (0, to_come), value=self.blank))
+
         H, options = run.H, {}
         if self.is_absorbing:
             options = dict(sample_type=H.sample_type, sample_steps=H.sample_steps)
         [part] = draw_chunks(H, run.sampler, run.precision, [(0, H.n_samples)], torch.int32,
-                             progress=progress, **options)
+                             progress=told, **options)
         ids = part["ids"].long()
         return ids, decode(run.decoder, ids.to(run.device), as_bytes=True)
 
     def sample(self, settings, most=MOST_SAMPLES):
         """Steps with the ids so far, and the Drawn samples."""
         run = self.with_settings(settings, most)
-        for item in stepwise(lambda progress: self.draw(run, progress), self.network, self.worker):
-            if isinstance(item, Step):
-                yield item._replace(ids=self.padded(item.ids))
-            else:
-                ids, images = item.result
-                command = command_for(run.H, "get_samples", **sampling_flags(run.H),
-                                      log_dir="samples")
-                facts = record(run, "samples", command, item, ids=ids.tolist())
-                yield Drawn(images, ids, item.seconds, item.calls, facts)
 
-    def padded(self, ids):
-        """Ids [n, <= N] as [n, N], with `blank` for those to come."""
-        return torch.nn.functional.pad(ids, (0, self.tokens - ids.shape[1]), value=self.blank)
+        def finish(finished):
+            ids, images = finished.result
+            facts = record(run, "samples", self.command_of_samples(run), finished, ids=ids.tolist())
+            return Drawn(images, ids, finished.seconds, finished.calls, facts)
+
+        yield from self.follow(lambda progress: self.draw(run, progress), finish)
+
+    def command_of_samples(self, run):
+        """The command line that draws the samples of a run."""
+        return command_for(run.H, "get_samples", **sampling_flags(run.H), log_dir="samples")
 
     @torch.no_grad()
     def partial(self, ids):
@@ -218,16 +226,15 @@ class Studio:
             ids, images = draw_canvases(run, sides, mode, progress)
             return ids, to_uint8(images)
 
-        for item in stepwise(work, self.network, self.worker):
-            if isinstance(item, Step):
-                yield item
-            else:
-                ids, images = item.result
-                command = command_for(run.H, "generate_big_samples", **sampling_flags(run.H),
-                                      shape=sides, canvas=mode, log_dir="big")
-                facts = record(run, "canvases", command, item, shape=sides, canvas=mode,
-                               ids=ids.tolist())
-                yield Drawn(images, ids, item.seconds, item.calls, facts)
+        def finish(finished):
+            ids, images = finished.result
+            command = command_for(run.H, "generate_big_samples", **sampling_flags(run.H),
+                                  shape=sides, canvas=mode, log_dir="big")
+            facts = record(run, "canvases", command, finished, shape=sides, canvas=mode,
+                           ids=ids.tolist())
+            return Drawn(images, ids, finished.seconds, finished.calls, facts)
+
+        yield from self.follow(work, finish)
 
     # --- images that are given
 
@@ -268,15 +275,14 @@ class Studio:
             completions = complete(run, image, hidden, progress)
             return [lay_back(original, completion, at_full_size) for completion in completions]
 
-        for item in stepwise(work, self.network, self.worker):
-            if isinstance(item, Step):
-                yield item
-            else:
-                command = command_for(run.H, "inpaint", **source, mask="mask.png",
-                                      **sampling_flags(run.H), log_dir="inpaint")
-                facts = record(run, "completions", command, item,
-                               hidden_pixels=int(at_full_size.sum()), size=list(original.size))
-                yield Drawn(item.result, None, item.seconds, item.calls, facts)
+        def finish(finished):
+            command = command_for(run.H, "inpaint", **source, mask="mask.png",
+                                  **sampling_flags(run.H), log_dir="inpaint")
+            facts = record(run, "completions", command, finished,
+                           hidden_pixels=int(at_full_size.sum()), size=list(original.size))
+            return Drawn(finished.result, None, finished.seconds, finished.calls, facts)
+
+        yield from self.follow(work, finish)
 
     # --- the inside of an image
 
@@ -332,8 +338,7 @@ class Studio:
     def look_at_sample(self, settings):
         """Steps, and (View, record) of a sample."""
         run = self.with_settings(settings, 1)
-        source = {"command of the sample": command_for(
-            run.H, "get_samples", **sampling_flags(run.H), log_dir="samples")}
+        source = {"command of the sample": self.command_of_samples(run)}
         yield from self.views(run, lambda progress: self.draw(run, progress)[1][0], source)
 
     def views(self, run, image, source):
@@ -342,12 +347,11 @@ class Studio:
         def work(progress):
             return self.inside(image(progress), progress)
 
-        for item in stepwise(work, self.network, self.worker):
-            if isinstance(item, Step):
-                yield item
-            else:
-                view = item.result
-                facts = record(run, "inside of an image", None, item, **source,
-                               ids=view.ids.unflatten(0, self.shape).tolist(),
-                               neighbours=dict(zip(map(str, view.numbers), view.distances)))
-                yield view, facts
+        def finish(finished):
+            view = finished.result
+            facts = record(run, "inside of an image", None, finished, **source,
+                           ids=view.ids.unflatten(0, self.shape).tolist(),
+                           neighbours=dict(zip(map(str, view.numbers), view.distances)))
+            return view, facts
+
+        yield from self.follow(work, finish)

@@ -255,7 +255,7 @@ def compare_tab(studio):
     with gr.Row():
         for name, temp in (("A", H.temp), ("B", 1.0 if H.temp != 1 else 0.7)):
             with gr.Column():
-                choices = Choices(studio, None, MOST_COMPARED, seed=False)
+                choices = Choices(studio)
                 choices.temp.value = temp
                 sides.append((choices, status_line(f"{name} is not drawn yet."),
                               picture(f"{name}, the images")))

@@ -9,6 +9,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from helpers import assert_close
 from models import Transformer
+from models.prior import transformer
 
 aot_eager = lookup_backend("aot_eager")
 
@@ -147,3 +148,17 @@ def test_where_computes_only_those_positions():
     ids = torch.randint(12, (2, 64))
     with torch.no_grad():
         assert_close(model(ids, where=where), model(ids)[where])
+
+
+def test_a_cpu_takes_few_images_at_a_time_where_nothing_is_learned(monkeypatch):
+    model, sizes = small().eval(), []
+    model.blocks[0].register_forward_hook(lambda _, inputs, out: sizes.append(len(inputs[0])))
+    ids = torch.randint(0, 8, (5, model.grid[0] * model.grid[1]))
+    expected = model(ids)
+    monkeypatch.setattr(transformer, "IN_CACHE", 2 * ids.shape[1] * model.head.in_features)
+    with torch.no_grad():
+        where = torch.ones_like(ids, dtype=torch.bool)
+        assert_close(model(ids), expected)
+        assert_close(model(ids, where=where).view_as(expected), expected)
+    assert_close(model(ids), expected)
+    assert sizes == [5, 2, 2, 1, 2, 2, 1, 5]

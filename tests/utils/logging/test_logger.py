@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import math
 import socket
 import sys
 import threading
@@ -304,7 +303,7 @@ def test_a_new_logger_shows_what_the_run_has_left(folder):
     board = Recorder()
     with RunLogger(folder, board) as log:
         assert board.shown["health"] == (20, ["well at 20"])
-        assert board.shown["use"][:2] == (20, 20.0) and math.isnan(board.shown["use"][2])
+        assert board.shown["use"] == (20, 20.0, None)
         assert board.shown["samples"] == (20, round(0.2 * 255))
         assert board.shown["FID"] == {"FID": "3"}
         log.rewind(10)
@@ -313,13 +312,16 @@ def test_a_new_logger_shows_what_the_run_has_left(folder):
     with RunLogger(folder, board) as log:
         log.bars(30, "use", [1.0])  # a damaged file is replaced
     kept = json.loads(folder.board.read_text())
-    assert kept == {"bars": {"use": {"step": 30, "values": [1.0]}}, "health": None}
+    assert kept == {"pictures": {"samples": 20}, "bars": {"use": {"step": 30, "values": [1.0]}},
+                    "health": None}
 
 
 @pytest.mark.parametrize("damaged", [
     '{"bars": {"use": {"step": 1, "values": [NaN, Infinity, 1e999]}}, "health": null}',
     '{"bars": {"use": {"step": Infinity, "values": []}}, "health": null}',
     '{"bars": {}, "health": {"step": 1e999, "sentences": []}}',
+    '{"bars": {}, "health": null, "pictures": ["samples"]}',
+    '{"bars": {}, "health": null, "pictures": {"samples": 1e999}}',
     '{"bars": {"use": {"step": 1, "values": [1' + "0" * 400 + ']}}, "health": null}',
     "[" * 200_000, "\0", "[]", "7", "",
 ])

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
+from unittest.mock import Mock
 
 import dashboard_screenshot
 import pytest
@@ -14,7 +16,8 @@ from PIL import Image
 from helpers import wait_until
 from hparams import get_vqgan_hparams
 from utils.files import whole_file
-from utils.logging.logger import RunLogger
+from utils.logging.logger import RunLogger, read_metrics
+from utils.logging.replay import replay
 from utils.logging.restore import draw_run, wait_for_server
 from utils.logging.visdom_board import Outage, VisdomBoard
 from utils.logging.visdom_server import scripts_are_there
@@ -111,12 +114,32 @@ def test_what_is_rewound_does_not_come_back(server, logs):
     folder = finished_run(logs, "run")
     with RunLogger(folder) as log:
         log.rewind(10)
-    assert json.loads(folder.board.read_text()) == {"bars": {}, "health": None}
+    assert json.loads(folder.board.read_text()) == {
+        "pictures": {"reconstructions": 10}, "bars": {}, "health": None}
     server.start()
     draw_run("run", logs, "127.0.0.1", server.port)
     windows = server.windows("run")
     assert list(windows) == [WINDOWS[0], WINDOWS[1], WINDOWS[6], WINDOWS[7]]
     assert windows["image: reconstructions"]["title"].endswith("step 10")
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_pictures_that_a_rewound_run_has_left_do_not_come_back(older, logs):
+    """Before its next log entry, and where it has other pictures after that."""
+    folder, shown = finished_run(logs, "run"), {}
+    board = Mock(picture=lambda name, step, picture: shown.update({name: step}))
+    if older:  # which named no pictures in board.json
+        folder.board.write_text('{"bars": {}, "health": null}')
+    with RunLogger(folder) as log:
+        log.images(20, "late", torch.rand(1, 1, 8, 8))
+        log.rewind(12)
+        replay(folder, read_metrics(folder.metrics), board, math.inf)
+        assert shown == {"reconstructions": 10}
+        log.metrics(25, {"loss": 1.0})
+        log.images(15, "reconstructions", torch.rand(4, 1, 8, 8))
+    replay(folder, read_metrics(folder.metrics), board, math.inf)
+    assert shown == {"reconstructions": 15}
+    assert folder.picture("late", 20).exists()
 
 
 def test_pictures_of_a_last_step_without_a_log_entry_are_drawn(server, logs):

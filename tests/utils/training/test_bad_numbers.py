@@ -10,7 +10,7 @@ import models.autoencoder.vqgan
 import train_vqgan
 import utils.training.loop
 import utils.training.step
-from helpers import at_the_end_of_steps
+from helpers import at_the_end_of_steps, half_precision
 from models import AbsorbingDiffusion
 from models.autoencoder.vqgan import VQGAN
 from test_training import VQGAN as VQGAN_FLAGS
@@ -21,7 +21,7 @@ from utils.data.batches import stream_positions
 from utils.runs.folder import RunFolder
 from utils.signals import Stopped
 from utils.training.loop import TrainingLoop
-from utils.training.precision import Precision, step_seed
+from utils.training.precision import step_seed
 
 __all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
 
@@ -114,17 +114,9 @@ def test_bad_steps_count_in_the_speed(monkeypatch, workplace):
     assert second["images_per_second"] == 4 * second["steps_per_second"]
 
 
-class HalfPrecision(Precision):
-    """float16 on a CPU, with a scale by which gradients overflow."""
-
-    def __init__(self, amp, device):
-        super().__init__(amp, device)
-        self.dtype = torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**24)
-
-
 def test_overflow_of_the_adaptive_weight_lowers_the_scale(monkeypatch, workplace):
     """Both gradients of the last layer are infinite at first: no such step is bad."""
+    scale = 2.0**24
     weights, adaptive_weight = [], models.autoencoder.vqgan.adaptive_weight
 
     def noted(*arguments):
@@ -132,15 +124,15 @@ def test_overflow_of_the_adaptive_weight_lowers_the_scale(monkeypatch, workplace
         return torch.tensor(weights[-1])
 
     monkeypatch.setattr(models.autoencoder.vqgan, "adaptive_weight", noted)
-    monkeypatch.setattr(train_vqgan, "Precision", HalfPrecision)
+    monkeypatch.setattr(train_vqgan, "Precision", half_precision(scale))
     vqgan("--disc_start_step 1 --log_dir a --steps_per_log 1 --max_bad_steps 0 --train_steps 20")
     overflows = sum(weight != weight for weight in weights)
     assert 2 < overflows < 20
     assert "passed over" not in RunFolder("a").log.read_text()
     lines = [line for line in lines_of("a") if line["group"] == "train"]
     assert len(lines) == 20 and all(math.isfinite(float(line["d_weight"])) for line in lines)
-    scale = torch.load(RunFolder("a").stats(20), weights_only=True)["scaler"]["scale"]
-    assert scale <= 2.0 ** (24 - overflows)
+    lowered = torch.load(RunFolder("a").stats(20), weights_only=True)["scaler"]["scale"]
+    assert lowered <= scale / 2**overflows
 
 
 def test_training_continues_after_a_bad_step(monkeypatch, two_runs):

@@ -21,7 +21,7 @@ from experiments import (
     calc_approximate_ELBO, calc_FID, calc_PRDC, calc_VQGAN_FID, generate_big_samples, get_samples,
     inpaint,
 )
-from helpers import ON_DIGITS, ROOT, as_torchrun, at_the_end_of_steps, on_processes
+from helpers import ON_DIGITS, ROOT, as_torchrun, at_the_end_of_steps, half_precision, on_processes
 from hparams import UserError, get_vqgan_hparams
 from models import AbsorbingDiffusion
 from test_training import (
@@ -36,7 +36,7 @@ from utils.evaluation.experiment import read_results
 from utils.files import load_file
 from utils.runs.folder import RunFolder
 from utils.training import processes
-from utils.training.precision import Precision, step_seed
+from utils.training.precision import step_seed
 from utils.training.processes import init_processes
 
 __all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
@@ -94,7 +94,7 @@ def test_two_processes_train_an_autoencoder_and_keep_the_same_weights(workplace)
 def test_a_bad_step_of_one_process_is_passed_over_by_all(rank, half, two_runs, monkeypatch):
     """With `half` in float16, where gradients that are not finite may be the scale's doing."""
     if half:
-        monkeypatch.setattr(train_sampler, "Precision", HalfPrecision)
+        monkeypatch.setattr(train_sampler, "Precision", half_precision(2.0**8))
     forward, seeds = AbsorbingDiffusion.forward, {step_seed(0, 2, f"train, process {rank} of 2")}
 
     def spoilt(self, *arguments, **options):
@@ -111,15 +111,6 @@ def test_a_bad_step_of_one_process_is_passed_over_by_all(rank, half, two_runs, m
     state = files_of("two", 4)["absorbing_4.th"]
     assert all(value.isfinite().all() for value in state.values())
     assert float(state["Lt_count"].sum()) == 3 * 8
-
-
-class HalfPrecision(Precision):
-    """float16 and its gradient scaler on a CPU."""
-
-    def __init__(self, amp, device):
-        super().__init__(amp, device)
-        self.dtype = torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**8)
 
 
 @pytest.mark.parametrize("sign", ["a signal", "torchrun is gone"])

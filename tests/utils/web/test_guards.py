@@ -12,7 +12,8 @@ from utils.errors import UserError
 from utils.web.records import as_png
 from utils.web.uploads import read_layers, read_upload
 
-gr = pytest.importorskip("gradio")
+gr = pytest.importorskip("gradio", reason="there is no gradio: `make test-page` installs it and "
+                         "runs this")
 META = {"_type": "gradio.FileData"}
 
 
@@ -113,6 +114,26 @@ def test_no_address_is_fetched(studio, monkeypatch):
                 asyncio.run(utils.async_move_files_to_cache(
                     value, block, check_in_upload_folder=True))
     assert asked == []
+
+
+def test_a_visitors_state_does_not_grow(studio):
+    """However often images follow updates that have none."""
+    from gradio.state_holder import SessionState
+
+    from utils.web.page import build_page
+
+    page = build_page(studio)
+    [draw, *_] = [function for function in page.fns.values() if function.name == "handler"]
+    status, image = (next(block for block in draw.outputs if isinstance(block, kind))
+                     for kind in (gr.HTML, gr.Image))
+    state, sizes = SessionState(page), []
+    for shade in range(4):
+        picture = Image.new("L", (4, 4), shade)
+        for shown in ({status: "waiting"}, {status: "done", image: picture}):
+            asyncio.run(page.postprocess_data(draw, shown, state))
+        sizes.append(len(state.blocks_config.blocks))
+    assert len(set(sizes)) == 1
+    assert set(state.blocks_config.blocks) == set(page.blocks)
 
 
 def test_images_are_shown_in_turn(studio):

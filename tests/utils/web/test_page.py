@@ -28,11 +28,12 @@ from utils.web.records import as_png
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="there is no gradio"),
+    pytest.mark.skipif(importlib.util.find_spec("gradio") is None,
+                       reason="there is no gradio: `make test-page` installs it and runs this"),
 ]
 needs_browser = pytest.mark.skipif(
     browser_path() is None or importlib.util.find_spec("playwright") is None,
-    reason="there is no chromium or no playwright",
+    reason="there is no chromium (`apt-get install chromium`) or no playwright (`make test-page`)",
 )
 LONG = "--sample_type remdm --sample_steps 1024 --n_samples 64"  # lasts until it is looked at
 
@@ -145,16 +146,14 @@ def kept_pixels(mask, size):
 
 @needs_browser
 def test_samples_appear_step_by_step_and_are_saved(server, visitor, trained, tmp_path):
-    seen, pictures = set(), set()
+    visitor.note_all()
     visitor.press("Draw")
-    while "images in" not in visitor.told():
-        seen.add(visitor.told())
-        pictures |= {image.get_attribute("src") for image in
-                     visitor.panel.locator(".pixels img").all()}
+    visitor.wait_for("images in")
+    lines, pictures = visitor.seen()
     visitor.press("Stop")
     visitor.page.wait_for_timeout(1000)
     assert "images in" in visitor.told()  # what is finished is not called stopped
-    assert len([line for line in seen if "network calls" in line]) > 2
+    assert len([line for line in lines if " of 1,024 network calls" in line]) > 2
     assert len(pictures) > 4
     png = visitor.saved("Save the picture", tmp_path)
     record = json.loads(visitor.saved("Save how", tmp_path).read_text())
@@ -168,8 +167,7 @@ def test_samples_appear_step_by_step_and_are_saved(server, visitor, trained, tmp
 @needs_browser
 def test_work_can_be_stopped(visitor):
     visitor.press("Draw")
-    visitor.panel.locator(".told").filter(has_text=" of ").first.wait_for()
-    visitor.press("Stop")
+    visitor.press_at(" of 1,024 network calls", "Stop")
     visitor.wait_for("Stopped")
     visitor.page.wait_for_timeout(1500)
     assert visitor.told() == "Stopped."
@@ -271,7 +269,7 @@ def resident(process):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="there is no /proc")
 def test_memory_stays_as_it_is(server):
-    for seed in range(5):
+    for seed in range(20):
         server.press("Draw", [*SAMPLE[:4], seed], "visitor")
     before = resident(server.process)
     for seed in range(100):

@@ -1,0 +1,300 @@
+"""What the recipes give in equal time: autoencoders of a folder of photographs, one after another.
+
+    python benchmarks/recipes.py --photographs PHOTOS --minutes 30 --seeds 0 1 \
+        --vgg_weights FILE --out recipes
+    python benchmarks/recipes.py --photographs PHOTOS --minutes 10 --seeds 0 --parts \
+        --vgg_weights FILE --out parts
+
+Trains `--preset small` on random crops of 64 pixels with train_vqgan.py, into logs/recipes_*: the
+published recipe and the modern one, the latter also without its discriminator, or, with `--parts`,
+with one part after another taken out. Each gets the steps that fit into the minutes: two short
+trials tell the CPU seconds of a step, so that what else the machine does does not count. A tenth of
+the photographs, whole ones, is held out, and decides. What is there already is not made again.
+
+The discriminator of the published recipe would start at step 30,001, long after the end: here it
+starts after a quarter of an hour. Nothing else of that recipe follows the length of a run, so the
+30 minutes of a run of 60 are its first half.
+
+Prints a Markdown table, and writes OUT_curves.png and OUT_pictures.png. Of each checkpoint the
+weights and their average are both measured, and the better ones (by the Fréchet distance) count,
+since the published average is behind in runs as short as these. Flags that this script has not are
+handed on to every training.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch.nn import functional as F
+from torchvision.utils import save_image
+
+from hparams import get_vqgan_hparams
+from measure import number, print_table
+from models.autoencoder.perceptual import PerceptualDistance, load_vgg16
+from utils.data.batches import UnreadableFiles, evaluation_batches
+from utils.data.datasets import load_dataset
+from utils.data.split import sample_of, train_validation_split
+from utils.evaluation.metrics import psnr, ssim
+from utils.evaluation.reconstruction import ReconstructionDistance
+from utils.files import load_file
+from utils.runs.folder import RunFolder
+from utils.training.build import load_autoencoder
+
+MARK = 5  # minutes between the times at which a run is measured
+TRIALS = (30, 90)  # steps of the two trials
+START = 1650  # step at which the published discriminator starts: about a quarter of an hour
+NEVER = "--disc_start_step 100000001"
+RECIPES = {
+    "published": f"--recipe published --disc_start_step {START}",
+    "modern": "--recipe modern",
+    "modern without discriminator": f"--recipe modern {NEVER}",
+}
+PARTS = {  # what `--recipe modern` is without one of its parts
+    "modern": "",
+    "AdamW 1e-3 for Muon": "--optimizer adamw --lr 1e-3",
+    "codebook neither started nor revived": "--codebook_start_step 0 --codebook_revival 0",
+    "no perceptual distance": "--perceptual none",
+    "no discriminator": NEVER,
+    "constant learning rate": "--lr_schedule constant",
+    "EMA as published": "--ema_beta 0.995 --no_ema_warmup --steps_per_update_ema 10",
+    "32 norm groups": "--norm_groups 32",
+}
+HEAD = ["variant", "seed", "steps", "s per step", "PSNR, dB", "SSIM", "perceptual", "Fréchet",
+        "detail", "codes", "colour early", "colour"]
+
+
+def parse_arguments():
+    """(this script's arguments, the flags for train_vqgan.py)."""
+    parser = argparse.ArgumentParser(
+        description="What the recipes give in equal time. Other flags than these go to "
+        "train_vqgan.py.", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--photographs", required=True, help="folder of photographs")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of one core, for each run")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--parts", action="store_true", help="take out the parts of modern")
+    parser.add_argument("--variants", nargs="+", type=int, metavar="N", help="only these, from 0")
+    parser.add_argument("--vgg_weights", help="torchvision's VGG16 weights for the perceptual "
+                        "distance, of which the published recipe has one too (none: a download)")
+    parser.add_argument("--images", type=int, default=512, help="crops held out to measure with")
+    parser.add_argument("--out", default="recipes", help="beginning of the pictures' names")
+    return parser.parse_known_args()
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def training_flags(arguments, variant, handed_on):
+    """The flags of train_vqgan.py for a variant, but for its length, seed and run folder."""
+    flags = PARTS if arguments.parts else RECIPES
+    recipe = f"--recipe modern {flags[variant]}" if arguments.parts else flags[variant]
+    vgg = ["--vgg_weights", arguments.vgg_weights] if arguments.vgg_weights else []
+    return [
+        "--dataset", "custom", "--custom_dataset_path", arguments.photographs, "--crops", "64",
+        "--preset", "small", "--amp", "--ema", "--no_visdom", "--num_workers", "0",
+        "--keep_checkpoints", "0", "--validation_images", "64", *vgg, *recipe.split(), *handed_on,
+    ]
+
+
+def train(flags, name, steps, every):
+    """Train for some steps, with a checkpoint `every` so many; the CPU seconds that it took."""
+    command = [
+        sys.executable, "train_vqgan.py", *flags, "--train_steps", str(steps), "--steps_per_eval",
+        str(steps), "--steps_per_checkpoint", str(every), "--steps_per_save_output", "0",
+        "--log_dir", name, "--resume",
+    ]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    output = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    if output.returncode:
+        sys.exit(f"{' '.join(command)}\n{output.stderr[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime
+
+
+def seconds_of_step(variant, flags, digest):
+    """CPU seconds of a step on one core, of two trials that differ in length; half of the steps of
+    each have a discriminator where the recipe has one."""
+    kept = RunFolder(f"recipes_{digest}_trial").path / "seconds.json"
+    if not kept.exists():
+        took = []
+        for n in TRIALS:
+            earlier = ["--disc_start_step", str(n // 2)] if variant == "published" else []
+            took.append(train([*flags, *earlier], f"recipes_{digest}_trial{n}", n, n))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps((took[1] - took[0]) / (TRIALS[1] - TRIALS[0])))
+    return json.loads(kept.read_text())
+
+
+def trained(arguments, variant, seed, handed_on):
+    """Train a variant if it is not yet: (seconds of a step, steps between two times at which it is
+    measured, the run's name, its flags)."""
+    flags = training_flags(arguments, variant, handed_on)
+    digest = hashlib.sha256("\n".join(flags).encode()).hexdigest()[:8]
+    seconds = seconds_of_step(variant, flags, digest)
+    every = max(1, round(60 * MARK / seconds))
+    steps = every * max(1, round(arguments.minutes / MARK))
+    length = "any" if variant == "published" else steps
+    name = f"recipes_{digest}_{length}_{seed}"
+    flags = [*flags, "--seed", str(seed)]
+    if not RunFolder(name).model("vqgan_ema", steps).exists():
+        train(flags, name, steps, every)
+    flags += ["--train_steps", str(steps), "--log_dir", name]
+    return seconds, every, name, flags
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def detail(images):
+    """Energy of the Laplacian of grey, 0-d, of images [B, C, S, S]: what is sharp, and noise."""
+    grey = images.mean(1, keepdim=True)
+    kernel = grey.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    return F.conv2d(grey, kernel).square().mean()
+
+
+def correlation(means, others):
+    """Correlation of the means of whole images [n, 3], averaged over the colours."""
+    return float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(means.T, others.T)]))
+
+
+class Measure:
+    """Measures autoencoders on images that are held out, always the same ones."""
+
+    def __init__(self, H, count, vgg_weights):
+        device = torch.device("cpu")
+        held_out = sample_of(train_validation_split(load_dataset(H))[1], count)
+        batches = evaluation_batches(held_out, 32, 0, device, UnreadableFiles())
+        self.images = torch.cat([images for images, _ in batches])
+        self.distance = ReconstructionDistance(device)
+        self.perceptual = None
+        if vgg_weights:
+            self.perceptual = PerceptualDistance()
+            load_vgg16(self.perceptual, load_file(vgg_weights))
+
+    @torch.no_grad()
+    def reconstructions(self, autoencoder):
+        """(reconstructions [n, C, S, S] in [0, 1], how often each code is used [K])."""
+        parts, usage = [], 0
+        for images in self.images.split(32):
+            x_hat, _, stats, _ = autoencoder(images)
+            parts.append(x_hat.clamp(0, 1))
+            usage = usage + stats["usage"]
+        return torch.cat(parts), usage
+
+    @torch.no_grad()
+    def __call__(self, autoencoder):
+        """The figures of an autoencoder, {name: number}."""
+        x, (x_hat, usage) = self.images, self.reconstructions(autoencoder)
+        distances = []
+        for images, others in zip(x.split(32), x_hat.split(32)):
+            self.distance.add(images, others)
+            if self.perceptual is not None:
+                distances.append(self.perceptual(2 * images - 1, 2 * others - 1).flatten())
+        return {
+            "psnr": psnr(x, x_hat).mean().item(), "ssim": ssim(x, x_hat).mean().item(),
+            "perceptual": torch.cat(distances).mean().item() if distances else None,
+            "frechet": float(self.distance.take()["frechet"]),
+            "detail": (detail(x_hat) / detail(x)).item(), "codes": int((usage > 0).sum()),
+            "colour": correlation(x.mean((2, 3)).numpy(), x_hat.mean((2, 3)).numpy()),
+        }
+
+
+def figures_at(measure, name, step, flags):
+    """The figures at a step, of the weights or their average, which are better."""
+    kept = RunFolder(name).path / f"figures_{len(measure.images)}_{step}.json"
+    if not kept.exists():
+        both = [
+            {"step": step, "model": which, **measure(autoencoder(name, which, step, flags))}
+            for which in ("vqgan", "vqgan_ema")
+        ]
+        kept.write_text(json.dumps(min(both, key=lambda figures: figures["frechet"]), indent=1))
+    return json.loads(kept.read_text())
+
+
+def autoencoder(name, which, step, flags):
+    """The autoencoder of a run's checkpoint: its weights, `vqgan`, or their average."""
+    H, device = get_vqgan_hparams(flags), torch.device("cpu")
+    path = RunFolder(name).model(which, step)
+    return load_autoencoder(H, device, logging.getLogger("recipes"), path)
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def row(variant, seed, seconds, curve):
+    """A row of the table: the figures at the end, and the colours after the first minutes."""
+    end = curve[-1]
+    return [
+        variant, seed, end["step"], number(seconds), number(end["psnr"]), number(end["ssim"]),
+        number(end["perceptual"]), number(end["frechet"]), number(end["detail"]), end["codes"],
+        number(curve[0]["colour"]), number(end["colour"]),
+    ]
+
+
+def draw_curves(curves, path):
+    """Figures against minutes; `curves` are {variant: [the curve of each seed]}."""
+    names = {"psnr": "PSNR, dB", "frechet": "Fréchet distance", "perceptual": "perceptual",
+             "codes": "codes used"}
+    figure = Figure(figsize=(4 * len(names), 3.2), layout="tight")
+    axes = figure.subplots(1, len(names))
+    for place, (variant, runs) in enumerate(curves.items()):
+        for curve in runs:
+            for axis, name in zip(axes, names):
+                times = [MARK * (mark + 1) for mark in range(len(curve))]
+                axis.plot(times, [point[name] for point in curve], f"C{place}.-",
+                          label=variant if curve is runs[0] else None)
+    for axis, title in zip(axes, names.values()):
+        axis.set(xlabel="minutes of one core", title=title)
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=80)
+
+
+def draw_pictures(measure, models, path, count=8):
+    """A row of images that are held out, then one of reconstructions for each of the `models`;
+    three times as large."""
+    spread = torch.linspace(0, len(measure.images) - 1, count).long()
+    images = measure.images[spread]
+    with torch.no_grad():
+        rows = [images, *(model(images)[0].clamp(0, 1) for model in models)]
+    enlarged = F.interpolate(torch.cat(rows), scale_factor=3, mode="nearest")
+    save_image(enlarged, path, nrow=count, padding=3)
+
+
+def main():
+    arguments, handed_on = parse_arguments()
+    titles = list(PARTS if arguments.parts else RECIPES)
+    if arguments.variants is not None:
+        titles = [titles[index] for index in arguments.variants]
+    curves, last, measure = {}, [], None
+
+    def rows():
+        nonlocal measure
+        for title in titles:
+            for seed in arguments.seeds:
+                seconds, every, name, flags = trained(arguments, title, seed, handed_on)
+                H = get_vqgan_hparams(flags)
+                measure = measure or Measure(H, arguments.images, arguments.vgg_weights)
+                steps = range(every, H.train_steps + 1, every)
+                curve = [figures_at(measure, name, step, flags) for step in steps]
+                curves.setdefault(title, []).append(curve)
+                yield row(title, seed, seconds, curve)
+            last.append(autoencoder(name, curve[-1]["model"], curve[-1]["step"], flags))
+
+    print_table(HEAD, rows())
+    draw_curves(curves, f"{arguments.out}_curves.png")
+    draw_pictures(measure, last, f"{arguments.out}_pictures.png")
+    print(f"rows of {arguments.out}_pictures.png: images held out, then {', '.join(titles)}")
+
+
+if __name__ == "__main__":
+    main()
