@@ -115,8 +115,7 @@ DIGITS = dict(
     num_workers=0, img_size=32, n_channels=1, nf=32, ch_mult=[1, 1, 2], res_blocks=1,
     attn_resolutions=[8], emb_dim=32, codebook_size=16, ndf=16, disc_layers=2,
     perceptual_weight=0.0, disc_input="pixels", disc_start_step=100000001, batch_size=32,
-    ema_beta=0.99,
-    steps_per_update_ema=1, steps_per_eval=200, steps_per_display_output=500,
+    ema_beta=0.99, steps_per_update_ema=1, steps_per_eval=200, steps_per_display_output=500,
     steps_per_save_output=500, steps_per_checkpoint=500,
 )
 
@@ -138,8 +137,8 @@ VQGAN_DEFAULTS = Defaults(
         "modern": dict(
             MODERN, optimizer="muon", lr=1e-3, perceptual="efficientnet_lite0",
             perceptual_weight=0.15, codebook_start_step=None, codebook_revival=10,
-            disc_norm="group", disc_lr=1e-3, disc_weight=0.2, disc_start_step=None,
-            disc_lead_steps=None, disc_fade_steps=None,
+            disc_input="features", disc_norm="group", disc_lr=1e-3, disc_weight=0.25,
+            disc_start_step=None, disc_lead_steps=None, disc_fade_steps=None,
         ),
     },
     presets={

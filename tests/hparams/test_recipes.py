@@ -100,6 +100,16 @@ def test_runs_of_before_there_were_recipes_go_on_as_they_were():
     assert measured.norm_groups == 32
 
 
+def test_a_run_of_before_there_were_features_keeps_its_discriminator():
+    flags = [*CUSTOM, "--log_dir", "a"]
+    H = get_vqgan_hparams([*flags, "--disc_input", "pixels"])
+    assert get_vqgan_hparams(flags).disc_input == "features"
+    save_run(H, "a", without={"disc_input"})
+    (RunFolder("a").saved_stats / "manifest_5.json").touch()
+    resumed = get_vqgan_hparams([*flags, "--resume"])
+    assert (resumed.recipe, resumed.disc_input) == ("modern", "pixels")
+
+
 def test_a_resumed_run_keeps_its_recipe_and_what_followed_from_its_steps():
     flags = [*CUSTOM, "--log_dir", "a"]
     H = get_vqgan_hparams([*flags, "--recipe", "modern", "--train_steps", "1000"])
