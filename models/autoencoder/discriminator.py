@@ -1,6 +1,6 @@
 """Discriminators: networks that tell images from reconstructions, patch by patch."""
 
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import torch
 from torch import nn
@@ -97,14 +97,14 @@ class Discriminator(nn.Module):
 class FeatureDiscriminator(nn.Module):
     """Small heads on features of the frozen EfficientNet-Lite0, which know from the start what
     images look like (Projected GAN, Sauer et al., 2111.01007): images [B, 1 or 3, S, S] in [0, 1]
-    -> logits [B, 5, S/4, S/4], those of coarser features repeated.
+    -> logits [B, 7, S/2, S/2], those of coarser features repeated.
 
     `network` is an `EfficientNetDistance`. Each head, of `width` channels, sees one place of the
     features, scaled to one length there, and its neighbours. `norm` is that of the heads, group or
     spectral; ValueError for another one.
     """
 
-    widths = {2: 24, 4: 80, 5: 112, 6: 192, 7: 320}  # {layer: channels}, at S/4 to S/32
+    widths = (16, 24, 40, 80, 112, 192, 320)  # channels of all layers but the first, at S/2 to S/32
     by_batch = False
 
     def __init__(self, network, width, norm="group"):
@@ -112,7 +112,7 @@ class FeatureDiscriminator(nn.Module):
         if norm not in ("group", "spectral"):
             raise ValueError(f"`disc_norm` must be group or spectral for features, not {norm!r}")
         self.network, self.heads = network, nn.ModuleList()
-        for channels in self.widths.values():
+        for channels in self.widths:
             layers = [
                 nn.Conv2d(channels, width, 1), nn.LeakyReLU(0.2),
                 nn.Conv2d(width, width, 3, padding=1), *normalization(norm, width),
@@ -121,10 +121,8 @@ class FeatureDiscriminator(nn.Module):
             self.heads.append(nn.Sequential(*bounded(layers, norm)))
 
     def forward(self, x):
-        heads = dict(zip(self.widths, self.heads))
-        logits = []
-        for layer, seen in enumerate(self.network.layers(x.expand(-1, 3, -1, -1))):
-            if layer in heads:
-                scaled = F.normalize(seen.float(), dim=1) * seen.shape[1] ** 0.5
-                logits.append(F.interpolate(heads[layer](scaled).float(), x.shape[2] // 4))
+        logits, layers = [], islice(self.network.layers(x.expand(-1, 3, -1, -1)), 1, None)
+        for head, seen in zip(self.heads, layers, strict=True):
+            scaled = F.normalize(seen.float(), dim=1) * seen.shape[1] ** 0.5
+            logits.append(F.interpolate(head(scaled).float(), x.shape[2] // 2))
         return torch.cat(logits, dim=1)

@@ -207,17 +207,14 @@ def test_heads_on_features_give_logits_that_do_not_mix_images(lite0, norm):
     disc = of_features(lite0, disc_norm=norm).disc.eval()
     x = images(size=32, batch=4)
     logits = disc(x)
-    assert logits.shape == (4, 5, 8, 8)
+    assert logits.shape == (4, 7, 16, 16)
     assert torch.allclose(logits[:1], disc(x[:1]), atol=1e-5)
-    features = list(lite0.layers(x))
-    for number, (layer, channels) in enumerate(disc.widths.items()):
-        side = features[layer].shape[2]
-        assert features[layer].shape[1:] == (channels, side, side)
-        own = F.avg_pool2d(logits[:, number], 8 // side)  # each is repeated
-        assert torch.allclose(F.interpolate(own[:, None], 8)[:, 0], logits[:, number], atol=1e-6)
+    for number, features in enumerate(list(lite0.layers(x))[1:]):
+        own = F.avg_pool2d(logits[:, number], 16 // features.shape[2])  # each is repeated
+        assert torch.allclose(F.interpolate(own[:, None], 16)[:, 0], logits[:, number], atol=1e-6)
         assert logits[:, number].var() > 0
     grey = of_features(lite0, n_channels=1).disc
-    assert grey(images(size=32, n_channels=1)).shape == (2, 5, 8, 8)
+    assert grey(images(size=32, n_channels=1)).shape == (2, 7, 16, 16)
 
 
 def test_heads_learn_what_the_frozen_network_shows_them(lite0):
