@@ -157,7 +157,7 @@ VQGAN_DEFAULTS = Defaults(
     },
     modern_datasets={
         "digits": dict(
-            MODERN_DIGITS, lr=1.5e-3, batch_size=16, codebook_revival=15, distorted_copies=7,
+            MODERN_DIGITS, lr=2e-3, codebook_revival=15, distorted_copies=7,
         ),
         "textures": MODERN_TEXTURES,
     },
@@ -187,8 +187,9 @@ SAMPLER_DEFAULTS = Defaults(
     },
     modern_datasets={
         "digits": dict(
-            MODERN_DIGITS, batch_size=64, bert_n_emb=192, kernel_sizes=[3], distorted_copies=15,
-            distortion=0.6, sample_type="remdm", temp=1.0,
+            MODERN_DIGITS, batch_size=128, lr=4e-3, bert_n_emb=192, kernel_sizes=[3],
+            embd_pdrop=0.0, resid_pdrop=0.0, distorted_copies=15, distortion=0.6,
+            sample_type="remdm", temp=0.95,
         ),
         "textures": MODERN_TEXTURES,
     },

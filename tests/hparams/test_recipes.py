@@ -47,8 +47,8 @@ def test_parts_of_a_recipe_and_sizes_of_a_preset_are_flags():
 
 
 def test_a_preset_that_is_given_comes_after_the_dataset():
-    assert get_vqgan_hparams(["--dataset", "digits"]).batch_size == 16
-    assert get_vqgan_hparams(["--dataset", "digits", "--recipe", "published"]).batch_size == 32
+    assert get_vqgan_hparams(["--dataset", "digits"]).batch_size == 32
+    assert get_vqgan_hparams(["--dataset", "textures"]).batch_size == 8
     assert get_vqgan_hparams(["--dataset", "digits", "--preset", "small"]).img_size == 32
     H = get_vqgan_hparams(["--dataset", "digits", "--preset", "medium"])
     assert H.img_size == 128 and H.n_channels == 1
