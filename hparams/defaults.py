@@ -84,8 +84,8 @@ def follow_steps(H):
     for name, value in values.items():
         if name in H.__dataclass_fields__ and getattr(H, name) is None:
             setattr(H, name, value)
-    if H.validation_images is None:
-        H.validation_images = max(64, H.batch_size * H.steps_per_eval // 4)
+    if H.validation_images is None:  # of which each costs about as much as one that is learned
+        H.validation_images = max(64, H.batch_size * H.steps_per_eval // 16)
 
 
 def levels(img_size):
@@ -157,7 +157,7 @@ VQGAN_DEFAULTS = Defaults(
     },
     modern_datasets={
         "digits": dict(
-            MODERN_DIGITS, lr=2e-3, codebook_revival=15, distorted_copies=7,
+            MODERN_DIGITS, lr=2e-3, codebook_revival=15, distorted_copies=7, validation_images=64,
         ),
         "textures": MODERN_TEXTURES,
     },

@@ -148,9 +148,9 @@ class Logging(Settings):
                                          "train_steps); 0 trains on everything, without a "
                                          "validation split", minimum=0)
     validation_images: int | None = setting(0, "how many of the images held out a validation looks "
-                                            "at, always the same (none: as long as they are a "
-                                            "quarter of those trained on in between, 64 at "
-                                            "least); 0 for all", minimum=0)
+                                            "at, always the same (none: a sixteenth of those "
+                                            "trained on in between, 64 at least); 0 for all",
+                                            minimum=0)
     steps_per_display_output: int | None = setting(5000, "steps between images on visdom (none: a "
                                                    "tenth of train_steps); 0 for none", minimum=0)
     steps_per_save_output: int | None = setting(5000, "steps between images in logs/NAME/images "
