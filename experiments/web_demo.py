@@ -19,7 +19,7 @@ import threading
 
 from hparams import UserError, get_page_hparams
 from utils.evaluation.experiment import experiment
-from utils.runs.folder import RunFolder, in_words, run_names
+from utils.runs.folder import RunFolder, listed_runs, run_names
 from utils.runs.script import run_script
 
 DEMO = "demo_absorbing"
@@ -53,8 +53,10 @@ def holds(folder, *models):
 def what_to_load():
     """Which runs the page could show, in words."""
     found = [name for name in run_names() if holds(RunFolder(name), *SAMPLERS)]
-    others = f", or name another one with --load_dir: there are {in_words(found)}" if found else ""
-    return f"`make demo` makes one in minutes{others}"
+    if not found:
+        return "`make demo` makes one in minutes"
+    return ("`make demo` makes one in minutes, or name another one with --load_dir: there are "
+            f"{listed_runs(found)}")
 
 
 def check_port(host, port):

@@ -22,7 +22,7 @@ from utils.logging.curves import plots
 from utils.logging.logger import read_metrics
 from utils.logging.panes import COLOURS
 from utils.logging.replay import settings_of
-from utils.runs.folder import RunFolder, in_words, run_names
+from utils.runs.folder import RunFolder, listed_runs, run_names
 from utils.runs.script import unless_in_use
 
 COLUMNS = 3
@@ -40,7 +40,7 @@ def find_run(text, logs=LOGS):
         return folder
     names = run_names(logs)
     problem = f"{logs / text} holds no metrics.jsonl" if text else "name the run to draw"
-    raise UserError(f"{problem}: runs under {logs}/ are {in_words(names)}" if names else
+    raise UserError(f"{problem}: runs under {logs}/ are {listed_runs(names)}" if names else
                     f"{problem}, and no run under {logs}/ does")
 
 
