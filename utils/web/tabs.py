@@ -13,7 +13,7 @@ from utils.web import pictures
 from utils.web.guards import MaskEditor
 from utils.web.parts import (
     TURN, WAITING, Choices, buttons, caption, cost, done, file_to_save, nothing_to_save, picture,
-    running, save_buttons, saved, seed_row, starts, status_line, wrong,
+    running, save_buttons, saved, seed_row, starts, status_line, telling,
 )
 from utils.web.records import as_json, as_png, as_zip
 from utils.web.stepwise import Step
@@ -56,6 +56,7 @@ def sample_tab(studio):
                 images = picture("The images that they decode to")
             save = save_buttons()
 
+    @telling(status, studio.run.log)
     def handler(*values):
         yield {status: WAITING, **nothing_to_save(save)}
         for item in studio.sample(Choice(*values)):
@@ -130,6 +131,7 @@ def fill_in_tab(studio):
         event(show, given.inputs, [editor, status], show_progress="hidden",
               api_visibility="private", **TURN)
 
+    @telling(status, studio.run.log)
     def handler(layers, number, path, *values):
         yield {status: WAITING, **nothing_to_save(save)}
         image, source = given.load(number, path)
@@ -164,16 +166,14 @@ def first_to_paint(given):
 
 def image_shower(given, editor, status):
     """A handler that shows the image that is given in the `editor`, to be painted on."""
+    @telling(status, given.studio.run.log, editor)
     def show(number, path):
-        try:
-            image, _ = given.load(number, path)
-        except UserError as error:
-            return {editor: None, status: wrong(str(error))}
+        image, _ = given.load(number, path)
         sentence = f"An image of {image.width}x{image.height} pixels: paint over what is to be " \
                    f"filled in, then press Fill in."
         if image.width != image.height:
             sentence += " The model sees its central square; what is faded stays as it is."
-        return {editor: to_paint(image), status: done(sentence)}
+        yield {editor: to_paint(image), status: done(sentence)}
 
     return show
 
@@ -218,6 +218,7 @@ def canvas_tab(studio):
                 images = picture("The canvas")
             save = save_buttons()
 
+    @telling(status, studio.run.log)
     def handler(height, width, mode, *values):
         yield {status: WAITING, images: None, **nothing_to_save(save)}
         for item in studio.canvas(Choice(*values), height, width, mode):
@@ -262,6 +263,7 @@ def compare_tab(studio):
     save = save_buttons()
     outputs = [told, *save, *(part for side in sides for part in side[1:])]
 
+    @telling(told, studio.run.log)
     def handler(count, seed, *values):
         yield {told: WAITING, **nothing_to_save(save),
                **{part: value for _, status, image in sides
@@ -331,6 +333,7 @@ def look_tab(studio):
     source.change(lambda name: [gr.update(visible=name == one) for one in SOURCES], source,
                   [of_image, of_sample], queue=False, api_visibility="private")
 
+    @telling(status, studio.run.log)
     def handler(name, seed, number, path):
         yield {status: WAITING, **nothing_to_save(save)}
         if name == SOURCES[1]:
