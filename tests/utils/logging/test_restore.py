@@ -199,6 +199,19 @@ def test_a_run_that_trains_is_left_to_draw_itself(server, logs):
     assert list(server.windows("run")) == WINDOWS
 
 
+def test_a_run_may_be_used_while_its_windows_are_sent(logs, monkeypatch):
+    """The server may take its time, and a training would not wait for it."""
+    def send(board):
+        with FileLock(folder.lock, timeout=0):
+            sent.append(board._changed)
+
+    folder, sent = finished_run(logs, "run"), []
+    folder.lock.touch()
+    monkeypatch.setattr(VisdomBoard, "send", send)
+    draw_run("run", logs, "127.0.0.1", 1)
+    assert len(sent) == 1 and sent[0]
+
+
 def test_runs_are_found_through_links_and_the_newest_comes_first(logs):
     for number, name in enumerate(("b", "group/a", "c")):
         metrics = RunFolder(name, logs).create().metrics
