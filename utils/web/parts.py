@@ -168,12 +168,11 @@ def picture(text, crisp=True):
                         elem_classes="pixels" if crisp else None)
 
 
-def save_buttons(label="Save the picture (PNG)"):
-    """(button that saves the picture, button that saves how it came about)."""
+def save_buttons(*labels):
+    """Buttons that save pictures, and one that saves how they came about."""
     with gr.Row():
-        return (gr.DownloadButton(label, interactive=False, min_width=160, size="md"),
-                gr.DownloadButton("Save how it came about (JSON)", interactive=False,
-                                  min_width=160, size="md"))
+        return [gr.DownloadButton(label, interactive=False, min_width=160, size="md")
+                for label in (*labels, "Save how it came about (JSON)")]
 
 
 def file_to_save(name, content):
@@ -183,10 +182,12 @@ def file_to_save(name, content):
     return gr.update(value=path, interactive=True)
 
 
-def saved(save, stem, kind, content, facts):
-    """{button: update} of the buttons `save`: the picture, bytes of a `kind`, and its record."""
-    return {save[0]: file_to_save(f"{stem}.{kind}", content),
-            save[1]: file_to_save(f"{stem}.json", as_json(facts))}
+def saved(save, stem, files, facts):
+    """{button: update} of the buttons `save`: pictures, {what follows `stem` in the file's name:
+    bytes}, and their record."""
+    files = {**files, ".json": as_json(facts)}
+    return {button: file_to_save(stem + end, content)
+            for button, (end, content) in zip(save, files.items(), strict=True)}
 
 
 def nothing_to_save(save):

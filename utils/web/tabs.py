@@ -24,6 +24,7 @@ from utils.web.uploads import CANVAS, MOST_BYTES, painted, read_layers, to_paint
 
 PAINT = "#ff2d55"
 FIRST = 3  # the number of the image of the dataset that is shown at first
+PICTURE, IDS = "Save the picture (PNG)", "Save the ids (PNG)"
 CANVAS_STEPS = 64  # of a canvas at first, where the run has more
 
 
@@ -36,6 +37,13 @@ def sheet_of_ids(studio, ids, size, shape=None):
     """Ids [n, N] as a PIL image of coloured grids, laid out as images of `size` are."""
     images = pictures.ids_as_images(ids, tuple(shape or studio.shape), studio.colours, size)
     return pictures.sheet(images)
+
+
+def drawn_saved(save, name, drawn, ids):
+    """{button: update} of the buttons that save Drawn images, a PIL image of their ids and their
+    record."""
+    files = {".png": as_png(grid_of(drawn.images)), "_ids.png": as_png(ids)}
+    return saved(save, f"{name}_seed{drawn.record['samples']['seed']}", files, drawn.record)
 
 
 # --- sample
@@ -54,7 +62,7 @@ def sample_tab(studio):
             with gr.Row():
                 ids = picture("The ids, a colour each; grey is not drawn yet")
                 images = picture("The images that they decode to")
-            save = save_buttons()
+            save = save_buttons(PICTURE, IDS)
 
     @telling(status, studio.run.log)
     def handler(*values):
@@ -65,10 +73,9 @@ def sample_tab(studio):
                 yield {**shown, images: pictures.sheet(studio.partial(item.ids)),
                        status: running(item)}
             else:
-                stem = f"samples_seed{item.record['samples']['seed']}"
                 yield {**shown, images: pictures.sheet(item.images),
                        status: done(cost(item, f"{len(item.images)} images")),
-                       **saved(save, stem, "png", as_png(grid_of(item.images)), item.record)}
+                       **drawn_saved(save, "samples", item, shown[ids])}
 
     starts(draw, stop, handler, choices.inputs, [status, ids, images, *save], status)
 
@@ -186,7 +193,7 @@ def completions_saved(drawn, mask, gallery, save):
         **files, "mask.png": as_png(Image.fromarray(mask.astype(np.uint8) * 255)),
         "record.json": as_json(drawn.record),
     })
-    return {gallery: paths, **saved(save, "completions", "zip", archive, drawn.record)}
+    return {gallery: paths, **saved(save, "completions", {".zip": archive}, drawn.record)}
 
 
 # --- canvas
@@ -216,7 +223,7 @@ def canvas_tab(studio):
             with gr.Row():
                 ids = picture("The ids, a colour each; grey is not drawn yet")
                 images = picture("The canvas")
-            save = save_buttons()
+            save = save_buttons(PICTURE, IDS)
 
     @telling(status, studio.run.log)
     def handler(height, width, mode, *values):
@@ -229,10 +236,9 @@ def canvas_tab(studio):
             else:
                 canvases = "1 canvas" if len(item.images) == 1 else f"{len(item.images)} canvases"
                 words = f"{canvases} of {size[1]}x{size[0]} pixels"
-                stem = f"canvas_seed{item.record['samples']['seed']}"
                 yield {**shown, images: pictures.sheet(item.images),
                        status: done(cost(item, words)),
-                       **saved(save, stem, "png", as_png(grid_of(item.images)), item.record)}
+                       **drawn_saved(save, "canvas", item, shown[ids])}
 
     outputs = [status, ids, images, *save]
     starts(draw, stop, handler, [*sides, mode, *choices.inputs], outputs, status)
@@ -260,7 +266,7 @@ def compare_tab(studio):
                 choices.temp.value = temp
                 sides.append((choices, status_line(f"{name} is not drawn yet."),
                               picture(f"{name}, the images")))
-    save = save_buttons()
+    save = save_buttons(PICTURE)
     outputs = [told, *save, *(part for side in sides for part in side[1:])]
 
     @telling(told, studio.run.log)
@@ -279,8 +285,9 @@ def compare_tab(studio):
                 yield {status: done(cost(item, f"{len(item.images)} images")),
                        image: pictures.sheet(item.images)}
         yield {told: done(comparison(*drawn)), **saved(
-            save, "comparison", "png", as_png(beside(*(grid_of(item.images) for item in drawn))),
-            {"left": drawn[0].record, "right": drawn[1].record})}
+            save, "comparison",
+            {".png": as_png(beside(*(grid_of(item.images) for item in drawn)))},
+            {"A": drawn[0].record, "B": drawn[1].record})}
 
     inputs = [count, seed, *(part for choices, *_ in sides
                              for part in (choices.method, choices.steps, choices.temp))]
@@ -329,7 +336,7 @@ def look_tab(studio):
                     "stands for here, how often", crisp=False)
     nearest = picture("Nearest training images, with their distance and their number in the "
                       "dataset", crisp=False)
-    save = save_buttons()
+    save = save_buttons("Save the pictures (ZIP)")
     source.change(lambda name: [gr.update(visible=name == one) for one in SOURCES], source,
                   [of_image, of_sample], queue=False, api_visibility="private")
 
@@ -359,12 +366,16 @@ def view_shown(studio, view, facts, parts, save):
                 f"of the reconstruction is {psnr:.1f} dB, its largest error {largest} of 255")
     labels = [f"{distance:.2f} · no. {number}"
               for distance, number in zip(view.distances, view.numbers)]
-    three = [pictures.enlarged(to_pil(view.image)), pictures.enlarged(to_pil(view.reconstruction)),
-             pictures.numbered(view.ids, studio.shape, studio.colours)]
-    row = pictures.labelled_row(torch.cat((view.image[None], view.neighbours)),
-                                ["the image", *labels])
-    return {
-        status: done(sentence), image: three[0], reconstruction: three[1], ids: three[2],
-        codes: pictures.codes_in_use(view.ids, studio.colours, view.patches), nearest: row,
-        **saved(save, "inside", "png", as_png(beside(beside(*three[:2]), three[2])), facts),
+    shown = {
+        image: pictures.enlarged(to_pil(view.image)),
+        reconstruction: pictures.enlarged(to_pil(view.reconstruction)),
+        ids: pictures.numbered(view.ids, studio.shape, studio.colours),
+        codes: pictures.codes_in_use(view.ids, studio.colours, view.patches),
+        nearest: pictures.labelled_row(torch.cat((view.image[None], view.neighbours)),
+                                       ["the image", *labels]),
     }
+    names = ("image", "reconstruction", "ids", "codes_in_use", "nearest")
+    archive = as_zip({**{f"{name}.png": as_png(shown[part])
+                         for name, part in zip(names, parts[1:], strict=True)},
+                      "record.json": as_json(facts)})
+    return {status: done(sentence), **shown, **saved(save, "inside", {".zip": archive}, facts)}
