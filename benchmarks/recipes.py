@@ -8,8 +8,9 @@
 Trains `--preset small` on random crops of 64 pixels with train_vqgan.py, into logs/recipes_*: the
 published recipe and the modern one, the latter also without its discriminator, or, with `--parts`,
 with one part after another taken out. Each gets the steps that fit into the minutes: two short
-trials tell the CPU seconds of a step, so that what else the machine does does not count. A tenth of
-the photographs, whole ones, is held out, and decides. What is there already is not made again.
+trials, which have a discriminator in half of their steps, tell the CPU seconds of a step, so that
+what else the machine does does not count. A tenth of the photographs, whole ones, is held out, and
+decides. What is there already is not made again.
 
 The discriminator of the published recipe would start at step 30,001, long after the end: here it
 starts after a quarter of an hour. Nothing else of that recipe follows the length of a run, so the
@@ -19,16 +20,23 @@ Prints a Markdown table, and writes OUT_curves.png and OUT_pictures.png. Of each
 weights and their average are both measured, and the better ones (by the Fréchet distance) count,
 since the published average is behind in runs as short as these. Flags that this script has not are
 handed on to every training.
+
+The columns, all of images held out and their reconstructions: `detail` is the energy of a Laplacian
+of the reconstructions, as a share of that of the images (below 1: blurred; above 1: noise), `codes`
+the entries of the codebook in use, and `colour` the correlation between the mean colours of images
+and reconstructions, `colour early` after the first five minutes.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,7 +45,7 @@ from torch.nn import functional as F
 from torchvision.utils import save_image
 
 from hparams import get_vqgan_hparams
-from measure import number, print_table
+from measure import number, table
 from models.autoencoder.perceptual import PerceptualDistance, load_vgg16
 from utils.data.batches import UnreadableFiles, evaluation_batches
 from utils.data.datasets import load_dataset
@@ -48,9 +56,11 @@ from utils.files import load_file
 from utils.runs.folder import RunFolder
 from utils.training.build import load_autoencoder
 
+ROOT = Path(__file__).resolve().parent.parent
 MARK = 5  # minutes between the times at which a run is measured
 TRIALS = (30, 90)  # steps of the two trials
-START = 1650  # step at which the published discriminator starts: about a quarter of an hour
+# Step at which the published discriminator starts: a quarter of an hour on one core of an AMD EPYC.
+START = 1650
 NEVER = "--disc_start_step 100000001"
 RECIPES = {
     "published": f"--recipe published --disc_start_step {START}",
@@ -60,25 +70,34 @@ RECIPES = {
 PARTS = {  # what `--recipe modern` is without one of its parts
     "modern": "",
     "AdamW 1e-3 for Muon": "--optimizer adamw --lr 1e-3",
-    "codebook neither started nor revived": "--codebook_start_step 0 --codebook_revival 0",
+    "codebook not started": "--codebook_start_step 0",
     "no perceptual distance": "--perceptual none",
     "no discriminator": NEVER,
     "constant learning rate": "--lr_schedule constant",
     "EMA as published": "--ema_beta 0.995 --no_ema_warmup --steps_per_update_ema 10",
     "32 norm groups": "--norm_groups 32",
+    "codebook not revived": "--codebook_revival 0",
+    "discriminator with BatchNorm": "--disc_norm batch",
+    "no lead and fade": "--disc_lead_steps 0 --disc_fade_steps 0",
+    "adversarial weight 1": "--disc_weight 1",
 }
+# Flags of train_vqgan.py that each training is given by this script.
+TAKEN = ("seed", "train_steps", "log_dir", "steps_per_eval", "steps_per_checkpoint",
+         "steps_per_save_output", "resume", "overwrite")
 HEAD = ["variant", "seed", "steps", "s per step", "PSNR, dB", "SSIM", "perceptual", "Fréchet",
         "detail", "codes", "colour early", "colour"]
 
 
-def parse_arguments():
+def parse_arguments(argv=None):
     """(this script's arguments, the flags for train_vqgan.py)."""
     parser = argparse.ArgumentParser(
         description="What the recipes give in equal time. Other flags than these go to "
         "train_vqgan.py.", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--photographs", required=True, help="folder of photographs")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of one core, for each run")
+    parser.add_argument("--minutes", type=int, default=30, help="of one core, for each run: a "
+                        f"multiple of {MARK}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--parts", action="store_true", help="take out the parts of modern")
     parser.add_argument("--variants", nargs="+", type=int, metavar="N", help="only these, from 0")
@@ -86,7 +105,16 @@ def parse_arguments():
                         "distance, of which the published recipe has one too (none: a download)")
     parser.add_argument("--images", type=int, default=512, help="crops held out to measure with")
     parser.add_argument("--out", default="recipes", help="beginning of the pictures' names")
-    return parser.parse_known_args()
+    arguments, handed_on = parser.parse_known_args(argv)
+    if arguments.minutes < MARK or arguments.minutes % MARK:
+        parser.error(f"--minutes must be a multiple of {MARK}, the minutes between measurements")
+    count = len(PARTS if arguments.parts else RECIPES)
+    if not all(0 <= index < count for index in arguments.variants or ()):
+        parser.error(f"--variants must be numbers from 0 to {count - 1}")
+    if taken := {flag.partition("=")[0][2:] for flag in handed_on} & set(TAKEN):
+        parser.error(f"--{min(taken)} of train_vqgan.py is set by this script, which has --minutes "
+                     f"and --seeds")
+    return arguments, handed_on
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -104,12 +132,15 @@ def training_flags(arguments, variant, handed_on):
     ]
 
 
-def train(flags, name, steps, every):
-    """Train for some steps, with a checkpoint `every` so many; the CPU seconds that it took."""
+def train(flags, name, steps, every, again="--resume"):
+    """Train for some steps, with a checkpoint `every` so many; the CPU seconds that it took.
+
+    A run that was interrupted goes on, or begins anew where `again` is --overwrite.
+    """
     command = [
-        sys.executable, "train_vqgan.py", *flags, "--train_steps", str(steps), "--steps_per_eval",
-        str(steps), "--steps_per_checkpoint", str(every), "--steps_per_save_output", "0",
-        "--log_dir", name, "--resume",
+        sys.executable, str(ROOT / "train_vqgan.py"), *flags, "--train_steps", str(steps),
+        "--steps_per_eval", str(steps), "--steps_per_checkpoint", str(every),
+        "--steps_per_save_output", "0", "--log_dir", name, again,
     ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     output = subprocess.run(
@@ -129,7 +160,8 @@ def seconds_of_step(variant, flags, digest):
         took = []
         for n in TRIALS:
             earlier = ["--disc_start_step", str(n // 2)] if variant == "published" else []
-            took.append(train([*flags, *earlier], f"recipes_{digest}_trial{n}", n, n))
+            name = f"recipes_{digest}_trial{n}"
+            took.append(train([*flags, *earlier], name, n, n, again="--overwrite"))
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps((took[1] - took[0]) / (TRIALS[1] - TRIALS[0])))
     return json.loads(kept.read_text())
@@ -142,11 +174,11 @@ def trained(arguments, variant, seed, handed_on):
     digest = hashlib.sha256("\n".join(flags).encode()).hexdigest()[:8]
     seconds = seconds_of_step(variant, flags, digest)
     every = max(1, round(60 * MARK / seconds))
-    steps = every * max(1, round(arguments.minutes / MARK))
+    steps = every * (arguments.minutes // MARK)
     length = "any" if variant == "published" else steps
     name = f"recipes_{digest}_{length}_{seed}"
     flags = [*flags, "--seed", str(seed)]
-    if not RunFolder(name).model("vqgan_ema", steps).exists():
+    if steps not in RunFolder(name).complete_steps():
         train(flags, name, steps, every)
     flags += ["--train_steps", str(steps), "--log_dir", name]
     return seconds, every, name, flags
@@ -163,8 +195,10 @@ def detail(images):
 
 
 def correlation(means, others):
-    """Correlation of the means of whole images [n, 3], averaged over the colours."""
-    return float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(means.T, others.T)]))
+    """Correlation of the means of whole images [n, 3], averaged over the colours; 0 for a colour
+    that is the same in all images."""
+    return float(np.mean([np.corrcoef(a, b)[0, 1] if np.ptp(a) and np.ptp(b) else 0.0
+                          for a, b in zip(means.T, others.T)]))
 
 
 class Measure:
@@ -275,24 +309,20 @@ def main():
     titles = list(PARTS if arguments.parts else RECIPES)
     if arguments.variants is not None:
         titles = [titles[index] for index in arguments.variants]
-    curves, last, measure = {}, [], None
-
-    def rows():
-        nonlocal measure
-        for title in titles:
-            for seed in arguments.seeds:
-                seconds, every, name, flags = trained(arguments, title, seed, handed_on)
-                H = get_vqgan_hparams(flags)
-                measure = measure or Measure(H, arguments.images, arguments.vgg_weights)
-                steps = range(every, H.train_steps + 1, every)
-                curve = [figures_at(measure, name, step, flags) for step in steps]
-                curves.setdefault(title, []).append(curve)
-                yield row(title, seed, seconds, curve)
-            last.append(autoencoder(name, curve[-1]["model"], curve[-1]["step"], flags))
-
-    print_table(HEAD, rows())
+    H = get_vqgan_hparams(training_flags(arguments, titles[0], handed_on))
+    measure = Measure(H, arguments.images, arguments.vgg_weights)
+    rows, curves, last = [], {title: [] for title in titles}, {}
+    for title, seed in itertools.product(titles, arguments.seeds):
+        seconds, every, name, flags = trained(arguments, title, seed, handed_on)
+        steps = range(every, get_vqgan_hparams(flags).train_steps + 1, every)
+        curve = [figures_at(measure, name, step, flags) for step in steps]
+        curves[title].append(curve)
+        last[title] = autoencoder(name, curve[-1]["model"], curve[-1]["step"], flags)
+        rows.append(row(title, seed, seconds, curve))
+        print(*rows[-1], sep=", ", flush=True)
+    print(f"\n{table(HEAD, rows)}\n")
     draw_curves(curves, f"{arguments.out}_curves.png")
-    draw_pictures(measure, last, f"{arguments.out}_pictures.png")
+    draw_pictures(measure, last.values(), f"{arguments.out}_pictures.png")
     print(f"rows of {arguments.out}_pictures.png: images held out, then {', '.join(titles)}")
 
 

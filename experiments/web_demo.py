@@ -9,6 +9,7 @@ in, who have to type the password that the variable HYDRA_PASSWORD holds. Ends w
 """
 
 import argparse
+import errno
 import os
 import shlex
 import shutil
@@ -19,7 +20,7 @@ import threading
 
 from hparams import UserError, get_page_hparams
 from utils.evaluation.experiment import experiment
-from utils.runs.folder import RunFolder, in_words, run_names
+from utils.runs.folder import RunFolder, listed_runs, run_names
 from utils.runs.script import run_script
 
 DEMO = "demo_absorbing"
@@ -53,8 +54,10 @@ def holds(folder, *models):
 def what_to_load():
     """Which runs the page could show, in words."""
     found = [name for name in run_names() if holds(RunFolder(name), *SAMPLERS)]
-    others = f", or name another one with --load_dir: there are {in_words(found)}" if found else ""
-    return f"`make demo` makes one in minutes{others}"
+    if not found:
+        return "`make demo` makes one in minutes"
+    return ("`make demo` makes one in minutes, or name another one with --load_dir: there are "
+            f"{listed_runs(found)}")
 
 
 def check_port(host, port):
@@ -63,9 +66,17 @@ def check_port(host, port):
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         socket.create_server((host, port), family=family).close()
     except OSError as error:
-        reason = error.strerror.partition(" (")[0]
-        raise UserError(f"port {port} of {host} cannot be used ({reason}): give another one with "
-                        f"--port") from None
+        raise cannot_listen(host, port, error) from None
+    except UnicodeError:  # a part of the name is empty, or longer than 63 letters
+        raise UserError(f"{host} is no name of a machine: give another one with --host") from None
+
+
+def cannot_listen(host, port, error):
+    """The UserError that says why the page cannot listen, and by which flag it could."""
+    flag = "--port" if error.errno in (None, errno.EADDRINUSE, errno.EACCES) else "--host"
+    reason = error.strerror or str(error).partition(". ")[0]  # gradio's own go on about gradio
+    return UserError(f"port {port} of {host} cannot be used ({reason.partition(' (')[0]}): give "
+                     f"another one with {flag}")
 
 
 def without_password(command):
@@ -115,9 +126,9 @@ def show_page(run, folder):
     page = build_page(Studio(run))
     try:
         address = serve(page, H.host, H.port, H.password)
-    except OSError:  # taken since then
-        raise UserError(f"port {H.port} of {H.host} cannot be used: give another one with "
-                        f"--port") from None
+    except OSError as error:
+        check_port(H.host, H.port)  # which says more, such as that it was taken since then
+        raise cannot_listen(H.host, H.port, error) from None
     try:
         run.log.info(f"the page: {address} (Ctrl-C ends it)")
         threading.Event().wait()

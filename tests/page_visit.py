@@ -1,7 +1,10 @@
-"""Visit the page of experiments/web_demo.py in a real Chromium, and take pictures of its tabs.
+"""Visit the page of experiments/web_demo.py in a real Chromium.
 
     python tests/page_visit.py --port 7860 --out docs/pictures
+    python tests/page_visit.py --port 7861 --start --load_dir demo_absorbing --ema
 
+The first takes pictures of the tabs of a page that runs. The second starts a page, with the flags
+that this script has not, draws on it, and prints the seconds from the start to the first picture.
 Needs `pip install playwright` and Debian's browser (apt-get install chromium); tests/utils/web uses
 what is here.
 """
@@ -10,8 +13,13 @@ import argparse
 import contextlib
 import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
+from urllib.request import urlopen
 
+WEB_DEMO = Path(__file__).resolve().parent.parent / "experiments" / "web_demo.py"
 FLAGS = ["--no-sandbox", "--disable-quic", "--enable-unsafe-swiftshader", "--hide-scrollbars"]
 WAIT = 120_000  # milliseconds
 TABS = {  # name of the picture: (tab, button, what the line says at the end)
@@ -137,25 +145,65 @@ class Visit:
 
 
 @contextlib.contextmanager
-def visit(address):
-    """A Visit of the page at an address."""
+def chromium():
+    """A browser of playwright's."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path(), args=FLAGS)
         try:
-            yield Visit(browser, address)
+            yield browser
         finally:
             browser.close()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, default=7860, help="of the page (7860)")
-    parser.add_argument("--out", type=Path, default=Path("docs/pictures"))
-    flags = parser.parse_args()
-    flags.out.mkdir(parents=True, exist_ok=True)
-    with visit(f"http://127.0.0.1:{flags.port}") as visitor:
+@contextlib.contextmanager
+def visit(address):
+    """A Visit of the page at an address."""
+    with chromium() as browser:
+        yield Visit(browser, address)
+
+
+def seconds_to_first_picture(port, flags=(), **options):
+    """Start a page, with flags of its script, and draw on it as soon as a browser shows it: seconds
+    from the start until {the page, the first picture, all images} are there.
+
+    `options` are those of subprocess.Popen. Exits where the page does not start.
+    """
+    address, seconds = f"http://127.0.0.1:{port}", {}
+    with chromium() as browser:  # which was there before
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, str(WEB_DEMO), *flags, "--port", str(port)], **options)
+        try:
+            wait_for_page(address, process)
+            visitor = Visit(browser, address)
+            seconds["the page"] = time.perf_counter() - begin
+            visitor.press("Draw")
+            visitor.panel.locator(".pixels img").nth(1).wait_for()  # the first one shows ids
+            seconds["the first picture"] = time.perf_counter() - begin
+            visitor.wait_for("images in")
+            seconds["all images"] = time.perf_counter() - begin
+        finally:
+            process.terminate()
+            process.wait(30)
+    return seconds
+
+
+def wait_for_page(address, process):
+    """Wait until the page of a process answers."""
+    end = time.monotonic() + WAIT / 1000
+    while process.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            return urlopen(address, timeout=WAIT / 1000).close()
+        time.sleep(0.05)
+    sys.exit(f"error: no page at {address}")
+
+
+def take_pictures(address, out):
+    """Take a picture of each tab of the page at an address, into the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    with visit(address) as visitor:
         for name, (tab, button, words) in TABS.items():
             visitor.open(tab)
             if tab == "Fill in":
@@ -164,10 +212,26 @@ def main():
             visitor.wait_for(words)
             visitor.page.mouse.move(1270, 10)
             visitor.page.wait_for_timeout(2000)  # pictures fade in
-            path = flags.out / f"{name}.png"
+            path = out / f"{name}.png"
             visitor.page.screenshot(path=path, full_page=True)
             print(f"{path}: {path.stat().st_size} bytes, {visitor.told()}")
     print("\n".join(visitor.complaints) or "no errors, no request to elsewhere")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--port", type=int, default=7860, help="of the page (7860)")
+    parser.add_argument("--out", type=Path, default=Path("docs/pictures"))
+    parser.add_argument("--start", action="store_true",
+                        help="start a page, and print the seconds until the first picture")
+    arguments, flags = parser.parse_known_args()
+    if arguments.start:
+        for what, seconds in seconds_to_first_picture(arguments.port, flags).items():
+            print(f"seconds from the start to {what}: {seconds:.1f}")
+    elif flags:
+        parser.error(f"unknown flags without --start: {' '.join(flags)}")
+    else:
+        take_pictures(f"http://127.0.0.1:{arguments.port}", arguments.out)
 
 
 if __name__ == "__main__":

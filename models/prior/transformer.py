@@ -19,7 +19,10 @@ SETTINGS = {
     "`rope`": "`position` rope", "`kernel_size`": "`kernel_sizes`", "`dilation`": "`dilations`",
 }
 
-IN_CACHE = 2**18  # numbers of x that a CPU takes together
+# Numbers of x, 1 MiB in float32, that a CPU takes through the blocks together. With 24 blocks of
+# 512 channels, batches of 8 to 16 images run 1.1 to 1.3 times as fast in parts of 2 (one thread of
+# an AMD EPYC).
+IN_CACHE = 2**18
 
 
 def check_attention(H):
@@ -151,8 +154,10 @@ class Transformer(nn.Module):
     def run_blocks(self, blocks, x):
         """x [B, h, w, C] after `blocks`, each computed again in backward if they are checkpoints
         (`checkpoint_blocks`). Without gradients a CPU takes a few images at a time through all of
-        them, whose features its caches hold."""
-        if x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel() > IN_CACHE:
+        them, whose features stay in the processor's caches; not through compiled blocks, whose code
+        is for whole batches."""
+        is_plain = not (torch.is_grad_enabled() or self.is_compiled)
+        if is_plain and x.device.type == "cpu" and x.numel() > IN_CACHE:
             parts = x.split(max(1, IN_CACHE // x[0].numel()))
             if len(parts) > 1:
                 return torch.cat([self.run_blocks(blocks, part) for part in parts])
@@ -160,6 +165,11 @@ class Transformer(nn.Module):
         for block in blocks:
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         return x
+
+    @property
+    def is_compiled(self):
+        """Whether `compile_blocks` was called on this model: copies of it are not compiled."""
+        return self.blocks[0]._compiled_call_impl is not None
 
     def compile_blocks(self, **options):
         """Compile every block, and nothing else; names in the state dict stay as they are.

@@ -1,19 +1,26 @@
 """The benchmarks: what they would train parses, and a small one runs to its end."""
 
+import json
+import math
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
 
 import denoiser_ablation
 import numpy as np
 import pytest
 import recipes
 import torch
+from PIL import Image
 
 import measure
 import sampling
+import train_vqgan
 from helpers import ROOT
 from hparams import get_sampler_hparams, get_vqgan_hparams
+from utils.runs.folder import RunFolder
 
 
 @pytest.mark.parametrize("title", denoiser_ablation.VARIANTS)
@@ -42,8 +49,9 @@ def test_every_recipe_and_part_parses(parts):
         assert (H.img_size, H.crops, H.batch_size, H.nf) == (64, 64, 8, 32)
         assert title == "modern" or any(
             getattr(H, name) != getattr(plain, name)
-            for name in ("recipe", "optimizer", "codebook_revival", "perceptual_weight",
-                         "disc_start_step", "lr_schedule", "ema_warmup", "norm_groups")
+            for name in ("recipe", "optimizer", "codebook_start_step", "codebook_revival",
+                         "perceptual_weight", "disc_start_step", "disc_norm", "disc_lead_steps",
+                         "disc_weight", "lr_schedule", "ema_warmup", "norm_groups")
             if name != "disc_start_step" or H.disc_start_step > 10**8
         )
 
@@ -55,10 +63,134 @@ def test_measures_of_recipes_tell_blur_and_colour(tmp_path):
     means = x.mean((2, 3)).numpy()
     assert recipes.correlation(means, 0.5 * means + 0.1) == pytest.approx(1)
     assert recipes.correlation(means, -means) == pytest.approx(-1)
+    assert recipes.correlation(means, np.full_like(means, 0.3)) == 0
     point = dict(psnr=20.0, frechet=100.0, perceptual=None, codes=3)
     curve = [dict(point, step=step) for step in (10, 20)]
     recipes.draw_curves({"modern": [curve, curve]}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--minutes 12", "--minutes must be a multiple of 5"), ("--minutes 0", "a multiple of 5"),
+    ("--variants 0 99", "--variants must be numbers from 0 to 2"),
+    ("--parts --variants -1", "from 0 to 11"), ("--seed 3", "--seed of train_vqgan.py is set"),
+    ("--train_steps=9", "--train_steps of train_vqgan.py is set"),
+])
+def test_wrong_flags_of_recipes_get_a_sentence(flags, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        recipes.parse_arguments(["--photographs", ".", *flags.split()])
+    assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_other_flags_of_recipes_are_handed_on():
+    arguments, handed_on = recipes.parse_arguments(
+        "--photographs . --minutes 10 --image 3 --cache_pixels".split())
+    assert arguments.minutes == 10 and handed_on == ["--image", "3", "--cache_pixels"]
+
+
+TINY = ("--img_size 16 --ch_mult 1 1 --attn_resolutions 8 --nf 8 --norm_groups 4 --emb_dim 8 "
+        "--codebook_size 16 --ndf 8 --disc_layers 1 --batch_size 2 --res_blocks 1 "
+        "--perceptual none --crops 16").split()
+
+
+class Trainings:
+    """In place of train_vqgan.py: trainings that learn nothing and take 100 seconds a step.
+
+    `done` has of each (its run, the step that it began with, the last one); in so many steps as
+    `ends_after` one is interrupted.
+    """
+
+    def __init__(self):
+        self.seconds, self.done, self.ends_after = 0, [], math.inf
+
+    def run(self, command, **options):
+        assert Path(command[1]) == ROOT / "train_vqgan.py"
+        name, steps = (command[command.index(flag) + 1] for flag in ("--log_dir", "--train_steps"))
+        folder = RunFolder(name).create()
+        begins = max(folder.complete_steps(), default=0) if "--resume" in command else 0
+        ends = min(int(steps), begins + self.ends_after)
+        self.seconds += 100 * (ends - begins)
+        self.done.append((name, begins, ends))
+        folder.manifest(ends).touch()
+        return SimpleNamespace(returncode=int(ends < int(steps)), stderr="stopped")
+
+    def getrusage(self, who):
+        return SimpleNamespace(ru_utime=self.seconds)
+
+
+@pytest.fixture
+def trainings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainings = Trainings()
+    monkeypatch.setattr(recipes.subprocess, "run", trainings.run)
+    monkeypatch.setattr(recipes.resource, "getrusage", trainings.getrusage)
+    return trainings
+
+
+def test_interrupted_trials_of_recipes_begin_anew(trainings):
+    """Else a step would take as long as what is left of a trial."""
+    trainings.ends_after = 50
+    with pytest.raises(SystemExit, match="stopped"):
+        recipes.seconds_of_step("published", TINY, "0")
+    trainings.ends_after = math.inf
+    for _ in range(2):
+        assert recipes.seconds_of_step("published", TINY, "0") == 100
+    assert [steps for _, *steps in trainings.done] == [[0, 30], [0, 50], [0, 30], [0, 90]]
+
+
+def test_recipes_are_trained_once_and_go_on(trainings):
+    arguments = Namespace(photographs="photos", parts=False, vgg_weights=None, minutes=10)
+
+    def train():
+        seconds, every, name, flags = recipes.trained(arguments, "modern", 3, TINY)
+        assert seconds == 100 and every == 3
+        assert flags[-6:] == ["--seed", "3", "--train_steps", "6", "--log_dir", name]
+        return name
+
+    name = train()
+    assert train() == name
+    assert trainings.done[2:] == [(name, 0, 6)]
+    RunFolder(name).model("vqgan_ema", 6).touch()
+    RunFolder(name).manifest(6).unlink()  # the file alone may be half written
+    trainings.ends_after = 4
+    with pytest.raises(SystemExit, match="stopped"):
+        train()
+    train()
+    assert trainings.done[3:] == [(name, 0, 4), (name, 4, 6)]
+
+
+def test_recipes_are_measured_and_drawn(tmp_path, monkeypatch, capsys):
+    def run(command, **options):
+        train_vqgan.main(command[2:])
+        runs.append(command[command.index("--log_dir") + 1])
+        return SimpleNamespace(returncode=0)
+
+    runs, random = [], np.random.RandomState(0)
+    monkeypatch.setattr(recipes.subprocess, "run", run)
+    monkeypatch.setattr(recipes, "seconds_of_step", lambda *_: 100)
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for number in range(20):
+        values = random.randint(0, 127, (20, 24, 3)) + random.randint(0, 128, 3)
+        Image.fromarray(values.astype(np.uint8)).save(f"photos/{number}.png")
+    monkeypatch.setattr(sys, "argv", [
+        "recipes.py", "--photographs", "photos", "--images", "2", "--variants", "1", "--minutes",
+        "10", *TINY])
+    tables = []
+    for _ in range(2):  # which trains and measures nothing again
+        recipes.main()
+        tables.append(capsys.readouterr().out.splitlines()[-3])
+    assert len(runs) == 1 and tables[0] == tables[1]
+    cells = [cell.strip() for cell in tables[0].strip("|").split("|")]
+    assert cells[:4] == ["modern", "0", "6", "100"] and len(cells) == len(recipes.HEAD)
+    drawn = np.asarray(Image.open("recipes_pictures.png"))
+    assert drawn.shape[:2] == (2 * (3 * 16 + 3) + 3, 8 * (3 * 16 + 3) + 3) and drawn.std() > 10
+    assert Image.open("recipes_curves.png").width > 500
+    found = [json.loads(path.read_text()) for path in RunFolder(runs[0]).path.glob("figures_*")]
+    assert sorted(figures["step"] for figures in found) == [3, 6]
+    for figures in found:
+        assert figures["model"] in ("vqgan", "vqgan_ema") and figures["perceptual"] is None
+        assert 0 < figures["codes"] <= 16 and figures["detail"] > 0
 
 
 def test_numbers_have_three_digits_and_tables_are_markdown():

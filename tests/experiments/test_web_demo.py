@@ -1,5 +1,6 @@
 """How the page starts: which run it loads, what it refuses, what it does not write down."""
 
+import errno
 import socket
 import sys
 from pathlib import Path
@@ -66,8 +67,27 @@ def test_a_port_that_is_taken_gets_a_sentence_before_anything_is_loaded():
                                             r"already in use\): give another one with --port$"):
             web_demo.check_port("127.0.0.1", port)
     web_demo.check_port("127.0.0.1", port)
-    with pytest.raises(UserError, match="of no.such.host cannot be used"):
-        web_demo.check_port("no.such.host", port)
+
+
+@pytest.mark.parametrize("host, sentence", [
+    ("no.such.host", r"^port 7861 of no.such.host cannot be used \(.+\): give .* with --host$"),
+    ("192.0.2.1", r"^port 7861 of 192.0.2.1 cannot be used \(.+\): give .* with --host$"),
+    ("a..b", "^a..b is no name of a machine: give another one with --host$"),
+    ("a" * 70, "^a{70} is no name of a machine: give another one with --host$"),
+])
+def test_a_host_that_is_not_this_machine_gets_a_sentence(host, sentence):
+    with pytest.raises(UserError, match=sentence):
+        web_demo.check_port(host, 7861)
+
+
+def test_why_the_server_does_not_start_is_told():
+    error = PermissionError(errno.EACCES, "Permission denied")
+    assert str(web_demo.cannot_listen("127.0.0.1", 80, error)) == (
+        "port 80 of 127.0.0.1 cannot be used (Permission denied): give another one with --port")
+    error = OSError("Cannot find empty port in range: 80-80. You can specify one by a variable")
+    assert str(web_demo.cannot_listen("127.0.0.1", 80, error)) == (
+        "port 80 of 127.0.0.1 cannot be used (Cannot find empty port in range: 80-80): give "
+        "another one with --port")
 
 
 LOAD = ["--load_dir", "prior", "--load_step", "2", "--sampler", "absorbing", "--dataset", "digits",

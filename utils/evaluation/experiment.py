@@ -31,7 +31,7 @@ from utils.evaluation.features import ImageStream
 from utils.evaluation.report import add_result
 from utils.evaluation.samples import CHUNK, decode, drawn_ids, given_ids, sampling_settings
 from utils.files import file_hash, remove_leftovers, whole_file
-from utils.logging.curves import PICTURES
+from utils.logging.curves import PICTURES, in_words
 from utils.logging.images import remove_images, save_images_individually
 from utils.runs.script import command_of, start_run, without_credentials
 from utils.runs.trained_on import note_training
@@ -289,12 +289,6 @@ def only_finite(value, unknown=None, name=""):
 def markdown_table(figures):
     """Figures, a dict of numbers or None, as a Markdown table of two columns."""
     return table(["", ""], in_words(figures).items())
-
-
-def in_words(figures):
-    """Figures, a dict of numbers or None, as a dict of strings."""
-    return {name: "unknown" if value is None else format(value, ".6g")
-            for name, value in figures.items()}
 
 
 def table(head, rows):

@@ -227,6 +227,12 @@ def plots(lines, settings):
     return [found for found in shown if found is not None]
 
 
+def in_words(figures):
+    """Figures, a dict of numbers or None, as a dict of strings; what is not finite is unknown."""
+    return {name: "unknown" if value is None or not math.isfinite(value) else f"{value:.6g}"
+            for name, value in figures.items()}
+
+
 def metrics_in(line):
     """(name, value) of the metrics with a curve in a line of metrics.jsonl."""
     for name, value in line.items():

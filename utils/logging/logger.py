@@ -154,18 +154,18 @@ class RunLogger:
         if self._board is not None:
             self._board.settings(values, defaults)
 
-    def _keep(self, pictures=None, bars=None, health=None, until=math.inf):
+    def _keep(self, pictures=None, bars=None, health=None, last=math.inf):
         """Write into board.json what a dashboard shows beside metrics, as `read_board` gives it;
-        what it holds of steps after `until` is dropped."""
-        kept = read_board(self.folder, until)
+        what it holds of steps after `last` is dropped."""
+        kept = read_board(self.folder, last)
         kept = {"pictures": kept["pictures"] | (pictures or {}),
                 "bars": kept["bars"] | (bars or {}), "health": health or kept["health"]}
         with contextlib.suppress(DiskError), whole_file(self.folder.board, durable=False) as file:
             file.write(json.dumps(kept, allow_nan=False).encode())
 
     def rewind(self, step):
-        """Drop what training has written into metrics.jsonl and board.json after `step`, and writes
-        again.
+        """Drop what training has written into metrics.jsonl and board.json after `step`, which
+        training will write again.
 
         A crash can leave half a line at the end: it is dropped too, or the next line would be
         glued to it. The board follows.
@@ -180,7 +180,7 @@ class RunLogger:
             with whole_file(path) as file:
                 file.write(content)
         if step < math.inf:
-            self._keep(until=step)
+            self._keep(last=step)
 
     def close(self, timeout=5.0):
         """Send the last plots, for at most `timeout` seconds, and log no more."""

@@ -10,7 +10,7 @@ from PIL import Image
 from hparams.parser import read_settings
 from hparams.scripts import default_settings
 from utils.errors import SettingsError
-from utils.logging.curves import GROUPS, LINE_KEYS
+from utils.logging.curves import GROUPS, LINE_KEYS, in_words
 from utils.logging.panes import LARGEST_PICTURE
 
 
@@ -44,47 +44,44 @@ def replay(folder, lines, board, step):
 def draw_line(board, line):
     """Put a line of metrics.jsonl on the board: points of curves, and a table of what an experiment
     has measured."""
-    figures = {name: value for name, value in line.items() if name not in LINE_KEYS}
+    figures = {name: float(value) for name, value in line.items() if name not in LINE_KEYS}
     for name, value in figures.items():
-        board.curve(name, line["step"], float(value), line["group"])
+        board.curve(name, line["step"], value, line["group"])
     if line["group"] not in GROUPS:
-        board.table(line["group"], {name: _in_words(float(v)) for name, v in figures.items()})
+        board.table(line["group"], in_words(figures))
 
 
-def _in_words(value):
-    return f"{value:.6g}" if math.isfinite(value) else "unknown"
-
-
-def newest_pictures(folder, until=math.inf):
-    """{name: step} of the newest `<name>_<step>.png` of each name in a folder, until a step."""
+def newest_pictures(folder, last=math.inf):
+    """{name: step} of the newest `<name>_<step>.png` of each name in a folder, up to step `last`.
+    """
     found = {}
     for path in sorted(folder.glob("*.png")):
         match = re.fullmatch(r"([^.].*)_(0|[1-9]\d{0,14})\.png", path.name)
-        if match and int(match[2]) <= until:
+        if match and int(match[2]) <= last:
             found[match[1]] = max(found.get(match[1], -1), int(match[2]))
     return dict(sorted(found.items()))
 
 
-def read_board(folder, until=math.inf):
-    """What a dashboard shows of a RunFolder beside metrics, but for what is of steps after `until`:
+def read_board(folder, last=math.inf):
+    """What a dashboard shows of a RunFolder beside metrics, but for what is of steps after `last`:
     {"pictures": {name: step}, "bars": {name: {"step", "values"}}, "health": {"step", "sentences"}
     or None}.
 
     It is in board.json. Where that names no pictures, as those of older versions do, or cannot be
-    read, the newest files count. A picture of a step that was taken back gives way to the newest
-    file until then.
+    read, the newest files count. For a picture of a later step, the newest file up to `last`
+    counts.
     """
     kept = _read(folder.board)
     pictures, health = kept["pictures"], kept["health"]
-    if pictures is None or max(pictures.values(), default=0) > until:
-        newest = newest_pictures(folder.images, until)
+    if pictures is None or max(pictures.values(), default=0) > last:
+        newest = newest_pictures(folder.images, last)
         pictures = newest if pictures is None else {
-            name: step if step <= until else newest.get(name) for name, step in pictures.items()
+            name: step if step <= last else newest.get(name) for name, step in pictures.items()
         }
     return {
         "pictures": {name: step for name, step in pictures.items() if step is not None},
-        "bars": {name: bars for name, bars in kept["bars"].items() if bars["step"] <= until},
-        "health": health if health and health["step"] <= until else None,
+        "bars": {name: bars for name, bars in kept["bars"].items() if bars["step"] <= last},
+        "health": health if health and health["step"] <= last else None,
     }
 
 

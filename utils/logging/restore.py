@@ -31,12 +31,12 @@ def draw_run(name, logs, server, port):
     Returns the address of its page; None for a run that draws by itself, which is left out.
     """
     folder = RunFolder(name, logs)
-    with unless_in_use(folder) as is_free:  # nobody begins to train while it is drawn
+    board = VisdomBoard(server, port, env=name)
+    with unless_in_use(folder) as is_free:  # nobody begins to train while its files are read
         if not is_free and not settings_of(folder).get("no_visdom"):
             return None
-        board = VisdomBoard(server, port, env=name)
         replay(folder, read_metrics(folder.metrics), board, math.inf)
-        board.send()
+    board.send()  # which may take long
     return f"{board.address}/env/{quote(board.env)}"
 
 

@@ -18,11 +18,11 @@ from matplotlib.ticker import MaxNLocator
 from hparams.parser import LOGS, run_name
 from utils.errors import SettingsError, UserError, run_tool
 from utils.files import whole_file
-from utils.logging.curves import plots
+from utils.logging.curves import GROUPS, plots
 from utils.logging.logger import read_metrics
 from utils.logging.panes import COLOURS
 from utils.logging.replay import settings_of
-from utils.runs.folder import RunFolder, in_words, run_names
+from utils.runs.folder import RunFolder, listed_runs, run_names
 from utils.runs.script import unless_in_use
 
 COLUMNS = 3
@@ -40,7 +40,7 @@ def find_run(text, logs=LOGS):
         return folder
     names = run_names(logs)
     problem = f"{logs / text} holds no metrics.jsonl" if text else "name the run to draw"
-    raise UserError(f"{problem}: runs under {logs}/ are {in_words(names)}" if names else
+    raise UserError(f"{problem}: runs under {logs}/ are {listed_runs(names)}" if names else
                     f"{problem}, and no run under {logs}/ does")
 
 
@@ -92,6 +92,15 @@ def draw_run(folder):
     return path, step
 
 
+def nothing_to_draw(folder):
+    """Why a run has no curves, in words."""
+    groups = {line["group"] for line in read_metrics(folder.metrics)}
+    if groups and not groups & set(GROUPS):
+        return (f"{folder.path} is the run of an experiment, which has figures instead of curves: "
+                f"they are on its page, {folder.report}")
+    return f"{folder.metrics} holds no curve yet"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m utils.logging.watch", description=__doc__.splitlines()[0]
@@ -111,7 +120,7 @@ def main(argv=None):
         if drawn:
             print(f"{drawn[0]}: the curves until step {drawn[1]}", flush=True)
         elif not (flags.every and goes_on):
-            raise UserError(f"{folder.metrics} holds no curve yet")
+            raise UserError(nothing_to_draw(folder))
         if not (flags.every and goes_on):
             return
         time.sleep(flags.every)

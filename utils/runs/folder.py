@@ -101,7 +101,7 @@ def run_names(root=LOGS):
     return sorted(found, key=found.get, reverse=True)
 
 
-def in_words(names):
+def listed_runs(names):
     """The names of runs, the first ones of many, as a part of a sentence."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -49,18 +49,22 @@ def run_script(main):
         if error.filename is None:
             raise
         end(f"{error.filename}: {error.strerror}", 1)
-    except (MemoryError, torch.OutOfMemoryError):
-        end(OUT_OF_MEMORY, 1)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            end(OUT_OF_MEMORY, 1)
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             end("another of torchrun's processes has ended, which ends this one", 1)
-        if "can't allocate memory" in str(error):
-            end(OUT_OF_MEMORY, 1)
         raise
     except KeyboardInterrupt:
         end("interrupted; the same command uses what is kept so far", 130, "")
     except Stopped as stopped:
         end(str(stopped), stopped.exit_status, "")
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that the memory of the machine or of its GPU did not suffice."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def kill_workers():

@@ -34,7 +34,7 @@ def tolerate_full_disk(log, unless=False):
         log.warning(f"{error}; training goes on, and the next time will be another attempt")
 
 
-def in_words(figures):
+def as_one_line(figures):
     """Figures, a dict of numbers, in one line."""
     return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
@@ -256,7 +256,7 @@ class TrainingLoop:
             metrics["waiting_for_data"] = (self.waited - before) / seconds  # a share
         self.log.metrics(self.step, metrics)
         if self.step // 100 > (self.step - self.H.steps_per_log) // 100:
-            self.log.to_file("INFO", f"step {self.step}: {in_words(means)}")
+            self.log.to_file("INFO", f"step {self.step}: {as_one_line(means)}")
         self.bar.set_postfix_str(
             f"loss {means['loss']:.4f}, {speed:.0f} images/s{self.validation}"
         )
@@ -269,8 +269,8 @@ class TrainingLoop:
         not go well.
         """
         self.log.metrics(self.step, figures, group="validation")
-        self.log.info(f"step {self.step}, validation: {in_words(figures)}")
-        self.validation = f"; validation: {in_words(figures)}"
+        self.log.info(f"step {self.step}, validation: {as_one_line(figures)}")
+        self.validation = f"; validation: {as_one_line(figures)}"
         sentences = diagnose(self.recent.take(), self.recent_bad_steps)
         self.recent_bad_steps = 0
         for sentence in sentences:

@@ -1,8 +1,8 @@
 """What the server takes from visitors beyond files, and what it keeps of them, within limits.
 
 gradio itself would decode whatever is sent in place of a painting, keep all that was ever sent,
-fetch any public address that is named in place of a file, and keep one more copy of a component
-whenever a visitor is shown a value after an update without one.
+fetch any public address that is named in place of a file, and keep a further copy of a component
+each time it is updated and then shown.
 """
 
 import abc
@@ -12,7 +12,6 @@ import gradio as gr
 from fastapi import HTTPException
 from gradio.components.base import server
 from gradio.components.image_editor import AcceptBlobs
-from gradio.state_holder import SessionState
 
 from utils.web.uploads import MOST_BLOB, MOST_LAYERS
 
@@ -56,21 +55,22 @@ class MaskEditor(gr.ImageEditor, metaclass=_Quiet):
             self.blob_storage.pop(name, None)
 
 
-def keep_one_copy():
-    """Let a visitor's state hold each component once, in this process.
+class OneCopy(gr.state_holder.SessionState):
+    """A visitor's state that holds each component once.
 
     gradio replaces a component that is updated by a copy with an id of its own, under which it
     enters the copy a second time when it next has a value.
     """
-    def enter(state, key, value):
+
+    def __setitem__(self, key, value):
         if isinstance(value, gr.blocks.Block):
             value._id = key
-        plainly(state, key, value)
+        super().__setitem__(key, value)
 
-    plainly = SessionState.__setitem__
-    if not hasattr(plainly, "is_guarded"):
-        enter.is_guarded = True
-        SessionState.__setitem__ = enter
+
+def keep_one_copy():
+    """Let the state of every visitor be a OneCopy, in this process."""
+    gr.state_holder.SessionState = OneCopy
 
 
 async def refuse(address, *arguments, **options):

@@ -3,11 +3,13 @@
 import functools
 import html
 import random
+import traceback
 
 import gradio as gr
 
 from models.sampling.samplers import SAMPLERS
 from utils.errors import UserError
+from utils.runs.script import is_out_of_memory
 from utils.web.records import as_json
 from utils.web.studio import MOST_STEPS, names_only
 
@@ -21,6 +23,8 @@ METHODS = {
     "raster": "raster: row by row",
 }
 TURN = dict(concurrency_id="model", concurrency_limit=1)  # visitors are served one after another
+NO_MEMORY = "there is not enough memory: ask for fewer images, or for smaller ones"
+OUR_ERROR = "this failed, and not by your fault: the log.txt of the page says how"
 
 
 # --- the line that tells how it goes
@@ -64,15 +68,22 @@ def status_line(sentence):
     return gr.HTML(f'<div class="told">{html.escape(sentence)}</div>', elem_classes="status")
 
 
-def telling(status):
-    """Decorator of a handler that yields {component: value}: errors for people go to `status`."""
+def telling(status, log, *emptied):
+    """Decorator of a handler that yields {component: value}: an error is told by the line `status`,
+    and the components `emptied` show nothing. Where it is none of a visitor's, the log.txt of a
+    RunLogger gets its traceback."""
     def decorate(handler):
         @functools.wraps(handler)
         def guarded(*arguments):
             try:
                 yield from handler(*arguments)
+                return
             except UserError as error:
-                yield {status: wrong(str(error))}
+                sentence = str(error)
+            except Exception as error:
+                log.to_file("ERROR", f"unexpected {type(error).__name__}", traceback.format_exc())
+                sentence = NO_MEMORY if is_out_of_memory(error) else OUR_ERROR
+            yield {status: wrong(sentence), **dict.fromkeys(emptied)}
 
         return guarded
 
@@ -134,7 +145,7 @@ def buttons(verb):
 def starts(button, stop, handler, inputs, outputs, status):
     """Let a button run a handler, one at a time for all visitors, and another one stop it."""
     event = button.click(
-        telling(status)(handler), inputs, outputs, show_progress="minimal", show_progress_on=status,
+        handler, inputs, outputs, show_progress="minimal", show_progress_on=status,
         api_visibility="private", **TURN,
     )
     stop.click(None, cancels=[event], queue=False).then(
@@ -157,12 +168,11 @@ def picture(text, crisp=True):
                         elem_classes="pixels" if crisp else None)
 
 
-def save_buttons(label="Save the picture (PNG)"):
-    """(button that saves the picture, button that saves how it came about)."""
+def save_buttons(*labels):
+    """Buttons that save pictures, and one that saves how they came about."""
     with gr.Row():
-        return (gr.DownloadButton(label, interactive=False, min_width=160, size="md"),
-                gr.DownloadButton("Save how it came about (JSON)", interactive=False,
-                                  min_width=160, size="md"))
+        return [gr.DownloadButton(label, interactive=False, min_width=160, size="md")
+                for label in (*labels, "Save how it came about (JSON)")]
 
 
 def file_to_save(name, content):
@@ -172,10 +182,12 @@ def file_to_save(name, content):
     return gr.update(value=path, interactive=True)
 
 
-def saved(save, stem, kind, content, facts):
-    """{button: update} of the buttons `save`: the picture, bytes of a `kind`, and its record."""
-    return {save[0]: file_to_save(f"{stem}.{kind}", content),
-            save[1]: file_to_save(f"{stem}.json", as_json(facts))}
+def saved(save, stem, files, facts):
+    """{button: update} of the buttons `save`: pictures, {what follows `stem` in the file's name:
+    bytes}, and their record."""
+    files = {**files, ".json": as_json(facts)}
+    return {button: file_to_save(stem + end, content)
+            for button, (end, content) in zip(save, files.items(), strict=True)}
 
 
 def nothing_to_save(save):

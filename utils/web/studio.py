@@ -163,8 +163,8 @@ class Studio:
     # --- samples
 
     def draw(self, run, progress):
-        """(ids [n, N], images) as experiments/get_samples.py draws them; ids to come are `blank`
-        where `progress` is told."""
+        """(ids [n, N], images) as experiments/get_samples.py draws them; `progress` gets ids
+        [n, N], those not drawn yet `blank`."""
         def told(done, total, ids):  # [n, done] of an autoregressive sampler
             to_come = self.tokens - ids.shape[1]
             progress(done, total, torch.nn.functional.pad(ids, (0, to_come), value=self.blank))

@@ -13,7 +13,7 @@ from utils.web import pictures
 from utils.web.guards import MaskEditor
 from utils.web.parts import (
     TURN, WAITING, Choices, buttons, caption, cost, done, file_to_save, nothing_to_save, picture,
-    running, save_buttons, saved, seed_row, starts, status_line, wrong,
+    running, save_buttons, saved, seed_row, starts, status_line, telling,
 )
 from utils.web.records import as_json, as_png, as_zip
 from utils.web.stepwise import Step
@@ -24,6 +24,7 @@ from utils.web.uploads import CANVAS, MOST_BYTES, painted, read_layers, to_paint
 
 PAINT = "#ff2d55"
 FIRST = 3  # the number of the image of the dataset that is shown at first
+PICTURE, IDS = "Save the picture (PNG)", "Save the ids (PNG)"
 CANVAS_STEPS = 64  # of a canvas at first, where the run has more
 
 
@@ -36,6 +37,13 @@ def sheet_of_ids(studio, ids, size, shape=None):
     """Ids [n, N] as a PIL image of coloured grids, laid out as images of `size` are."""
     images = pictures.ids_as_images(ids, tuple(shape or studio.shape), studio.colours, size)
     return pictures.sheet(images)
+
+
+def drawn_saved(save, name, drawn, ids):
+    """{button: update} of the buttons that save Drawn images, a PIL image of their ids and their
+    record."""
+    files = {".png": as_png(grid_of(drawn.images)), "_ids.png": as_png(ids)}
+    return saved(save, f"{name}_seed{drawn.record['samples']['seed']}", files, drawn.record)
 
 
 # --- sample
@@ -54,8 +62,9 @@ def sample_tab(studio):
             with gr.Row():
                 ids = picture("The ids, a colour each; grey is not drawn yet")
                 images = picture("The images that they decode to")
-            save = save_buttons()
+            save = save_buttons(PICTURE, IDS)
 
+    @telling(status, studio.run.log)
     def handler(*values):
         yield {status: WAITING, **nothing_to_save(save)}
         for item in studio.sample(Choice(*values)):
@@ -64,10 +73,9 @@ def sample_tab(studio):
                 yield {**shown, images: pictures.sheet(studio.partial(item.ids)),
                        status: running(item)}
             else:
-                stem = f"samples_seed{item.record['samples']['seed']}"
                 yield {**shown, images: pictures.sheet(item.images),
                        status: done(cost(item, f"{len(item.images)} images")),
-                       **saved(save, stem, "png", as_png(grid_of(item.images)), item.record)}
+                       **drawn_saved(save, "samples", item, shown[ids])}
 
     starts(draw, stop, handler, choices.inputs, [status, ids, images, *save], status)
 
@@ -130,6 +138,7 @@ def fill_in_tab(studio):
         event(show, given.inputs, [editor, status], show_progress="hidden",
               api_visibility="private", **TURN)
 
+    @telling(status, studio.run.log)
     def handler(layers, number, path, *values):
         yield {status: WAITING, **nothing_to_save(save)}
         image, source = given.load(number, path)
@@ -164,16 +173,14 @@ def first_to_paint(given):
 
 def image_shower(given, editor, status):
     """A handler that shows the image that is given in the `editor`, to be painted on."""
+    @telling(status, given.studio.run.log, editor)
     def show(number, path):
-        try:
-            image, _ = given.load(number, path)
-        except UserError as error:
-            return {editor: None, status: wrong(str(error))}
+        image, _ = given.load(number, path)
         sentence = f"An image of {image.width}x{image.height} pixels: paint over what is to be " \
                    f"filled in, then press Fill in."
         if image.width != image.height:
             sentence += " The model sees its central square; what is faded stays as it is."
-        return {editor: to_paint(image), status: done(sentence)}
+        yield {editor: to_paint(image), status: done(sentence)}
 
     return show
 
@@ -186,7 +193,7 @@ def completions_saved(drawn, mask, gallery, save):
         **files, "mask.png": as_png(Image.fromarray(mask.astype(np.uint8) * 255)),
         "record.json": as_json(drawn.record),
     })
-    return {gallery: paths, **saved(save, "completions", "zip", archive, drawn.record)}
+    return {gallery: paths, **saved(save, "completions", {".zip": archive}, drawn.record)}
 
 
 # --- canvas
@@ -216,8 +223,9 @@ def canvas_tab(studio):
             with gr.Row():
                 ids = picture("The ids, a colour each; grey is not drawn yet")
                 images = picture("The canvas")
-            save = save_buttons()
+            save = save_buttons(PICTURE, IDS)
 
+    @telling(status, studio.run.log)
     def handler(height, width, mode, *values):
         yield {status: WAITING, images: None, **nothing_to_save(save)}
         for item in studio.canvas(Choice(*values), height, width, mode):
@@ -228,10 +236,9 @@ def canvas_tab(studio):
             else:
                 canvases = "1 canvas" if len(item.images) == 1 else f"{len(item.images)} canvases"
                 words = f"{canvases} of {size[1]}x{size[0]} pixels"
-                stem = f"canvas_seed{item.record['samples']['seed']}"
                 yield {**shown, images: pictures.sheet(item.images),
                        status: done(cost(item, words)),
-                       **saved(save, stem, "png", as_png(grid_of(item.images)), item.record)}
+                       **drawn_saved(save, "canvas", item, shown[ids])}
 
     outputs = [status, ids, images, *save]
     starts(draw, stop, handler, [*sides, mode, *choices.inputs], outputs, status)
@@ -259,9 +266,10 @@ def compare_tab(studio):
                 choices.temp.value = temp
                 sides.append((choices, status_line(f"{name} is not drawn yet."),
                               picture(f"{name}, the images")))
-    save = save_buttons()
+    save = save_buttons(PICTURE)
     outputs = [told, *save, *(part for side in sides for part in side[1:])]
 
+    @telling(told, studio.run.log)
     def handler(count, seed, *values):
         yield {told: WAITING, **nothing_to_save(save),
                **{part: value for _, status, image in sides
@@ -277,8 +285,9 @@ def compare_tab(studio):
                 yield {status: done(cost(item, f"{len(item.images)} images")),
                        image: pictures.sheet(item.images)}
         yield {told: done(comparison(*drawn)), **saved(
-            save, "comparison", "png", as_png(beside(*(grid_of(item.images) for item in drawn))),
-            {"left": drawn[0].record, "right": drawn[1].record})}
+            save, "comparison",
+            {".png": as_png(beside(*(grid_of(item.images) for item in drawn)))},
+            {"A": drawn[0].record, "B": drawn[1].record})}
 
     inputs = [count, seed, *(part for choices, *_ in sides
                              for part in (choices.method, choices.steps, choices.temp))]
@@ -327,10 +336,11 @@ def look_tab(studio):
                     "stands for here, how often", crisp=False)
     nearest = picture("Nearest training images, with their distance and their number in the "
                       "dataset", crisp=False)
-    save = save_buttons()
+    save = save_buttons("Save the pictures (ZIP)")
     source.change(lambda name: [gr.update(visible=name == one) for one in SOURCES], source,
                   [of_image, of_sample], queue=False, api_visibility="private")
 
+    @telling(status, studio.run.log)
     def handler(name, seed, number, path):
         yield {status: WAITING, **nothing_to_save(save)}
         if name == SOURCES[1]:
@@ -356,12 +366,16 @@ def view_shown(studio, view, facts, parts, save):
                 f"of the reconstruction is {psnr:.1f} dB, its largest error {largest} of 255")
     labels = [f"{distance:.2f} · no. {number}"
               for distance, number in zip(view.distances, view.numbers)]
-    three = [pictures.enlarged(to_pil(view.image)), pictures.enlarged(to_pil(view.reconstruction)),
-             pictures.numbered(view.ids, studio.shape, studio.colours)]
-    row = pictures.labelled_row(torch.cat((view.image[None], view.neighbours)),
-                                ["the image", *labels])
-    return {
-        status: done(sentence), image: three[0], reconstruction: three[1], ids: three[2],
-        codes: pictures.codes_in_use(view.ids, studio.colours, view.patches), nearest: row,
-        **saved(save, "inside", "png", as_png(beside(beside(*three[:2]), three[2])), facts),
+    shown = {
+        image: pictures.enlarged(to_pil(view.image)),
+        reconstruction: pictures.enlarged(to_pil(view.reconstruction)),
+        ids: pictures.numbered(view.ids, studio.shape, studio.colours),
+        codes: pictures.codes_in_use(view.ids, studio.colours, view.patches),
+        nearest: pictures.labelled_row(torch.cat((view.image[None], view.neighbours)),
+                                       ["the image", *labels]),
     }
+    names = ("image", "reconstruction", "ids", "codes_in_use", "nearest")
+    archive = as_zip({**{f"{name}.png": as_png(shown[part])
+                         for name, part in zip(names, parts[1:], strict=True)},
+                      "record.json": as_json(facts)})
+    return {status: done(sentence), **shown, **saved(save, "inside", {".zip": archive}, facts)}

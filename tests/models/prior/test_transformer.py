@@ -1,5 +1,6 @@
 """The transformer: settings that do not fit together, compiled and checkpointed blocks."""
 
+import copy
 import re
 from types import SimpleNamespace
 
@@ -162,3 +163,23 @@ def test_a_cpu_takes_few_images_at_a_time_where_nothing_is_learned(monkeypatch):
         assert_close(model(ids, where=where).view_as(expected), expected)
     assert_close(model(ids), expected)
     assert sizes == [5, 2, 2, 1, 2, 2, 1, 5]
+
+
+def test_a_cpu_takes_whole_batches_through_compiled_blocks(monkeypatch):
+    """A part of a batch would have to be compiled for; a copy of the model has no compiled code."""
+    def compiler(module, inputs):
+        sizes.update(len(x) for x in inputs if x.dim() == 4)
+        return module.forward
+
+    torch._dynamo.reset()
+    model, sizes = small().eval(), set()
+    ids = torch.randint(0, 8, (5, model.grid[0] * model.grid[1]))
+    monkeypatch.setattr(transformer, "IN_CACHE", 2 * ids.shape[1] * model.head.in_features)
+    model.compile_blocks(backend=compiler)
+    with torch.no_grad():
+        compiled = model(ids)
+        assert sizes == {5}
+        alone, sizes = copy.deepcopy(model), []
+        alone.blocks[0].register_forward_hook(lambda _, inputs, out: sizes.append(len(inputs[0])))
+        assert_close(alone(ids), compiled)
+    assert sizes == [2, 2, 1]

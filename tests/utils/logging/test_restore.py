@@ -74,7 +74,7 @@ def test_three_finished_runs_come_back_when_the_server_starts_anew(server, logs)
         server.start()
         wait_until(lambda: "metric: Loss" in windows(server, "broken"), seconds=60)
         for env in ("first", "group_second", "third"):
-            wait_until(lambda: len(windows(server, env)) == len(WINDOWS), seconds=60)
+            wait_for_windows(server, env)
             found = server.windows(env)
             assert list(found) == WINDOWS
             assert [window["title"] for window in found.values()] == TITLES
@@ -88,6 +88,11 @@ def windows(server, env):
         return server.windows(env)
     except ValueError:
         return {}
+
+
+def wait_for_windows(server, env):
+    """Wait until all windows of a finished run are there."""
+    wait_until(lambda: len(windows(server, env)) == len(WINDOWS), seconds=60)
 
 
 def test_a_resumed_run_is_drawn_once_and_in_order(server, logs):
@@ -199,6 +204,19 @@ def test_a_run_that_trains_is_left_to_draw_itself(server, logs):
     assert list(server.windows("run")) == WINDOWS
 
 
+def test_a_run_may_be_used_while_its_windows_are_sent(logs, monkeypatch):
+    """The server may take its time, and a training would not wait for it."""
+    def send(board):
+        with FileLock(folder.lock, timeout=0):
+            sent.append(board._changed)
+
+    folder, sent = finished_run(logs, "run"), []
+    folder.lock.touch()
+    monkeypatch.setattr(VisdomBoard, "send", send)
+    draw_run("run", logs, "127.0.0.1", 1)
+    assert len(sent) == 1 and sent[0]
+
+
 def test_runs_are_found_through_links_and_the_newest_comes_first(logs):
     for number, name in enumerate(("b", "group/a", "c")):
         metrics = RunFolder(name, logs).create().metrics
@@ -218,11 +236,18 @@ def test_runs_are_found_through_links_and_the_newest_comes_first(logs):
     not (shutil.which("chromium") and scripts_are_there()),
     reason="needs Debian's chromium and the scripts of visdom's page",
 )
-def test_a_browser_shows_the_windows_in_order(server, logs, tmp_path):
-    finished_run(logs, "run")
+def test_a_browser_shows_the_windows_of_three_runs_after_a_restart(server, logs, tmp_path):
+    runs = ("first", "group/second", "third")
+    for name in runs:
+        finished_run(logs, name)
+    server.logs = logs
     server.start()
-    draw_run("run", logs, "127.0.0.1", server.port)
-    picture = tmp_path / "picture.png"
-    titles = dashboard_screenshot.take(f"http://127.0.0.1:{server.port}", "run", picture, 3600)
-    assert titles == TITLES
-    assert Image.open(picture).width == 3600
+    wait_for_windows(server, "third")
+    server.kill()
+    server.start()
+    for name in runs:
+        wait_for_windows(server, name.replace("/", "_"))
+        picture = tmp_path / "picture.png"
+        address = f"http://127.0.0.1:{server.port}"
+        assert dashboard_screenshot.take(address, name, picture, 3600) == TITLES
+        assert Image.open(picture).width == 3600

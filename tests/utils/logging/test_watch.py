@@ -78,6 +78,16 @@ def test_a_wrong_run_gets_one_sentence(run, sentence, folder):
     assert str(error.value) == sentence
 
 
+def test_an_experiments_run_names_its_page(folder):
+    with RunLogger(RunFolder("measures")) as log:
+        log.metrics(100, {"FID": 20.0}, group="FID")
+    with pytest.raises(UserError) as error:
+        main(["measures"])
+    assert str(error.value) == (
+        "logs/measures is the run of an experiment, which has figures instead of curves: they are "
+        "on its page, logs/measures/report.html")
+
+
 def test_without_any_run_the_sentence_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="^logs/a holds no metrics.jsonl, and no run under logs/ "):

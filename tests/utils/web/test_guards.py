@@ -6,6 +6,7 @@ import zlib
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from utils.errors import UserError
@@ -118,15 +119,13 @@ def test_no_address_is_fetched(studio, monkeypatch):
 
 def test_a_visitors_state_does_not_grow(studio):
     """However often images follow updates that have none."""
-    from gradio.state_holder import SessionState
-
     from utils.web.page import build_page
 
     page = build_page(studio)
     [draw, *_] = [function for function in page.fns.values() if function.name == "handler"]
     status, image = (next(block for block in draw.outputs if isinstance(block, kind))
                      for kind in (gr.HTML, gr.Image))
-    state, sizes = SessionState(page), []
+    state, sizes = gr.state_holder.SessionState(page), []
     for shade in range(4):
         picture = Image.new("L", (4, 4), shade)
         for shown in ({status: "waiting"}, {status: "done", image: picture}):
@@ -142,6 +141,32 @@ def test_images_are_shown_in_turn(studio):
     events = [function for function in build_page(studio).fns.values() if function.name == "show"]
     assert len(events) == 3
     assert all(event.concurrency_id == "model" for event in events)
+
+
+@pytest.mark.parametrize("error, says", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "not enough memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+    (ZeroDivisionError("of /srv/secret"), "This failed, and not by your fault: the log.txt"),
+])
+def test_an_error_of_the_program_is_told_and_written_down(studio, monkeypatch, error, says):
+    from utils.web.page import build_page
+
+    def fail(*arguments):
+        raise error
+
+    page = build_page(studio)
+    monkeypatch.setattr(studio, "draw", fail)
+    monkeypatch.setattr(studio, "photograph", fail)
+    handlers = {function.name: function.fn for function in page.fns.values()}
+    [draw, *_] = [f.fn for f in page.fns.values() if f.name == "handler"]
+    for shown in (list(draw(4, "halton", 8, 0.8, 3)), list(handlers["show"](3, None))):
+        [(status, line)] = [(part, value) for part, value in shown[-1].items() if value]
+        assert "told wrong" in line and says in line and "secret" not in line
+        assert isinstance(status, gr.HTML)
+    assert None in shown[-1].values()  # the editor
+    log = studio.run.log.folder.log.read_text()
+    assert log.count(f"ERROR unexpected {type(error).__name__}\n") == 2
+    assert log.count("Traceback") == 2 and str(error) in log
 
 
 def test_stop_leaves_what_is_finished():
