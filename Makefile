@@ -7,7 +7,7 @@ PYTHON ?= python3
 # Steps of the demo's two trainings, and flags of all its scripts: `make demo DEMO_FLAGS=` plots on
 # the server that `make visdom` starts.
 DEMO_VQGAN_STEPS ?= 900
-DEMO_SAMPLER_STEPS ?= 2000
+DEMO_SAMPLER_STEPS ?= 2200
 DEMO_FLAGS ?= --no_visdom
 
 # Seconds after which `make watch RUN=...` draws again; 0 draws once.
@@ -53,8 +53,7 @@ demo: .venv/installed ## train both stages on the digits and report on them: min
 	  --train_steps $(DEMO_VQGAN_STEPS) --resume $(DEMO_FLAGS)
 	$(VENV_PYTHON) train_sampler.py --sampler absorbing --dataset digits \
 	  --log_dir demo_absorbing --ae_load_dir demo_vqgan --ae_load_step $(DEMO_VQGAN_STEPS) \
-	  --amp --ema --train_steps $(DEMO_SAMPLER_STEPS) --resume \
-	  --steps_per_save_output 500 --steps_per_display_output 500 $(DEMO_FLAGS)
+	  --amp --ema --train_steps $(DEMO_SAMPLER_STEPS) --resume $(DEMO_FLAGS)
 	$(VENV_PYTHON) experiments/digits_report.py --log_dir demo \
 	  --load_dir demo_absorbing --load_step $(DEMO_SAMPLER_STEPS) --amp --ema --n_samples 500 \
 	  $(DEMO_FLAGS)

@@ -1,6 +1,6 @@
 """Network calls, time and quality of every sampling method, on a trained digits model.
 
-    python benchmarks/sampling.py --load_dir demo_absorbing --load_step 2000 --ema \
+    python benchmarks/sampling.py --load_dir demo_absorbing --load_step 2200 --ema \
         --n_samples 500 --log_dir sampling --out assets/sampling.png
 
 Quality is the Fréchet distance (the formula of FID) between samples and held-out digits in the

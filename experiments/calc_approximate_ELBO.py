@@ -1,6 +1,6 @@
 """How many bits does a trained model need for held-out images? A bound on its likelihood.
 
-    python experiments/calc_approximate_ELBO.py --load_dir absorbing_digits --load_step 2000 \
+    python experiments/calc_approximate_ELBO.py --load_dir absorbing_digits --load_step 2200 \
         --ema --steps_per_eval 500 --train_steps 2000 --log_dir elbo_digits
 
 -log p(x) <= -log p(ids) - log p(x | ids), with the encoder's ids (2111.12701). The ids' part is

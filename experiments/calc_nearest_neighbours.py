@@ -1,6 +1,6 @@
 """Has the model learned its training images by heart? Those nearest to samples.
 
-    python experiments/calc_nearest_neighbours.py --load_dir absorbing_digits --load_step 2000 \
+    python experiments/calc_nearest_neighbours.py --load_dir absorbing_digits --load_step 2200 \
         --ema --n_samples 16 --k_nearest 10 --log_dir neighbours_digits
 
 Nearest by LPIPS, which sees the images as `--perceptual_range` says (by default as the autoencoder

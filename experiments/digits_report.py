@@ -1,6 +1,6 @@
 """Are a sampler's digits like real ones, and new? Pictures, a classifier, distances.
 
-    python experiments/digits_report.py --load_dir demo_absorbing --load_step 2000 --ema \
+    python experiments/digits_report.py --load_dir demo_absorbing --load_step 2200 --ema \
         --n_samples 500 --log_dir demo
 
 Writes logs/<log_dir>/images/report_<step>.png (real digits, reconstructions of held-out digits,

@@ -1,6 +1,6 @@
 """Draw samples from a trained sampler and save them as PNG.
 
-    python experiments/get_samples.py --load_dir absorbing_digits --load_step 2000 --ema \
+    python experiments/get_samples.py --load_dir absorbing_digits --load_step 2200 --ema \
         --n_samples 64 --log_dir samples_digits
 
 Everything else (dataset, autoencoder, architecture) is read from the run's hparams.yaml; runs

@@ -1,6 +1,6 @@
 """Fill in a part of an image: n completions of what a mask or a box hides.
 
-    python experiments/inpaint.py --load_dir demo_absorbing --load_step 2000 --ema \
+    python experiments/inpaint.py --load_dir demo_absorbing --load_step 2200 --ema \
         --image_index 3 --box 8 8 24 24 --n_samples 8 --log_dir inpaint
 
 The image is encoded, ids whose pixels are hidden are drawn again given all others, and the result

@@ -1,7 +1,7 @@
 """A page to play with a trained model, in a browser: samples, filling in, canvases, the inside.
 
     make web
-    python experiments/web_demo.py --load_dir demo_absorbing --load_step 2000 --ema --port 7860
+    python experiments/web_demo.py --load_dir demo_absorbing --load_step 2200 --ema --port 7860
 
 Loads a trained sampler and its autoencoder, the demo's by default and the newest step, and trains
 nothing. The page is for this machine alone, at http://127.0.0.1:7860; `--host 0.0.0.0` lets others

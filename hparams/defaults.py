@@ -188,8 +188,8 @@ SAMPLER_DEFAULTS = Defaults(
     modern_datasets={
         "digits": dict(
             MODERN_DIGITS, batch_size=128, lr=4e-3, bert_n_emb=192, kernel_sizes=[3],
-            embd_pdrop=0.0, resid_pdrop=0.0, distorted_copies=15, distortion=0.6,
-            sample_type="remdm", temp=0.95,
+            position=["absolute"], embd_pdrop=0.0, resid_pdrop=0.0, distorted_copies=11,
+            distortion=0.6, sample_type="mlm", sample_steps=64, temp=1.0,
         ),
         "textures": MODERN_TEXTURES,
     },
