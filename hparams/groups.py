@@ -184,9 +184,10 @@ class AutoencoderArchitecture(Settings):
     quantizer: str = setting("nearest", "how vectors become ids", choices=["nearest", "gumbel"])
     ndf: int = setting(64, "channels of the discriminator's first layer", minimum=1)
     disc_layers: int = setting(3, "strided layers of the discriminator", minimum=1)
-    disc_input: str = setting("pixels", "what the discriminator looks at: pixels, or features of "
-                              "the frozen EfficientNet-Lite0 (2111.01007), which need few steps",
-                              choices=["pixels", "features"])
+    disc_input: str | None = setting("pixels", "what the discriminator looks at: pixels, or "
+                                     "features of the frozen EfficientNet-Lite0 (2111.01007), "
+                                     "which need few steps (none: features, of images below 32 "
+                                     "pixels pixels)", choices=["pixels", "features"])
     disc_norm: str = setting("batch", "normalisation in the discriminator: batch as published, "
                              "group, or spectral (1802.05957), which do not mix images",
                              choices=["batch", "group", "spectral"])
@@ -196,6 +197,7 @@ class AutoencoderArchitecture(Settings):
     def validate(self):
         super().validate()
         self.ch_mult = self.ch_mult or levels(self.img_size)
+        self.disc_input = self.disc_input or ("features" if self.img_size >= 32 else "pixels")
         side = self.img_size // 2 ** (len(self.ch_mult) - 1)
         self.latent_shape = self.latent_shape or [1, side, side]
 
