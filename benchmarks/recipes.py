@@ -77,7 +77,8 @@ PARTS = {  # what `--recipe modern` is without one of its parts
     "EMA as published": "--ema_beta 0.995 --no_ema_warmup --steps_per_update_ema 10",
     "32 norm groups": "--norm_groups 32",
     "codebook not revived": "--codebook_revival 0",
-    "discriminator with BatchNorm": "--disc_norm batch",
+    "discriminator of pixels": "--disc_input pixels",
+    "discriminator of pixels with BatchNorm": "--disc_input pixels --disc_norm batch",
     "no lead and fade": "--disc_lead_steps 0 --disc_fade_steps 0",
     "adversarial weight 1": "--disc_weight 1",
 }

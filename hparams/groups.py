@@ -183,7 +183,7 @@ class AutoencoderArchitecture(Settings):
                                              "and ch_mult give)", minimum=1)
     quantizer: str = setting("nearest", "how vectors become ids", choices=["nearest", "gumbel"])
     ndf: int = setting(64, "channels of the discriminator's first layer", minimum=1)
-    disc_layers: int = setting(3, "strided layers of the discriminator", minimum=1)
+    disc_layers: int = setting(3, "strided layers of a discriminator of pixels", minimum=1)
     disc_input: str | None = setting("pixels", "what the discriminator looks at: pixels, or "
                                      "features of the frozen EfficientNet-Lite0 (2111.01007), "
                                      "which need few steps (none: features, of images below 32 "
@@ -192,7 +192,7 @@ class AutoencoderArchitecture(Settings):
                              "group, or spectral (1802.05957), which do not mix images",
                              choices=["batch", "group", "spectral"])
     disc_blur: bool = setting(False, "discriminator: 3x3 convolutions and a low-pass before the "
-                              "side is halved (1904.11486)")
+                              "side is halved (1904.11486)", only_with=("disc_input", "pixels"))
 
     def validate(self):
         super().validate()

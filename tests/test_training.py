@@ -501,9 +501,13 @@ def test_a_signal_to_the_whole_group_saves_and_the_run_resumes_to_the_bit(workpl
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )
-    wait_until(lambda: lines_of("parts") or process.poll() is not None, seconds=120)
-    os.killpg(process.pid, getattr(signal, number))
-    output = process.communicate(timeout=60)[0]
+    try:
+        wait_until(lambda: lines_of("parts") or process.poll() is not None, seconds=120)
+        os.killpg(process.pid, getattr(signal, number))
+        output = process.communicate(timeout=60)[0]
+    finally:
+        if process.poll() is None:  # or it would go on for ever
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + getattr(signal, number) and "Traceback" not in output
     (step,) = RunFolder("parts").steps("vqgan")
     message = f"interrupted: saved step {step}; go on with --resume"

@@ -20,7 +20,9 @@ import sampling
 import train_vqgan
 from helpers import ROOT
 from hparams import get_sampler_hparams, get_vqgan_hparams
+from models import VQGAN
 from utils.runs.folder import RunFolder
+from utils.training.build import check_models
 
 
 @pytest.mark.parametrize("title", denoiser_ablation.VARIANTS)
@@ -45,12 +47,13 @@ def test_every_recipe_and_part_parses(parts):
     for title in recipes.PARTS if parts else recipes.RECIPES:
         flags = recipes.training_flags(arguments, title, ["--train_steps", "900"])
         H = get_vqgan_hparams(flags)
+        check_models(H, VQGAN)
         assert H.recipe == ("published" if title == "published" else "modern")
         assert (H.img_size, H.crops, H.batch_size, H.nf) == (64, 64, 8, 32)
         assert title == "modern" or any(
             getattr(H, name) != getattr(plain, name)
             for name in ("recipe", "optimizer", "codebook_start_step", "codebook_revival",
-                         "perceptual_weight", "disc_start_step", "disc_norm", "disc_lead_steps",
+                         "perceptual_weight", "disc_start_step", "disc_input", "disc_lead_steps",
                          "disc_weight", "lr_schedule", "ema_warmup", "norm_groups")
             if name != "disc_start_step" or H.disc_start_step > 10**8
         )
@@ -73,7 +76,7 @@ def test_measures_of_recipes_tell_blur_and_colour(tmp_path):
 @pytest.mark.parametrize("flags, says", [
     ("--minutes 12", "--minutes must be a multiple of 5"), ("--minutes 0", "a multiple of 5"),
     ("--variants 0 99", "--variants must be numbers from 0 to 2"),
-    ("--parts --variants -1", "from 0 to 11"), ("--seed 3", "--seed of train_vqgan.py is set"),
+    ("--parts --variants -1", "from 0 to 12"), ("--seed 3", "--seed of train_vqgan.py is set"),
     ("--train_steps=9", "--train_steps of train_vqgan.py is set"),
 ])
 def test_wrong_flags_of_recipes_get_a_sentence(flags, says, capsys):
