@@ -330,6 +330,9 @@ def _as_it_is(batch):
     return batch
 
 
+# Errors that cut the start of torch's iterators. They hold these iterators, which print a traceback
+# when they are deleted, unless Python ends.
+_HALF_MADE = []
 REMEDY = "lower --num_workers (0 reads in this process) or --batch_size"
 
 
@@ -340,6 +343,9 @@ def _from_workers(loader):
     except OSError as error:  # no process, or no shared memory for the locks of their queues
         raise UserError(f"processes that read images do not start ({error.strerror}): {REMEDY}"
                         ) from None
+    except RuntimeError as error:  # a process has ended while others start
+        _HALF_MADE.append(error)
+        raise
     for batch in batches:
         if isinstance(batch, _Failure):
             raise UserError(f"a process that reads images failed ({batch.kind}: {batch.message}): "

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from utils.data.datasets import DATASETS_YAML, load_dataset
 from utils.data.pixels import UnreadableImage, to_float
 from utils.data.split import Subset, part_of, sample_of, train_validation_split
 from utils.errors import SettingsError, UserError
+from utils.runs.script import kill_workers
 from utils.signals import SIGNALS
 from utils.training.processes import Processes
 
@@ -881,3 +883,26 @@ def test_workers_need_no_shared_memory(monkeypatch):
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
     monkeypatch.setattr(torch.UntypedStorage, "_new_using_fd_cpu", full)
     assert len(train(Fake(5), 3, workers=2)) == 3
+
+
+def test_a_worker_that_ends_while_others_start_prints_no_traceback(monkeypatch):
+    reading = pixel_batches(Fake(50), 1, 1, CPU, fail_on_unreadable)
+    next(reading)
+    (worker,) = multiprocessing.active_children()
+    start, ignored = multiprocessing.Process.start, []
+
+    def start_late(process):
+        start(process)
+        if len(multiprocessing.active_children()) > 2:  # torch has kept the one before
+            worker.kill()
+            time.sleep(30)  # which torch's handler of the signal ends
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_late)
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    with pytest.raises(UserError, match="a process that reads images has ended"):
+        with loading.ends_with_its_workers():
+            next(pixel_batches(Fake(5), 1, 2, CPU, fail_on_unreadable))
+    reading.close()
+    kill_workers()  # as a script does that ends
+    gc.collect()
+    assert not ignored
