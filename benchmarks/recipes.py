@@ -227,18 +227,32 @@ class Measure:
         return torch.cat(parts), usage
 
     @torch.no_grad()
-    def __call__(self, autoencoder):
-        """The figures of an autoencoder, {name: number}."""
-        x, (x_hat, usage) = self.images, self.reconstructions(autoencoder)
-        distances = []
-        for images, others in zip(x.split(32), x_hat.split(32)):
+    def frechet(self, x_hat):
+        """The reconstruction Fréchet distance of x_hat [n, C, S, S]."""
+        for images, others in zip(self.images.split(32), x_hat.split(32)):
             self.distance.add(images, others)
-            if self.perceptual is not None:
-                distances.append(self.perceptual(2 * images - 1, 2 * others - 1).flatten())
+        return float(self.distance.take()["frechet"])
+
+    @torch.no_grad()
+    def perceptual_distance(self, x_hat):
+        """The mean LPIPS of x_hat [n, C, S, S], None without VGG16's weights."""
+        if self.perceptual is None:
+            return None
+        pairs = zip(self.images.split(32), x_hat.split(32))
+        distances = [self.perceptual(2 * a - 1, 2 * b - 1).flatten() for a, b in pairs]
+        return torch.cat(distances).mean().item()
+
+    def __call__(self, autoencoders):
+        """The figures of the one of `autoencoders`, {name: autoencoder}, whose Fréchet distance is
+        the lowest: {name: number, "model": its name}."""
+        made = {name: self.reconstructions(model) for name, model in autoencoders.items()}
+        frechet = {name: self.frechet(x_hat) for name, (x_hat, _) in made.items()}
+        best = min(frechet, key=frechet.get)
+        x, (x_hat, usage) = self.images, made[best]
         return {
-            "psnr": psnr(x, x_hat).mean().item(), "ssim": ssim(x, x_hat).mean().item(),
-            "perceptual": torch.cat(distances).mean().item() if distances else None,
-            "frechet": float(self.distance.take()["frechet"]),
+            "model": best, "psnr": psnr(x, x_hat).mean().item(),
+            "ssim": ssim(x, x_hat).mean().item(),
+            "perceptual": self.perceptual_distance(x_hat), "frechet": frechet[best],
             "detail": (detail(x_hat) / detail(x)).item(), "codes": int((usage > 0).sum()),
             "colour": correlation(x.mean((2, 3)).numpy(), x_hat.mean((2, 3)).numpy()),
         }
@@ -248,11 +262,8 @@ def figures_at(measure, name, step, flags):
     """The figures at a step, of the weights or their average, which are better."""
     kept = RunFolder(name).path / f"figures_{len(measure.images)}_{step}.json"
     if not kept.exists():
-        both = [
-            {"step": step, "model": which, **measure(autoencoder(name, which, step, flags))}
-            for which in ("vqgan", "vqgan_ema")
-        ]
-        kept.write_text(json.dumps(min(both, key=lambda figures: figures["frechet"]), indent=1))
+        both = {which: autoencoder(name, which, step, flags) for which in ("vqgan", "vqgan_ema")}
+        kept.write_text(json.dumps({"step": step, **measure(both)}, indent=1))
     return json.loads(kept.read_text())
 
 

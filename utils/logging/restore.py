@@ -33,11 +33,22 @@ def draw_run(name, logs, server, port):
     folder = RunFolder(name, logs)
     board = VisdomBoard(server, port, env=name)
     with unless_in_use(folder) as is_free:  # nobody begins to train while its files are read
-        if not is_free and not settings_of(folder).get("no_visdom"):
+        if draws_by_itself(folder, is_free):
             return None
         replay(folder, read_metrics(folder.metrics), board, math.inf)
-    board.send()  # which may take long
+    board.send()  # which takes so long that the run may have begun to train again
+    with unless_in_use(folder) as is_free:
+        begun = draws_by_itself(folder, is_free)
+    if begun:
+        board.clear()
+        board.send(everything=False)  # closes what was sent
+        return None
     return f"{board.address}/env/{quote(board.env)}"
+
+
+def draws_by_itself(folder, is_free):
+    """Whether a run that is in use unless it `is_free` has a board of its own."""
+    return not is_free and not settings_of(folder).get("no_visdom")
 
 
 def wait_for_server(server, port):

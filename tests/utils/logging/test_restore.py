@@ -217,6 +217,25 @@ def test_a_run_may_be_used_while_its_windows_are_sent(logs, monkeypatch):
     assert len(sent) == 1 and sent[0]
 
 
+def test_a_run_that_begins_to_train_while_its_windows_are_sent_is_not_drawn_twice(
+    server, logs, monkeypatch
+):
+    folder, send = finished_run(logs, "run"), VisdomBoard.send
+    lock = FileLock(folder.lock)
+    server.start()
+
+    def send_slowly(board, everything=True):
+        send(board, everything)
+        lock.acquire()  # once the windows are there, as a training does that starts meanwhile
+
+    monkeypatch.setattr(VisdomBoard, "send", send_slowly)
+    try:
+        assert draw_run("run", logs, "127.0.0.1", server.port) is None
+    finally:
+        lock.release(force=True)
+    assert not server.windows("run")
+
+
 def test_runs_are_found_through_links_and_the_newest_comes_first(logs):
     for number, name in enumerate(("b", "group/a", "c")):
         metrics = RunFolder(name, logs).create().metrics
