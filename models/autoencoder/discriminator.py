@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 GROUP_WIDTH = 8  # channels of a group of GroupNorm
+ENLARGED_BELOW = 128  # pixels of a side, where a discriminator looks at features
 
 
 class BlurPool(nn.Module):
@@ -89,6 +90,7 @@ class Discriminator(nn.Module):
                 nn.init.normal_(layer.weight, 1.0, 0.02)
         self.main = nn.Sequential(*bounded(layers, norm))
         self.by_batch = norm == "batch"  # logits depend on the other images of a batch
+        self.every = 1  # it sees every image of a batch
 
     def forward(self, x):
         return self.main(x if self.by_batch else 2 * x - 1)
@@ -97,21 +99,24 @@ class Discriminator(nn.Module):
 class FeatureDiscriminator(nn.Module):
     """Small heads on features of the frozen EfficientNet-Lite0, which know from the start what
     images look like (Projected GAN, Sauer et al., 2111.01007): images [B, 1 or 3, S, S] in [0, 1]
-    -> logits [B, 7, S/2, S/2], those of coarser features repeated.
+    -> logits [B, 6, E/4, E/4], those of coarser features repeated.
 
-    `network` is an `EfficientNetDistance`. Each head, of `width` channels, sees one place of the
-    features, scaled to one length there, and its neighbours. `norm` is that of the heads, group or
-    spectral; ValueError for another one.
+    Images below 128 pixels are enlarged, to E = 2S, else E = S: a network that was trained on
+    larger ones sees more in them. That costs four times as much, so only every second image of a
+    batch is to be shown then. `network` is an `EfficientNetDistance`. Each head, of `width`
+    channels, sees one place of the features, scaled to one length there, and its neighbours. `norm`
+    is that of the heads, group or spectral; ValueError for another one.
     """
 
-    widths = (16, 24, 40, 80, 112, 192, 320)  # channels of all layers but the first, at S/2 to S/32
+    widths = (24, 40, 80, 112, 192, 320)  # channels of all layers but two, at E/4 to E/32
     by_batch = False
 
-    def __init__(self, network, width, norm="group"):
+    def __init__(self, network, width, img_size, norm="group"):
         super().__init__()
         if norm not in ("group", "spectral"):
             raise ValueError(f"`disc_norm` must be group or spectral for features, not {norm!r}")
         self.network, self.heads = network, nn.ModuleList()
+        self.enlarged = self.every = 2 if img_size < ENLARGED_BELOW else 1
         for channels in self.widths:
             layers = [
                 nn.Conv2d(channels, width, 1), nn.LeakyReLU(0.2),
@@ -121,8 +126,10 @@ class FeatureDiscriminator(nn.Module):
             self.heads.append(nn.Sequential(*bounded(layers, norm)))
 
     def forward(self, x):
-        logits, layers = [], islice(self.network.layers(x.expand(-1, 3, -1, -1)), 1, None)
+        if self.enlarged > 1:
+            x = F.interpolate(x, scale_factor=self.enlarged, mode="bilinear")
+        logits, layers = [], islice(self.network.layers(x.expand(-1, 3, -1, -1)), 2, None)
         for head, seen in zip(self.heads, layers, strict=True):
             scaled = F.normalize(seen.float(), dim=1) * seen.shape[1] ** 0.5
-            logits.append(F.interpolate(head(scaled).float(), x.shape[2] // 2))
+            logits.append(F.interpolate(head(scaled).float(), x.shape[2] // 4))
         return torch.cat(logits, dim=1)

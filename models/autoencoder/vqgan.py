@@ -95,7 +95,7 @@ def build_discriminator(H, network):
     if H.img_size < (least := SMALLEST["efficientnet_lite0"]):
         raise ValueError(f"`disc_input` features needs images of {least} pixels or more, not "
                          f"`img_size` {H.img_size}: set `disc_input` pixels")
-    return FeatureDiscriminator(network or EfficientNetDistance(), 2 * H.ndf, norm)
+    return FeatureDiscriminator(network or EfficientNetDistance(), 2 * H.ndf, H.img_size, norm)
 
 
 class VQGAN(nn.Module):
@@ -187,7 +187,8 @@ class VQGAN(nn.Module):
         else:
             seen = x_hat.detach().requires_grad_()
             nll, l1, perceptual = self.reconstruction_losses(x, seen)
-            g_loss = generator_adversarial_loss(self.discriminate(seen, frozen=True))
+            logits = self.discriminate(seen[:: self.disc.every], frozen=True)
+            g_loss = generator_adversarial_loss(logits)
             objective, d_weight = weighted_sum(
                 nll, g_loss, share * self.disc_weight, self.disc_weight_max, x_hat, seen,
                 self.ae.generator.blocks[-1].weight, grad_scale,
@@ -202,7 +203,7 @@ class VQGAN(nn.Module):
     def discriminator_losses(self, x, x_hat):
         """(hinge loss, 0-d, stats) of images [B, C, S, S] and reconstructions, which get no
         gradient; the stats are the shares of both that it takes for what they are."""
-        x_hat = x_hat.detach()
+        x, x_hat = x[:: self.disc.every], x_hat[:: self.disc.every].detach()
         if self.disc.by_batch:
             real, fake = self.discriminate(x), self.discriminate(x_hat)
         else:

@@ -207,14 +207,33 @@ def test_heads_on_features_give_logits_that_do_not_mix_images(lite0, norm):
     disc = of_features(lite0, disc_norm=norm).disc.eval()
     x = images(size=32, batch=4)
     logits = disc(x)
-    assert logits.shape == (4, 7, 16, 16)
+    assert logits.shape == (4, 6, 16, 16)
     assert torch.allclose(logits[:1], disc(x[:1]), atol=1e-5)
-    for number, features in enumerate(list(lite0.layers(x))[1:]):
+    enlarged = F.interpolate(x, scale_factor=2, mode="bilinear")
+    for number, features in enumerate(list(lite0.layers(enlarged))[2:]):
         own = F.avg_pool2d(logits[:, number], 16 // features.shape[2])  # each is repeated
         assert torch.allclose(F.interpolate(own[:, None], 16)[:, 0], logits[:, number], atol=1e-6)
         assert logits[:, number].var() > 0
     grey = of_features(lite0, n_channels=1).disc
-    assert grey(images(size=32, n_channels=1)).shape == (2, 7, 16, 16)
+    assert grey(images(size=32, n_channels=1)).shape == (2, 6, 16, 16)
+
+
+@pytest.mark.parametrize("size, sees", [(64, [128, 2]), (128, [128, 4])])
+def test_heads_on_features_see_every_second_of_images_that_are_enlarged(
+    size, sees, lite0, monkeypatch
+):
+    grid = [1, size // 2, size // 2]
+    model, seen = of_features(lite0, img_size=size, latent_shape=grid), []
+    monkeypatch.setattr(lite0, "layers", lambda x: seen.append(x) or type(lite0).layers(lite0, x))
+    x, x_hat = images(size=size, batch=4), images(size=size, batch=4).flip(3)
+    loss, _ = model.discriminator_losses(x, x_hat)
+    (both,) = seen
+    assert [both.shape[2], len(both) // 2] == sees
+    half = 4 // sees[1]
+    expected = hinge_loss(model.disc(x[::half]), model.disc(x_hat[::half]))
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    model.generator_losses(x, 99)
+    assert len(seen[-1]) == sees[1]
 
 
 def test_heads_learn_what_the_frozen_network_shows_them(lite0):
