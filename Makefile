@@ -23,7 +23,9 @@ PHOTOS ?= $(EMOJI)
 PHOTOS_VQGAN_STEPS ?= 3000
 PHOTOS_SAMPLER_STEPS ?= 10000
 PHOTOS_FLAGS ?= --no_visdom
-PHOTOS_RUN = photos_$(shell basename "$(PHOTOS)" | tr -c '[:alnum:]\n' _)
+PHOTOS_NAME = $(shell basename "$(PHOTOS)" | tr -c '[:alnum:]\n' _)
+PHOTOS_PLACE = $(shell (cd "$(PHOTOS)" 2>/dev/null && pwd -P || echo "$(PHOTOS)") | cksum | cut -c1-4)
+PHOTOS_RUN = photos_$(PHOTOS_NAME)$(if $(filter $(EMOJI),$(PHOTOS)),,_$(PHOTOS_PLACE))
 
 VENV_PYTHON := .venv/bin/python
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check

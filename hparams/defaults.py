@@ -16,6 +16,10 @@ PRESETS = ("small", "medium", "published")
 
 # Datasets that the published programs know keep the settings that their commands mean.
 PUBLISHED_DATASETS = {"ffhq", "churches", "bedrooms"}
+DECIDED = {  # defaults that the dataset and the recipe decide, in words
+    "recipe": f"default modern; {', '.join(sorted(PUBLISHED_DATASETS))} published",
+    "preset": "default of modern small, of published published",
+}
 
 # Where a thing stands says nothing in these images: hydra attention has no absolute positions by
 # default, and runs on larger canvases as it is.

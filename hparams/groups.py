@@ -85,7 +85,8 @@ class Training(Settings):
     weight_decay: float = setting(0.0, "decoupled weight decay of adamw and muon", minimum=0,
                                   only_with=("optimizer", "adamw", "muon"))
     warmup_iters: int | None = setting(30000, "steps over which the learning rate rises from 0 "
-                                       "(none: a twentieth of train_steps, at most 1000)",
+                                       "(none: a twentieth of train_steps, at most 1000, "
+                                       "of the autoencoder 70)",
                                        minimum=0)
     lr_schedule: str = setting("constant", "after the warm-up: constant, or falling to 0 at "
                                "train_steps", choices=["constant", "cosine", "linear"])
@@ -142,7 +143,8 @@ class Logging(Settings):
     """Logging."""
 
     log_dir: str = setting("test", "name of the run: its files go to logs/NAME")
-    save_individually: bool = setting(False, "save samples as single images too")
+    save_individually: bool = setting(False, "save images one by one: beside the grid, in "
+                                      "training in its place")
     steps_per_log: int = setting(10, "steps between log entries", minimum=1)
     steps_per_eval: int | None = setting(0, "steps between validations (none: a tenth of "
                                          "train_steps); 0 trains on everything, without a "
@@ -186,8 +188,8 @@ class AutoencoderArchitecture(Settings):
     disc_layers: int = setting(3, "strided layers of a discriminator of pixels", minimum=1)
     disc_input: str | None = setting("pixels", "what the discriminator looks at: pixels, or "
                                      "features of the frozen EfficientNet-Lite0 (2111.01007), "
-                                     "which need few steps (none: features, of images below 32 "
-                                     "pixels pixels)", choices=["pixels", "features"])
+                                     "which need few steps (none: features; pixels where images "
+                                     "are smaller than 32 pixels)", choices=["pixels", "features"])
     disc_norm: str = setting("batch", "normalisation in the discriminator: batch as published, "
                              "group, or spectral (1802.05957), which do not mix images",
                              choices=["batch", "group", "spectral"])

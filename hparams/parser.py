@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from hparams.defaults import DECIDED
 from hparams.environment import is_first_process
 from hparams.settings import ALL_NAMES, check_setting, did_you_mean, show, value_type
 from utils.errors import SettingsError
@@ -92,6 +93,8 @@ def best_step(run):
 
 def describe_default(field, declared, defaults):
     """`default X; modern Y; digits Z`, of the `declared` default and the Defaults `defaults`."""
+    if field.name in DECIDED:
+        return DECIDED[field.name]
     texts = [f"default {show(defaults.everywhere.get(field.name, declared))}"]
     for layer, values in defaults.layers():
         if field.name in values:

@@ -451,7 +451,7 @@ def test_the_commands_of_the_trainings_parse(arguments, scripts, tmp_path, monke
     assert sampler.ae_load_step == vqgan.train_steps and sampler.resume and vqgan.resume
     assert H.load_step in (vqgan.train_steps, sampler.train_steps)
     if "PHOTOS=/my own/Cats & dogs/" in arguments:
-        assert H.log_dir == "photos_Cats___dogs"
+        assert re.fullmatch(r"photos_Cats___dogs_\d+", H.log_dir)
         assert vqgan.custom_dataset_path == "/my own/Cats & dogs/"
 
 

@@ -125,7 +125,7 @@ def seed_row(value):
     """A number for the seed, and a button that draws another one."""
     with gr.Row(equal_height=True):
         seed = gr.Number(value, label="Seed", precision=0, minimum=0, scale=3, min_width=120,
-                         info="The same seed, the same images")
+                         info="The same seed and number, the same images")
         another = gr.Button("Another", scale=1, min_width=90, size="md", elem_classes="another")
     another.click(lambda: random.randrange(10**6), outputs=seed, queue=False,
                   api_visibility="private")
