@@ -66,8 +66,8 @@ def discriminator(H, training):
     told = f"it is right on {real:.0%} of the images and {fake:.0%} of the reconstructions"
     if (real + fake) / 2 > WINS:
         remedy = "a smaller --ndf" if H.diff_aug else "--diff_aug, or a smaller --ndf"
-        return (f"the discriminator wins, {told}, so that its loss may say little: where frechet no "
-                f"longer falls, give {remedy}")
+        return (f"the discriminator wins, {told}, so that its loss may say little: where frechet "
+                f"no longer falls, give {remedy}")
     if (real + fake) / 2 < IDLE:
         return (f"the discriminator is idle, {told}, so that its loss is noise: give it a larger "
                 f"--ndf, or more steps before it counts, --disc_lead_steps")
