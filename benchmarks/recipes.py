@@ -54,6 +54,7 @@ from utils.evaluation.metrics import psnr, ssim
 from utils.evaluation.reconstruction import ReconstructionDistance
 from utils.files import load_file
 from utils.runs.folder import RunFolder
+from utils.runs.script import run_script
 from utils.training.build import load_autoencoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -339,4 +340,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

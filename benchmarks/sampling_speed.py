@@ -19,6 +19,7 @@ from models.sampling.canvas import WindowedDenoiser
 from models.sampling.samplers import draw
 from sampling import Counted, plain_loop
 from utils.evaluation.experiment import table
+from utils.runs.script import run_script
 from utils.training.precision import Precision
 
 SIDE, STEPS, SAMPLES = 16, 256, 8
@@ -158,4 +159,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

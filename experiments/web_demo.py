@@ -137,4 +137,4 @@ def show_page(run, folder):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, keep_memory=False)

@@ -2,6 +2,8 @@
 
 import io
 import os
+import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -28,6 +30,28 @@ SCRIPT = [sys.executable, str(ROOT / "train_vqgan.py"), *VQGAN.split()]
 def started(command, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True, **options)
+
+
+FAULTS = """
+import resource, sys, torch
+from utils.runs.script import run_script
+
+def main():
+    for _ in range(20):
+        torch.ones(2**24)  # 64 MiB, or 16,384 pages
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+
+run_script(main, keep_memory=sys.argv[1] == "keep")
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_of_freed_tensors_is_used_again():
+    faults = {
+        way: int(subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True,
+                                cwd=ROOT, check=True).stdout) for way in ("keep", "leave")
+    }
+    assert faults["leave"] - faults["keep"] > 15 * 2**14 * 4096 // resource.getpagesize()
 
 
 # --- signals -------------------------------------------------------------------------------------
