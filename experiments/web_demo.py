@@ -22,6 +22,7 @@ from hparams import UserError, get_page_hparams
 from utils.evaluation.experiment import experiment
 from utils.runs.folder import RunFolder, listed_runs, run_names
 from utils.runs.script import run_script
+from utils.signals import Stopped
 
 DEMO = "demo_absorbing"
 SAMPLERS = ("absorbing", "autoregressive")  # names of their files
@@ -130,8 +131,12 @@ def show_page(run, folder):
         check_port(H.host, H.port)  # which says more, such as that it was taken since then
         raise cannot_listen(H.host, H.port, error) from None
     try:
-        run.log.info(f"the page: {address} (Ctrl-C ends it)")
+        everywhere = H.host in ("0.0.0.0", "::", "")
+        others = f", and port {H.port} of all names of this machine" if everywhere else ""
+        run.log.info(f"the page: {address}{others} (Ctrl-C ends it)")
         threading.Event().wait()
+    except (KeyboardInterrupt, Stopped):
+        run.log.info("the page is closed")
     finally:
         page.close(verbose=False)
 

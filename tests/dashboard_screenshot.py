@@ -112,12 +112,14 @@ def take(server, env, out, width=1280):
     try:
         windows = count_windows(server, env)
     except (OSError, ValueError) as error:
-        sys.exit(f"error: no environment {env!r} on a visdom server at {server}: {error}")
+        sys.exit(f"error: there is no visdom server at {server}, or no environment {env!r} on it "
+                 f"({error})")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         page = Page(profile, width, 900)
         try:
             page.call("Page.navigate", url=f"{server}/env/{quote(env)}")
-            wait_for(lambda: page.evaluate(DRAWN) == windows, f"{windows} windows to be drawn")
+            wait_for(lambda: page.evaluate(DRAWN) == windows, f"{windows} windows to be drawn: "
+                     "does the server have the page's scripts?")
             height = int(page.evaluate(BOTTOM)) + 20
             page.call(
                 "Emulation.setDeviceMetricsOverride",

@@ -10,6 +10,7 @@ WIDTH = 400  # pixels of a window: three stand side by side on a screen of 1280
 BETWEEN = 10  # pixels from one window to the next
 HEIGHT = 300  # pixels of curves and bars
 TALL = 435  # pixels of pictures and of what stands beside them: a title bar and a square
+LINE = 17  # pixels of a row of a table
 TITLE_BAR = 35  # pixels that visdom takes from the height of an image's window
 LARGEST_PICTURE = 2000  # pixels of the longer side, beyond which a picture is sent smaller
 COLOURS = ("#1f77b4", "#d95f02", "#2a9d4a", "#c0399f", "#7f7f7f", "#8c6d31")
@@ -75,7 +76,8 @@ def picture_pane(title, picture):
 
 def table_pane(title, rows):
     """A dict of strings as a table of two columns."""
-    return _text(title, _table("".join(_row(name, value) for name, value in rows.items())))
+    content = _table("".join(_row(name, value) for name, value in rows.items()))
+    return _text(title, content, max(TALL, LINE * (len(rows) + 2)))
 
 
 def health_pane(title, step, sentences):
@@ -93,7 +95,7 @@ def settings_pane(title, settings, defaults):
     )
     if rows:
         rows = _row("differ from the defaults", head=True) + rows
-        rows += _row("as by default", head=True)
+        rows += _row("as by default, or not of the model and its training", head=True)
     rows += "".join(_row(name, show(settings[name])) for name in settings if name not in other)
     return _text(title, _table(rows))
 

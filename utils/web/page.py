@@ -77,7 +77,7 @@ def serve(page, host, port, password=None):
 
     _, address, _ = page.launch(
         server_name=host, server_port=port, auth=is_allowed if password else None,
-        auth_message="Any name, and the password." if password else None,
+        auth_message="Any name, which must not be empty, and the password." if password else None,
         max_file_size=MOST_BYTES, allowed_paths=[], show_error=False, quiet=True,
         share=False, prevent_thread_lock=True, ssr_mode=False, enable_monitoring=False,
         mcp_server=False, pwa=False, run_history=False, footer_links=[], theme=theme(), css=CSS,

@@ -2,6 +2,7 @@
 
 import functools
 import html
+import json
 import random
 import traceback
 
@@ -60,7 +61,12 @@ def wrong(sentence):
 
 def cost(drawn, what):
     """What was drawn and what it took, in words."""
-    return f"{what} in {drawn.seconds:.2f} s, {drawn.calls:,} network calls"
+    return f"{what} in {drawn.seconds:.2f} s, {counted(drawn.calls, 'network call')}"
+
+
+def counted(count, what):
+    """`3 images`, `1 image`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def status_line(sentence):
@@ -124,7 +130,7 @@ class Choices:
 def seed_row(value):
     """A number for the seed, and a button that draws another one."""
     with gr.Row(equal_height=True):
-        seed = gr.Number(value, label="Seed", precision=0, minimum=0, scale=3, min_width=120,
+        seed = gr.Number(value, label="Seed", scale=3, min_width=120,
                          info="The same seed and number, the same images")
         another = gr.Button("Another", scale=1, min_width=90, size="md", elem_classes="another")
     another.click(lambda: random.randrange(10**6), outputs=seed, queue=False,
@@ -144,7 +150,9 @@ def buttons(verb):
 
 def starts(button, stop, handler, inputs, outputs, status):
     """Let a button run a handler, one at a time for all visitors, and another one stop it."""
-    event = button.click(
+    event = button.click(  # at once, whoever else's turn it is
+        None, None, status, js=f"() => {json.dumps(WAITING)}", api_visibility="private",
+    ).then(
         handler, inputs, outputs, show_progress="minimal", show_progress_on=status,
         api_visibility="private", **TURN,
     )

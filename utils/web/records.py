@@ -4,7 +4,9 @@
 import io
 import json
 import shlex
+import sys
 import zipfile
+from pathlib import Path
 
 from hparams.experiment_groups import Page
 from hparams.groups import SamplingMethod
@@ -41,7 +43,14 @@ def command_for(H, script, **settings):
     words = [f"experiments/{script}.py"]
     for name, values in flags.items():
         words += [f"--{name}", *values]
-    return shlex.join(["python", *words])
+    return shlex.join([python(), *words])
+
+
+def python():
+    """How a command of these pages names this Python: as the documentation does where it is that
+    of `make install`."""
+    ours = Path(sys.prefix).resolve() == Path(".venv").resolve()
+    return ".venv/bin/python" if ours else "python"
 
 
 def sampling_flags(H):

@@ -12,8 +12,8 @@ from utils.logging.images import to_pil
 from utils.web import pictures
 from utils.web.guards import MaskEditor
 from utils.web.parts import (
-    TURN, WAITING, Choices, buttons, caption, cost, done, file_to_save, nothing_to_save, picture,
-    running, save_buttons, saved, seed_row, starts, status_line, telling,
+    TURN, WAITING, Choices, buttons, caption, cost, counted, done, file_to_save, nothing_to_save,
+    picture, running, save_buttons, saved, seed_row, starts, status_line, telling,
 )
 from utils.web.records import as_json, as_png, as_zip
 from utils.web.stepwise import Step
@@ -74,7 +74,7 @@ def sample_tab(studio):
                        status: running(item)}
             else:
                 yield {**shown, images: pictures.sheet(item.images),
-                       status: done(cost(item, f"{len(item.images)} images")),
+                       status: done(cost(item, counted(len(item.images), "image"))),
                        **drawn_saved(save, "samples", item, shown[ids])}
 
     starts(draw, stop, handler, choices.inputs, [status, ids, images, *save], status)
@@ -88,7 +88,7 @@ class Given:
 
     def __init__(self, studio):
         self.studio, self.number = studio, gr.Number(
-            FIRST, label="Image of the dataset, by its number", precision=0, minimum=0,
+            FIRST, label="Image of the dataset, by its number",
             info=f"0 to {len(studio.dataset) - 1:,}" if studio.dataset else studio.no_dataset,
             interactive=studio.dataset is not None,
         )
@@ -149,7 +149,8 @@ def fill_in_tab(studio):
                 yield {gallery: [pictures.enlarged(part, 256) for part in forming],
                        status: running(item)}
             else:
-                words = f"{len(item.images)} completions of {image.width}x{image.height} pixels"
+                count = counted(len(item.images), "completion")
+                words = f"{count} of {image.width}x{image.height} pixels"
                 yield {**completions_saved(item, mask, gallery, save),
                        status: done(f"{cost(item, words)}; what is kept is untouched")}
 
@@ -262,6 +263,7 @@ def compare_tab(studio):
     with gr.Row():
         for name, temp in (("A", H.temp), ("B", 1.0 if H.temp != 1 else 0.7)):
             with gr.Column():
+                caption(f"{name}: how it draws")
                 choices = Choices(studio)
                 choices.temp.value = temp
                 sides.append((choices, status_line(f"{name} is not drawn yet."),
@@ -282,7 +284,7 @@ def compare_tab(studio):
                 yield {status: running(item), image: pictures.sheet(studio.partial(item.ids))}
             else:
                 drawn.append(item)
-                yield {status: done(cost(item, f"{len(item.images)} images")),
+                yield {status: done(cost(item, counted(len(item.images), "image"))),
                        image: pictures.sheet(item.images)}
         yield {told: done(comparison(*drawn)), **saved(
             save, "comparison",

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from page_visit import browser_path, seconds_to_first_picture, visit
+from page_visit import Visit, browser_path, seconds_to_first_picture, visit
 from PIL import Image
 
 from helpers import ROOT, free_port, wait_until
@@ -92,8 +92,10 @@ class Server:
         config = self.json("GET", "/config")[1]
         buttons = [part["id"] for part in config["components"] if part["type"] == "button"
                    and part["props"].get("value") == button]
-        [index] = [event["id"] for event in config["dependencies"]
+        [click] = [event["id"] for event in config["dependencies"]
                    if [buttons[0], "click"] in [list(at) for at in event["targets"]]]
+        [index] = [event["id"] for event in config["dependencies"]
+                   if event["trigger_after"] == click]  # the click itself only says to wait
         session = session or secrets.token_hex(8)
         status, answer = self.json("POST", "/gradio_api/queue/join", {
             "data": data, "fn_index": index, "session_hash": session})
@@ -184,6 +186,31 @@ def test_work_can_be_stopped(visitor):
     visitor.wait_for("Stopped")
     visitor.page.wait_for_timeout(1500)
     assert visitor.told() == "Stopped."
+
+
+@needs_browser
+def test_who_waits_for_a_turn_is_told_so_and_can_stop(server, visitor):
+    visitor.press("Draw")
+    visitor.panel.locator(".told .bar").wait_for()
+    other = Visit(visitor.page.context.browser, server.address)
+    other.press("Draw")
+    other.wait_for("Waiting for the model")
+    other.press("Stop")
+    other.wait_for("Stopped")
+    visitor.press("Stop")
+    visitor.wait_for("Stopped")
+    other.page.wait_for_timeout(1500)  # in which its turn would come
+    assert other.told() == "Stopped." and other.complaints == []
+
+
+@needs_browser
+def test_wrong_numbers_get_a_sentence(visitor):
+    for seed in ("-1", "1.5"):
+        visitor.panel.get_by_label("Seed").fill(seed)
+        visitor.press("Draw")
+        visitor.wait_for("The seed must be a whole number from 0 to")
+        assert seed in visitor.told()
+        visitor.panel.get_by_label("Seed").fill("3")
 
 
 @needs_browser
