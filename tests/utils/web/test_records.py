@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from utils.web.records import command_for
 
 
-def test_the_command_names_the_step_that_best_stood_for():
+def test_the_command_names_the_step_that_best_stood_for(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where no environment is
     H = SimpleNamespace(
         load_step=70, ae_load_step=30,
         command="web_demo.py --load_dir prior --load_step best --ae_load_step=best --temp 0.5",
