@@ -18,7 +18,7 @@ PRESETS = ("small", "medium", "published")
 PUBLISHED_DATASETS = {"ffhq", "churches", "bedrooms"}
 DECIDED = {  # defaults that the dataset and the recipe decide, in words
     "recipe": f"default modern; {', '.join(sorted(PUBLISHED_DATASETS))} published",
-    "preset": "default of modern small, of published published",
+    "preset": "default small with recipe modern, published with published",
 }
 
 # Where a thing stands says nothing in these images: hydra attention has no absolute positions by

@@ -95,7 +95,7 @@ def settings_pane(title, settings, defaults):
     )
     if rows:
         rows = _row("differ from the defaults", head=True) + rows
-        rows += _row("as by default, or not of the model and its training", head=True)
+        rows += _row("the others", head=True)
     rows += "".join(_row(name, show(settings[name])) for name in settings if name not in other)
     return _text(title, _table(rows))
 
