@@ -27,6 +27,7 @@ from utils.training.build import build_vqgan, check_models
 from utils.training.checkpoints import Checkpoints, architecture_of
 from utils.training.codebook import CodebookCare
 from utils.training.compile import compiles, only_compiled
+from utils.training.cuda_graphs import record_autoencoder, record_if_it_works, records
 from utils.training.ema import EMA
 from utils.training.health import autoencoder_health
 from utils.training.loop import Means, TrainingLoop, due, mean_of, tolerate_full_disk
@@ -94,9 +95,15 @@ class VQGANTraining:
         """Make of the networks what a step calls, as H wants them compiled and spread."""
         H, processes = self.H, self.processes
         self.vqgan.checkpoint_blocks(H.checkpoint_blocks)
-        self.compiled = compiles(H, processes.device, log, pays_on=())
+        self.compiled = compiles(H, processes.device, log)
         if self.compiled:
-            self.vqgan.compile_networks()
+            self.vqgan.compile_networks(whole=bool(H.compile))
+        if records(H, processes, log):
+            images = torch.zeros(H.batch_size, H.n_channels, H.img_size, H.img_size,
+                                 device=processes.device)
+            with training_arithmetic(H):
+                record_if_it_works(record_autoencoder, self.vqgan.ae, images, self.precision,
+                                   H.cuda_graphs, log)
         self.ae_loss = processes.wrap(
             Objective(self.vqgan.ae, self.vqgan.generator_losses),
             [f"module.{name}" for name in self.vqgan.ae.without_gradient()],

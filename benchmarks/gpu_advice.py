@@ -14,6 +14,7 @@ def advice(report):
     for stage in STAGES:
         sentences += precision_words(report, stage)
         sentences += compilation_words(report, stage)
+        sentences += recording_words(report, stage)
         sentences += memory_words(report, stage)
     sentences += attention_words(report) + sampling_words(report)
     failed = [name for name, part in report.parts.items() if part["state"] == "failed"]
@@ -23,9 +24,11 @@ def advice(report):
     return [*first, *sentences] if sentences else []
 
 
-def speed(report, stage, precision, compiled=False):
-    """Steps a second, None where not measured."""
-    return report.value("training", stage=stage, precision=precision, compiled=compiled)
+def speed(report, stage, precision):
+    """Steps a second where nothing is compiled, in the fastest of the ways measured; None where
+    there is none."""
+    found = report.values("training", stage=stage, precision=precision, compiled="nothing")
+    return max(found, default=None)
 
 
 def amp_words(report):
@@ -56,24 +59,64 @@ def precision_words(report, stage):
 
 
 def compilation_words(report, stage):
-    """Whether --compile pays, and from which number of steps on."""
+    """Whether what is compiled by default pays, and from which number of steps on; whether
+    --compile, which compiles a whole autoencoder, does."""
     failed = [check for check in report.checks
               if check["what"] == "trains at published sizes" and not check["holds"]
-              and check["stage"] == stage and check["compiled"]]
+              and check["stage"] == stage and check["compiled"] != "nothing"
+              and not check["recorded"]]
     if failed:
         return [f"Give --no_compile for the {stage}, which does not compile here "
                 f"({failed[0]['detail'][:150]})."]
+    nothing, default, whole = (way_to_train(report, stage, compiled=how)
+                               for how in ("nothing", "default", "whole"))
+    words = []
+    if nothing and default:
+        if default[0] < CLEAR * nothing[0]:
+            words.append(f"Give --no_compile for the {stage}: {default[0]:.3g} steps/s compiled, "
+                         f"{nothing[0]:.3g} not.")
+        else:
+            words.append(f"Leave out --no_compile for the {stage} where it trains for more than "
+                         f"{steps_until_it_pays(nothing, default)}: {default[0]:.3g} steps/s "
+                         f"compiled after {default[1]:.0f} s, {nothing[0]:.3g} not.")
+    if default and whole and whole[0] > CLEAR * default[0]:
+        words.append(f"Give --compile for the {stage} where it trains for more than "
+                     f"{steps_until_it_pays(default, whole)}: {whole[0]:.3g} steps/s with it after "
+                     f"{whole[1]:.0f} s, {default[0]:.3g} without.")
+    return words
+
+
+def way_to_train(report, stage, **how):
+    """(steps a second, seconds of preparation) of the way to train with --amp that is `how`, with
+    CUDA graphs where there are any; None where there is none."""
+    about = dict(stage=stage, precision=report.facts["amp"], **how)
+    for recorded in (True, False):
+        fast = report.value("training", recorded=recorded, **about)
+        if fast:
+            return fast, report.value("preparation", recorded=recorded, **about) or 0.0
+    return None
+
+
+def steps_until_it_pays(slow, fast):
+    """In words, after how many steps the way `fast` has made up for its longer preparation."""
+    steps = max(0, fast[1] - slow[1]) / (1 / slow[0] - 1 / fast[0])
+    return f"{steps:.0f} steps"
+
+
+def recording_words(report, stage):
+    """Whether CUDA graphs pay."""
     amp = report.facts["amp"]
-    eager, compiled = (speed(report, stage, amp, on) for on in (False, True))
-    seconds = report.value("compilation", stage=stage, precision=amp)
-    if not eager or not compiled or seconds is None:
-        return []
-    if compiled < CLEAR * eager:
-        return [f"Give --no_compile for the {stage}: {compiled:.3g} steps/s compiled, "
-                f"{eager:.3g} not."]
-    steps = seconds / (1 / eager - 1 / compiled)
-    return [f"Leave --compile on for the {stage} where it trains for more than {steps:.0f} steps: "
-            f"{compiled:.3g} steps/s compiled after {seconds:.0f} s, {eager:.3g} not."]
+    for compiled in ("default", "nothing"):
+        plain, recorded = (
+            report.value("training", stage=stage, precision=amp, compiled=compiled, recorded=on)
+            for on in (False, True)
+        )
+        if plain and recorded:
+            verdict = ("Leave --cuda_graphs on" if recorded > CLEAR * plain
+                       else "--no_cuda_graphs costs nothing")
+            return [f"{verdict} for the {stage}: {recorded:.3g} steps/s with them, {plain:.3g} "
+                    f"without."]
+    return []
 
 
 def memory_words(report, stage):

@@ -142,14 +142,19 @@ def waits(setup, report):
     On a GPU torch raises where it would wait; elsewhere the operations that would are counted.
     """
     for stage in STAGES:
-        for precision in ("float32", "bfloat16", "float16"):
+        for precision, recorded in (
+            ("float32", False), ("bfloat16", False), ("float16", False), ("bfloat16", True)
+        ):
+            recorded = recorded and setup.on_gpu  # elsewhere there is nothing to record
             step = setup.step(stage, precision)
+            if recorded:
+                step.record()
             for _ in range(2):
                 step()
             setup.wait()
             found = waits_of(step, setup)
             report.check("a step without waits", not found, found or "none", stage=stage,
-                         precision=precision)
+                         precision=precision, recorded=recorded)
             del step
             setup.clean()
 
@@ -212,9 +217,12 @@ def memory(setup, report):
 
 
 def peak_of_training(setup, stage, precision, flags):
-    """Megabytes (2^20 bytes) that a model, its optimiser and two steps take at their peak."""
+    """Megabytes (2^20 bytes) that a model, its optimiser and two steps take at their peak; on a GPU
+    with what is recorded by default."""
     def train():
         step = setup.step(stage, precision, flags)
+        if setup.on_gpu and not step.H.checkpoint_blocks:
+            step.record()
         step()
         step()
         setup.wait()

@@ -24,9 +24,9 @@ SAMPLER = (
 )
 ON_GPU = " --img_size 64 --attn_resolutions 16"  # 16x16 ids, of which a GPU's attention takes care
 CASES = {  # flags of the autoencoder's training and of the sampler's
-    "float32": ("--no_compile", "--no_compile"),
+    "float32": ("--no_compile --no_cuda_graphs", "--no_compile --no_cuda_graphs"),
     "amp": ("--amp --no_compile", "--amp --no_compile"),
-    "amp, compiled": ("--amp --no_compile", "--amp --compile"),
+    "amp, compiled": ("--amp", "--amp --compile"),
 }
 
 

@@ -18,10 +18,13 @@ from models.sampling.samplers import SAMPLERS
 from utils.evaluation.features import NAMES, Extractor
 
 HEADS, WIDTH = 8, 64  # of the published denoiser
-WAYS = [  # stage, precision, compiled: the most important first, the longest last
-    *((stage, "half", False) for stage in STAGES), ("sampler", "half", True),
-    *((stage, precision, False) for precision in ("tf32", "float32") for stage in STAGES),
-]  # "half" is what --amp takes on the card
+WAYS = [  # stage, precision, compiled, recorded: the most important first
+    *((stage, "half", "default", True) for stage in STAGES),
+    *((stage, "half", "nothing", recorded) for recorded in (False, True) for stage in STAGES),
+    ("sampler", "half", "default", False),
+    *((stage, precision, "nothing", True) for precision in ("tf32", "float32")
+      for stage in STAGES),
+]  # "half" is what --amp takes on the card; only a GPU has something to record
 SAMPLES, SAMPLE_STEPS = 64, 16  # the published number of steps is 256
 
 
@@ -46,35 +49,37 @@ def training(setup, report):
     flops = {stage: flops_of(setup, stage) for stage in STAGES}
     for stage, value in flops.items():
         report.figure("operations of a step", value / 1e12, "TFLOP", stage=stage)
-    for stage, precision, compiled in WAYS:
-        precision = setup.precision(precision)
+    for stage, precision, compiled, recorded in WAYS:
+        precision, recorded = setup.precision(precision), recorded and setup.on_gpu
         if report.left <= 0:
             report.say("training: the rest is skipped, the time is spent")
             return
         try:
-            time_training(setup, report, stage, precision, compiled, flops[stage])
+            time_training(setup, report, stage, precision, compiled, recorded, flops[stage])
         except Exception as error:  # out of memory, or no compiler
             reason = str(error).strip().partition("\n")[0]
             report.check("trains at published sizes", False, reason, stage=stage,
-                         precision=precision, compiled=compiled)
-        setup.clean(code=compiled)
+                         precision=precision, compiled=compiled, recorded=recorded)
+        setup.clean(code=compiled != "nothing")
 
 
 def compiled_autoencoder(setup, report):
     """What --compile makes of the autoencoder, which takes a minute or more to compile."""
     flops = flops_of(setup, "autoencoder")
-    time_training(setup, report, "autoencoder", setup.half, True, flops)
+    time_training(setup, report, "autoencoder", setup.half, "whole", setup.on_gpu, flops)
     setup.clean(code=True)
 
 
-def time_training(setup, report, stage, precision, compiled, flops):
+def time_training(setup, report, stage, precision, compiled, recorded, flops):
     """Figures of one way to train a stage."""
-    about = dict(stage=stage, precision=precision, compiled=compiled)
+    about = dict(stage=stage, precision=precision, compiled=compiled, recorded=recorded)
     with tf32(precision == "tf32"), fastest_convolutions():
         step = setup.step(stage, precision)
-        if compiled:
-            step.compile()
+        if compiled != "nothing":
+            step.compile(whole=compiled == "whole")
         began = time.perf_counter()
+        if recorded:
+            step.record()
         step()
         step()
         setup.wait()
@@ -84,8 +89,8 @@ def time_training(setup, report, stage, precision, compiled, flops):
     report.figure("training", 1 / seconds, "steps/s", **about)
     report.figure("images in training", step.H.batch_size / seconds, "images/s", **about)
     report.figure("launches of a step", count, unit, **about)
-    if compiled:
-        report.figure("compilation", max(first - 2 * seconds, 0), "s", **about)
+    if compiled != "nothing" or recorded:
+        report.figure("preparation", max(first - 2 * seconds, 0), "s", **about)
     peak = report.value("matrix product", precision=precision)
     if peak:
         report.figure("model flops utilisation", 100 * flops / seconds / (1e12 * peak), "%",

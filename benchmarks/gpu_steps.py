@@ -10,6 +10,7 @@ from models import VQGAN
 from models.autoencoder.formats import to_fast_format
 from models.autoencoder.perceptual import PerceptualDistance
 from utils.training.build import build_sampler
+from utils.training.cuda_graphs import record_autoencoder, record_sampler
 from utils.training.ema import EMA
 from utils.training.loop import due
 from utils.training.optimizers import (
@@ -90,9 +91,13 @@ class SamplerStep(Step):
         if due(self.number, self.H.steps_per_log):
             self.model.update_histories()
 
-    def compile(self):
-        """Compile what `--compile` compiles."""
+    def compile(self, whole=True):
+        """Compile what `--compile` compiles, which is what is compiled by default."""
         self.model.transformer.compile_blocks()
+
+    def record(self):
+        """Record what `--cuda_graphs` records."""
+        record_sampler(self.model, self.batch, self.precision)
 
 
 class AutoencoderStep(Step):
@@ -120,9 +125,13 @@ class AutoencoderStep(Step):
         shape = (H.batch_size, H.n_channels, H.img_size, H.img_size)
         self.batch = torch.rand(shape, device=device)
 
-    def compile(self):
-        """Compile what `--compile` compiles."""
-        self.model.compile_networks()
+    def compile(self, whole=True):
+        """Compile what `--compile` compiles, or what is compiled by default."""
+        self.model.compile_networks(whole)
+
+    def record(self):
+        """Record what `--cuda_graphs` records."""
+        record_autoencoder(self.model.ae, self.batch, self.precision)
 
 
 STEPS = {"autoencoder": AutoencoderStep, "sampler": SamplerStep}

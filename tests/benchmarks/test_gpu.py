@@ -134,31 +134,52 @@ def measured(*figures, memory=None, checks=(), **facts):
     return report
 
 
-def training(precision, speed, compiled=False, **other):
+def training(precision, speed, compiled="nothing", recorded=False, **other):
     figure = dict(what="training", stage="sampler", precision=precision, compiled=compiled)
-    return {**figure, "value": speed, "unit": "steps/s", **other}
+    return {**figure, "recorded": recorded, "value": speed, "unit": "steps/s", **other}
 
 
 def test_advice_follows_from_the_figures():
     report = measured(
         training("float32", 5.0), training("tf32", 8.0), training("bfloat16", 10.0),
-        training("bfloat16", 20.0, compiled=True),
-        training("bfloat16", 30.0, compiled=True, what="compilation"),
+        training("bfloat16", 20.0, compiled="default"),
+        training("bfloat16", 30.0, compiled="default", what="preparation"),
+        training("bfloat16", 40.0, compiled="default", recorded=True),
     )
     words = " ".join(gpu_advice.advice(report))
     assert "Give --amp for the sampler: 10 steps/s with it, 8 without." in words
     assert "Leave TF32 on where the sampler" in words
+    assert "Leave --cuda_graphs on for the sampler: 40 steps/s with them, 20 without." in words
+    del report.figures[5]
+    words = " ".join(gpu_advice.advice(report))
     assert "more than 600 steps: 20 steps/s compiled after 30 s" in words  # 30 / (1/10 - 1/20)
     report.figures[3]["value"] = 10.1
     assert "Give --no_compile for the sampler" in " ".join(gpu_advice.advice(report))
+
+
+def test_advice_compares_ways_with_cuda_graphs():
+    of_autoencoder = dict(recorded=True, stage="autoencoder")
+    report = measured(
+        training("bfloat16", 20.0, **of_autoencoder),
+        training("bfloat16", 5.0, what="preparation", **of_autoencoder),
+        training("bfloat16", 40.0, "default", **of_autoencoder),
+        training("bfloat16", 25.0, "default", what="preparation", **of_autoencoder),
+        training("bfloat16", 50.0, "whole", **of_autoencoder),
+        training("bfloat16", 85.0, "whole", what="preparation", **of_autoencoder),
+    )
+    words = " ".join(gpu_advice.advice(report))
+    assert "more than 800 steps: 40 steps/s compiled after 25 s, 20 not." in words
+    assert "Give --compile for the autoencoder where it trains for more than 12000 steps" in words
+    report.figures[4]["value"] = 41.0
+    assert "Give --compile" not in " ".join(gpu_advice.advice(report))
 
 
 def test_advice_for_a_card_without_bfloat16_is_of_float16():
     """Also where the figures hold bfloat16, which such a card emulates."""
     report = measured(
         training("float32", 5.0), training("bfloat16", 1.0), training("float16", 9.0),
-        training("float16", 18.0, compiled=True),
-        training("float16", 30.0, compiled=True, what="compilation"),
+        training("float16", 18.0, compiled="default"),
+        training("float16", 30.0, compiled="default", what="preparation"),
         amp="float16", compute_capability="7.5",
     )
     words = " ".join(gpu_advice.advice(report))

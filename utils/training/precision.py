@@ -53,11 +53,12 @@ class Precision:
             return 1.0
         return self.scaler.scale(torch.ones((), device=self.device))
 
-    def autocast(self):
-        """Context in which forward passes run; a no-op in float32."""
+    def autocast(self, cached=True):
+        """Context in which forward passes run; a no-op in float32. With `cached` a weight that is
+        used twice is cast once."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=cached)
 
 
 def allow_tf32(allowed):
