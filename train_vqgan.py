@@ -95,9 +95,9 @@ class VQGANTraining:
         """Make of the networks what a step calls, as H wants them compiled and spread."""
         H, processes = self.H, self.processes
         self.vqgan.checkpoint_blocks(H.checkpoint_blocks)
-        self.compiled = compiles(H, processes.device, log)
+        self.compiled = compiles(H, processes.device, log, pays_on=())
         if self.compiled:
-            self.vqgan.compile_networks(whole=bool(H.compile))
+            self.vqgan.compile_networks()
         if records(H, processes, log):
             images = torch.zeros(H.batch_size, H.n_channels, H.img_size, H.img_size,
                                  device=processes.device)

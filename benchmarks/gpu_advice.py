@@ -27,7 +27,7 @@ def advice(report):
 def speed(report, stage, precision):
     """Steps a second where nothing is compiled, in the fastest of the ways measured; None where
     there is none."""
-    found = report.values("training", stage=stage, precision=precision, compiled="nothing")
+    found = report.values("training", stage=stage, precision=precision, compiled=False)
     return max(found, default=None)
 
 
@@ -59,31 +59,24 @@ def precision_words(report, stage):
 
 
 def compilation_words(report, stage):
-    """Whether what is compiled by default pays, and from which number of steps on; whether
-    --compile, which compiles a whole autoencoder, does."""
+    """Whether --compile pays, and from which number of steps on."""
     failed = [check for check in report.checks
               if check["what"] == "trains at published sizes" and not check["holds"]
-              and check["stage"] == stage and check["compiled"] != "nothing"
-              and not check["recorded"]]
+              and check["stage"] == stage and check["compiled"] and not check["recorded"]]
     if failed:
         return [f"Give --no_compile for the {stage}, which does not compile here "
                 f"({failed[0]['detail'][:150]})."]
-    nothing, default, whole = (way_to_train(report, stage, compiled=how)
-                               for how in ("nothing", "default", "whole"))
-    words = []
-    if nothing and default:
-        if default[0] < CLEAR * nothing[0]:
-            words.append(f"Give --no_compile for the {stage}: {default[0]:.3g} steps/s compiled, "
-                         f"{nothing[0]:.3g} not.")
-        else:
-            words.append(f"Leave out --no_compile for the {stage} where it trains for more than "
-                         f"{steps_until_it_pays(nothing, default)}: {default[0]:.3g} steps/s "
-                         f"compiled after {default[1]:.0f} s, {nothing[0]:.3g} not.")
-    if default and whole and whole[0] > CLEAR * default[0]:
-        words.append(f"Give --compile for the {stage} where it trains for more than "
-                     f"{steps_until_it_pays(default, whole)}: {whole[0]:.3g} steps/s with it after "
-                     f"{whole[1]:.0f} s, {default[0]:.3g} without.")
-    return words
+    eager, compiled = (way_to_train(report, stage, compiled=on) for on in (False, True))
+    if not eager or not compiled:
+        return []
+    (eager, before), (compiled, seconds) = eager, compiled
+    if compiled < CLEAR * eager:
+        return [f"Give --no_compile for the {stage}: {compiled:.3g} steps/s compiled, "
+                f"{eager:.3g} not."]
+    steps = max(0, seconds - before) / (1 / eager - 1 / compiled)
+    return [f"Give --compile for the {stage}, or leave it on, where it trains for more than "
+            f"{steps:.0f} steps: {compiled:.3g} steps/s compiled after {seconds:.0f} s, "
+            f"{eager:.3g} not."]
 
 
 def way_to_train(report, stage, **how):
@@ -97,16 +90,10 @@ def way_to_train(report, stage, **how):
     return None
 
 
-def steps_until_it_pays(slow, fast):
-    """In words, after how many steps the way `fast` has made up for its longer preparation."""
-    steps = max(0, fast[1] - slow[1]) / (1 / slow[0] - 1 / fast[0])
-    return f"{steps:.0f} steps"
-
-
 def recording_words(report, stage):
     """Whether CUDA graphs pay."""
     amp = report.facts["amp"]
-    for compiled in ("default", "nothing"):
+    for compiled in (True, False):
         plain, recorded = (
             report.value("training", stage=stage, precision=amp, compiled=compiled, recorded=on)
             for on in (False, True)

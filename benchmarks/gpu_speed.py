@@ -19,11 +19,10 @@ from utils.evaluation.features import NAMES, Extractor
 
 HEADS, WIDTH = 8, 64  # of the published denoiser
 WAYS = [  # stage, precision, compiled, recorded: the most important first
-    *((stage, "half", "default", True) for stage in STAGES),
-    *((stage, "half", "nothing", recorded) for recorded in (False, True) for stage in STAGES),
-    ("sampler", "half", "default", False),
-    *((stage, precision, "nothing", True) for precision in ("tf32", "float32")
-      for stage in STAGES),
+    ("sampler", "half", True, True),
+    *((stage, "half", False, recorded) for recorded in (True, False) for stage in STAGES),
+    ("sampler", "half", True, False),
+    *((stage, precision, False, True) for precision in ("tf32", "float32") for stage in STAGES),
 ]  # "half" is what --amp takes on the card; only a GPU has something to record
 SAMPLES, SAMPLE_STEPS = 64, 16  # the published number of steps is 256
 
@@ -60,13 +59,13 @@ def training(setup, report):
             reason = str(error).strip().partition("\n")[0]
             report.check("trains at published sizes", False, reason, stage=stage,
                          precision=precision, compiled=compiled, recorded=recorded)
-        setup.clean(code=compiled != "nothing")
+        setup.clean(code=compiled)
 
 
 def compiled_autoencoder(setup, report):
     """What --compile makes of the autoencoder, which takes a minute or more to compile."""
     flops = flops_of(setup, "autoencoder")
-    time_training(setup, report, "autoencoder", setup.half, "whole", setup.on_gpu, flops)
+    time_training(setup, report, "autoencoder", setup.half, True, setup.on_gpu, flops)
     setup.clean(code=True)
 
 
@@ -75,8 +74,8 @@ def time_training(setup, report, stage, precision, compiled, recorded, flops):
     about = dict(stage=stage, precision=precision, compiled=compiled, recorded=recorded)
     with tf32(precision == "tf32"), fastest_convolutions():
         step = setup.step(stage, precision)
-        if compiled != "nothing":
-            step.compile(whole=compiled == "whole")
+        if compiled:
+            step.compile()
         began = time.perf_counter()
         if recorded:
             step.record()
@@ -89,7 +88,7 @@ def time_training(setup, report, stage, precision, compiled, recorded, flops):
     report.figure("training", 1 / seconds, "steps/s", **about)
     report.figure("images in training", step.H.batch_size / seconds, "images/s", **about)
     report.figure("launches of a step", count, unit, **about)
-    if compiled != "nothing" or recorded:
+    if compiled or recorded:
         report.figure("preparation", max(first - 2 * seconds, 0), "s", **about)
     peak = report.value("matrix product", precision=precision)
     if peak:

@@ -91,8 +91,8 @@ class SamplerStep(Step):
         if due(self.number, self.H.steps_per_log):
             self.model.update_histories()
 
-    def compile(self, whole=True):
-        """Compile what `--compile` compiles, which is what is compiled by default."""
+    def compile(self):
+        """Compile what `--compile` compiles."""
         self.model.transformer.compile_blocks()
 
     def record(self):
@@ -125,9 +125,9 @@ class AutoencoderStep(Step):
         shape = (H.batch_size, H.n_channels, H.img_size, H.img_size)
         self.batch = torch.rand(shape, device=device)
 
-    def compile(self, whole=True):
-        """Compile what `--compile` compiles, or what is compiled by default."""
-        self.model.compile_networks(whole)
+    def compile(self):
+        """Compile what `--compile` compiles."""
+        self.model.compile_networks()
 
     def record(self):
         """Record what `--cuda_graphs` records."""

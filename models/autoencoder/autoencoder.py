@@ -19,31 +19,13 @@ PUBLISHED = dict(  # what settings that the published programs do not have are w
 )
 
 
-COMPILED_NORMS = 64  # sizes of norms for which code is made at most
-
-
 def option(H, name):
     """The setting `name` of H, or what it is with the published programs where H lacks it."""
     return getattr(H, name, PUBLISHED[name])
 
 
-def normalize(x, groups, weight, bias, activate):
-    """GroupNorm of x [B, width, H, W], then swish where `activate`, in the type of x."""
-    h = F.group_norm(x, groups, weight, bias, eps=1e-6)
-    return (F.silu(h) if activate else h).to(x.dtype)
-
-
-class GroupNorm(nn.GroupNorm):
-    """[B, width, H, W], kept; `code` is `normalize`, or what it was compiled to."""
-
-    code = staticmethod(normalize)
-
-    def forward(self, x, activate=False):
-        return self.code(x, self.num_groups, self.weight, self.bias, activate)
-
-
 def group_norm(width, groups):
-    return GroupNorm(groups, width, eps=1e-6)
+    return nn.GroupNorm(groups, width, eps=1e-6)
 
 
 def conv3x3(in_width, out_width):
@@ -63,8 +45,8 @@ class ResBlock(nn.Module):
         self.conv_out = nn.Conv2d(in_width, out_width, 1)
 
     def forward(self, x):
-        h = self.conv1(self.norm1(x, activate=True))
-        h = self.conv2(self.norm2(h, activate=True))
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if x.shape == h.shape else self.conv_out(x))
 
 
@@ -296,17 +278,6 @@ class VQAutoEncoder(nn.Module):
         gradient is asked for by itself (see `weighted_sum` in vqgan.py)."""
         self.encoder.forward = torch.compile(self.encoder.forward, **options)
         self.generator.features = torch.compile(self.generator.features, **options)
-
-    def compile_norms(self, **options):
-        """Compile each norm with the swish that follows it, with `options` of torch.compile, once
-        for each size; all else runs as it is. That takes a part of the time of `compile_networks`
-        and brings most of its gain."""
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, COMPILED_NORMS)
-        code = torch.compile(normalize, **{"fullgraph": True, "dynamic": False} | options)
-        for module in self.modules():
-            if isinstance(module, GroupNorm):
-                module.code = code
 
     def encode(self, x):
         """Images [B, C, S, S] -> what the quantizer returns: (z_q, codebook loss, stats, ids)."""

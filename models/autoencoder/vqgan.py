@@ -133,13 +133,9 @@ class VQGAN(nn.Module):
         if isinstance(self.disc, FeatureDiscriminator):
             self.never_learn.append("disc.network")
 
-    def compile_networks(self, whole=True, **options):
-        """Compile encoder and generator as a `whole`, or their norms alone, with `options` of
-        torch.compile: see `VQAutoEncoder`."""
-        if whole:
-            self.ae.compile_networks(**options)
-        else:
-            self.ae.compile_norms(**options)
+    def compile_networks(self, **options):
+        """Compile encoder and generator: `VQAutoEncoder.compile_networks`."""
+        self.ae.compile_networks(**options)
 
     def checkpoint_blocks(self, on=True):
         """Whether training computes the insides of blocks again for the backward pass."""

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from models import VQGAN
-from models.autoencoder.autoencoder import GroupNorm, Upsample, doubled, normalize
+from models.autoencoder.autoencoder import Upsample, doubled
 from models.autoencoder.formats import in_precision, to_fast_format
 
 TINY = dict(
@@ -143,19 +143,6 @@ def test_compiled_networks_are_one_graph_each_with_the_same_gradients(checkpoint
     x = images()
     with torch.no_grad():
         torch.testing.assert_close(model.ae.encoder(x), tiny().ae.encoder(x))
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_compiled_norms_have_the_same_gradients(memory_format):
-    expected, model = gradients_of(tiny()), tiny().to(memory_format=memory_format)
-    keys = list(model.state_dict())
-    torch.compiler.reset()
-    model.compile_networks(whole=False, backend="aot_eager")
-    assert list(model.state_dict()) == keys
-    norms = [module for module in model.modules() if isinstance(module, GroupNorm)]
-    assert len(norms) > 8 and all(norm.code is norms[0].code for norm in norms)
-    assert norms[0].code is not normalize
-    assert_same_step(model, expected)
 
 
 def test_attention_gets_what_fused_kernels_take(monkeypatch):

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from gpu_setup import STAGES, Setup
 
 import train_sampler
 import train_vqgan
@@ -161,6 +162,17 @@ def test_what_is_not_recorded_is_said_where_it_is_asked_for(flags, size, words, 
         assert len(said) == (asked == "--cuda_graphs") or asked == "--no_cuda_graphs"
     (sentence_,) = said
     assert sentence_.startswith("no CUDA graphs are recorded: ") and words in sentence_
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_check_of_a_gpu_records_what_training_does(stage, recordings):
+    found = []
+    for recorded in (False, True):
+        step = Setup(torch.device("cpu"), tiny=True).step(stage, "bfloat16")
+        if recorded:
+            step.record()
+        found.append([step().values.tolist() for _ in range(3)])
+    assert found[0] == found[1] and {recording.replays for recording in recordings} == {3}
 
 
 def test_a_cpu_records_nothing():
