@@ -8,6 +8,7 @@ imported once. When a run reaches its end its files must be those, to the bit, o
 disturbed; then the next run begins, until there were enough signals. Prints how many ended which
 phase. `latents` is the sampler's stage ended before it trains, mostly while it encodes;
 `experiment` is calc_FID.py with a tiny extractor, which must come to the same ids and figures.
+`modern` is an autoencoder with all parts of that recipe.
 """
 
 import argparse
@@ -43,8 +44,16 @@ from utils.training import checkpoints
 PHASES = ("startup", "caching", "training", "checkpointing", "drawing", "extracting", "reporting",
           "ending")
 TRAINING = "--train_steps 24 --steps_per_checkpoint 4 --keep_checkpoints 2 --steps_per_log 1 --ema"
+MODERN = (
+    f"--dataset digits --recipe modern --img_size 32 --nf 8 --norm_groups 4 --ch_mult 1 1 "
+    f"--attn_resolutions 16 --emb_dim 8 --codebook_size 16 --ndf 8 --batch_size 4 --amp "
+    f"--perceptual_weight 0.15 --codebook_start_step 3 --codebook_revival 2 --entropy_weight 0.01 "
+    f"--disc_input features --disc_start_step 6 --disc_lead_steps 1 --disc_fade_steps 3 "
+    f"--steps_per_eval 4 {COMMON}"
+)
 COMMANDS = {
     "vqgan": (train_vqgan.main, f"{VQGAN} {TRAINING}"),
+    "modern": (train_vqgan.main, f"{MODERN} {TRAINING}"),
     "sampler": (train_sampler.main, f"{SAMPLER} {TRAINING}"),
     "latents": (train_sampler.main, f"{SAMPLER} --train_steps 1 --horizontal_flip --ema {COMMON}"),
     "experiment": (
