@@ -27,7 +27,7 @@ from utils.training.build import (
 )
 from utils.training.checkpoints import Checkpoints, architecture_of
 from utils.training.compile import compiles, only_compiled
-from utils.training.cuda_graphs import record_if_it_works, record_sampler, records
+from utils.training.cuda_graphs import capture, captures, parts_of_sampler
 from utils.training.ema import EMA
 from utils.training.health import sampler_health
 from utils.training.loop import Means, TrainingLoop, due, mean_of, tolerate_full_disk
@@ -93,12 +93,10 @@ class SamplerTraining:
         self.compiled = compiles(H, processes.device, log)
         if self.compiled:
             transformer.compile_blocks(fullgraph=bool(H.compile))
-        if records(H, processes, log):
-            shape = (H.batch_size, self.ids.shape[-1])
-            ids = torch.zeros(shape, dtype=torch.int64, device=processes.device)
+        if captures(H, processes, log):
             with training_arithmetic(H):
-                record_if_it_works(record_sampler, self.sampler, ids, self.precision,
-                                   H.cuda_graphs, log)
+                capture(parts_of_sampler(self.sampler, H.batch_size, self.precision), log,
+                        H.cuda_graphs)
         self.loss = processes.wrap(self.sampler)
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ from utils.training.build import build_vqgan, check_models
 from utils.training.checkpoints import Checkpoints, architecture_of
 from utils.training.codebook import CodebookCare
 from utils.training.compile import compiles, only_compiled
-from utils.training.cuda_graphs import record_autoencoder, record_if_it_works, records
+from utils.training.cuda_graphs import capture, captures, parts_of_autoencoder
 from utils.training.ema import EMA
 from utils.training.health import autoencoder_health
 from utils.training.loop import Means, TrainingLoop, due, mean_of, tolerate_full_disk
@@ -98,12 +98,11 @@ class VQGANTraining:
         self.compiled = compiles(H, processes.device, log, pays_on=())
         if self.compiled:
             self.vqgan.compile_networks()
-        if records(H, processes, log):
-            images = torch.zeros(H.batch_size, H.n_channels, H.img_size, H.img_size,
-                                 device=processes.device)
+        if captures(H, processes, log):
+            shape = (H.batch_size, H.n_channels, H.img_size, H.img_size)
             with training_arithmetic(H):
-                record_if_it_works(record_autoencoder, self.vqgan.ae, images, self.precision,
-                                   H.cuda_graphs, log)
+                capture(parts_of_autoencoder(self.vqgan.ae, shape, self.precision), log,
+                        H.cuda_graphs)
         self.ae_loss = processes.wrap(
             Objective(self.vqgan.ae, self.vqgan.generator_losses),
             [f"module.{name}" for name in self.vqgan.ae.without_gradient()],

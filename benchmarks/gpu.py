@@ -3,12 +3,12 @@
     make gpu-check
 
 Checks that both stages train, resume, sample and are measured on the card, that all attention
-backends agree, that a training step does not wait for the device, and what the published sizes
-take of its memory; then measures the speed of training, attention, sampling and measuring. Prints
-Markdown tables and a paragraph that says what to set on this card, and writes
-results/gpu_<card>.json after every part. Nothing is begun once `--minutes` are spent. The exit code
-is 1 where a check failed, and 0 on a machine without a card, where there is nothing that could
-fail. `--device cpu --tiny` runs all parts at tiny sizes.
+backends agree, that a training step does not wait for the device, that CUDA graphs compute the
+same, and what the published sizes take of its memory; then measures the speed of training,
+attention, sampling and measuring. Prints Markdown tables and a paragraph that says what to set on
+this card, and writes results/gpu_<card>.json after every part. Nothing is begun once `--minutes`
+are spent. The exit code is 1 where a check failed, and 0 on a machine without a card, where there
+is nothing that could fail. `--device cpu --tiny` runs all parts at tiny sizes.
 """
 
 import argparse
@@ -24,12 +24,13 @@ from gpu_setup import Setup, tf32
 # The module of each part, which is imported when the part runs: what one lacks, others may not
 # need. The most important come first.
 PARTS = {
-    "attention": "gpu_checks", "waits": "gpu_checks", "matmul": "gpu_speed",
+    "attention": "gpu_checks", "waits": "gpu_checks", "graphs": "gpu_checks",
+    "matmul": "gpu_speed",
     "training": "gpu_speed", "memory": "gpu_checks", "scripts": "gpu_scripts",
     "backends": "gpu_speed", "sampling": "gpu_speed", "images": "gpu_speed",
     "compiled_autoencoder": "gpu_speed",
 }
-CHECKS = ("attention", "waits", "memory", "scripts")  # the others measure
+CHECKS = ("attention", "waits", "graphs", "memory", "scripts")  # the others measure
 
 
 def run_part(name, setup, report):

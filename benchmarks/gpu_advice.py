@@ -14,7 +14,7 @@ def advice(report):
     for stage in STAGES:
         sentences += precision_words(report, stage)
         sentences += compilation_words(report, stage)
-        sentences += recording_words(report, stage)
+        sentences += graphs_words(report, stage)
         sentences += memory_words(report, stage)
     sentences += attention_words(report) + sampling_words(report)
     failed = [name for name, part in report.parts.items() if part["state"] == "failed"]
@@ -62,46 +62,38 @@ def compilation_words(report, stage):
     """Whether --compile pays, and from which number of steps on."""
     failed = [check for check in report.checks
               if check["what"] == "trains at published sizes" and not check["holds"]
-              and check["stage"] == stage and check["compiled"] and not check["recorded"]]
+              and check["stage"] == stage and (check["compiled"] or check["graphs"])]
     if failed:
-        return [f"Give --no_compile for the {stage}, which does not compile here "
+        flag = "--no_compile" if failed[0]["compiled"] else "--no_cuda_graphs"
+        return [f"Give {flag} for the {stage}, which fails without here "
                 f"({failed[0]['detail'][:150]})."]
-    eager, compiled = (way_to_train(report, stage, compiled=on) for on in (False, True))
-    if not eager or not compiled:
-        return []
-    (eager, before), (compiled, seconds) = eager, compiled
-    if compiled < CLEAR * eager:
-        return [f"Give --no_compile for the {stage}: {compiled:.3g} steps/s compiled, "
+    for graphs in (True, False):
+        about = dict(stage=stage, precision=report.facts["amp"], graphs=graphs)
+        eager, compiled = (report.value("training", compiled=on, **about) for on in (False, True))
+        before, after = (report.value("preparation", compiled=on, **about) or 0.0
+                         for on in (False, True))
+        if not eager or not compiled:
+            continue
+        if compiled < CLEAR * eager:
+            return [f"Give --no_compile for the {stage}: {compiled:.3g} steps/s compiled, "
+                    f"{eager:.3g} not."]
+        steps = max(0, after - before) / (1 / eager - 1 / compiled)
+        return [f"Give --compile for the {stage}, or leave it on, where it trains for more than "
+                f"{steps:.0f} steps: {compiled:.3g} steps/s compiled after {after:.0f} s, "
                 f"{eager:.3g} not."]
-    steps = max(0, seconds - before) / (1 / eager - 1 / compiled)
-    return [f"Give --compile for the {stage}, or leave it on, where it trains for more than "
-            f"{steps:.0f} steps: {compiled:.3g} steps/s compiled after {seconds:.0f} s, "
-            f"{eager:.3g} not."]
+    return []
 
 
-def way_to_train(report, stage, **how):
-    """(steps a second, seconds of preparation) of the way to train with --amp that is `how`, with
-    CUDA graphs where there are any; None where there is none."""
-    about = dict(stage=stage, precision=report.facts["amp"], **how)
-    for recorded in (True, False):
-        fast = report.value("training", recorded=recorded, **about)
-        if fast:
-            return fast, report.value("preparation", recorded=recorded, **about) or 0.0
-    return None
-
-
-def recording_words(report, stage):
+def graphs_words(report, stage):
     """Whether CUDA graphs pay."""
     amp = report.facts["amp"]
     for compiled in (True, False):
-        plain, recorded = (
-            report.value("training", stage=stage, precision=amp, compiled=compiled, recorded=on)
-            for on in (False, True)
-        )
-        if plain and recorded:
-            verdict = ("Leave --cuda_graphs on" if recorded > CLEAR * plain
+        about = dict(stage=stage, precision=amp, compiled=compiled)
+        plain, replayed = (report.value("training", graphs=on, **about) for on in (False, True))
+        if plain and replayed:
+            verdict = ("Leave --cuda_graphs on" if replayed > CLEAR * plain
                        else "--no_cuda_graphs costs nothing")
-            return [f"{verdict} for the {stage}: {recorded:.3g} steps/s with them, {plain:.3g} "
+            return [f"{verdict} for the {stage}: {replayed:.3g} steps/s with them, {plain:.3g} "
                     f"without."]
     return []
 

@@ -10,6 +10,7 @@ from measure import peak_megabytes
 from models.neighborhood_attention import neighborhood_attention_2d
 from models.prior.attention import HydraNeighborhoodAttention
 from utils.training import step as training_step
+from utils.training.cuda_graphs import capture_problem
 
 # Largest error of outputs and of gradients, as shares of the largest entry. bfloat16 has 8 bits,
 # float16 11; a gradient of the bias is a sum over the images and the whole grid.
@@ -142,19 +143,19 @@ def waits(setup, report):
     On a GPU torch raises where it would wait; elsewhere the operations that would are counted.
     """
     for stage in STAGES:
-        for precision, recorded in (
+        for precision, graphs in (
             ("float32", False), ("bfloat16", False), ("float16", False), ("bfloat16", True)
         ):
-            recorded = recorded and setup.on_gpu  # elsewhere there is nothing to record
+            graphs = graphs and setup.on_gpu  # elsewhere there are none
             step = setup.step(stage, precision)
-            if recorded:
-                step.record()
+            if graphs:
+                step.capture()
             for _ in range(2):
                 step()
             setup.wait()
             found = waits_of(step, setup)
             report.check("a step without waits", not found, found or "none", stage=stage,
-                         precision=precision, recorded=recorded)
+                         precision=precision, graphs=graphs)
             del step
             setup.clean()
 
@@ -185,6 +186,33 @@ def where(error):
             place = f" ({path.rpartition('/')[2]}, line {frame.tb_lineno})"
         frame = frame.tb_next
     return place
+
+
+# --- CUDA graphs ---------------------------------------------------------------------------------
+
+
+def graphs(setup, report):
+    """Steps whose kernels are captured and replayed compute what other steps do: the first of each
+    stage has the same losses and norms of gradients, up to rounding. (Later ones of an autoencoder
+    part, as its discriminator magnifies what atomic additions make of rounding.)"""
+    for stage in STAGES:
+        values = []
+        for captured in (False, True):
+            step = setup.step(stage, setup.half)
+            problem = capture_problem(step.H, step.processes)
+            if problem:
+                report.say(f"no CUDA graphs: {problem}")
+                return
+            if captured:
+                step.capture()
+            values.append([step().values.tolist() for _ in range(3)])
+            del step
+            setup.clean()
+        plain, replayed = values
+        error = max(abs(a - b) / max(abs(a), 1e-6) for a, b in zip(plain[0], replayed[0]))
+        found = "equal to the bit" if plain == replayed else f"first step: errors of {error:.1e}"
+        report.check("CUDA graphs compute the same", error < 1e-2 and replayed[0] != replayed[1],
+                     found, stage=stage)
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -218,11 +246,11 @@ def memory(setup, report):
 
 def peak_of_training(setup, stage, precision, flags):
     """Megabytes (2^20 bytes) that a model, its optimiser and two steps take at their peak; on a GPU
-    with what is recorded by default."""
+    with the graphs that are captured by default."""
     def train():
         step = setup.step(stage, precision, flags)
-        if setup.on_gpu and not step.H.checkpoint_blocks:
-            step.record()
+        if capture_problem(step.H, step.processes) is None:
+            step.capture()
         step()
         step()
         setup.wait()

@@ -24,8 +24,8 @@ SAMPLER = (
 )
 ON_GPU = " --img_size 64 --attn_resolutions 16"  # 16x16 ids, of which a GPU's attention takes care
 CASES = {  # flags of the autoencoder's training and of the sampler's
-    "float32": ("--recipe published --no_cuda_graphs", "--no_compile --no_cuda_graphs"),
-    "amp": ("--amp --codebook_start_step 2", "--amp --no_compile"),
+    "float32": ("--recipe published", "--no_compile"),
+    "amp": ("--amp --codebook_start_step 2", "--amp --no_compile --no_cuda_graphs"),
     "amp, compiled": ("--amp --recipe published", "--amp --compile"),
 }
 

@@ -18,12 +18,12 @@ from models.sampling.samplers import SAMPLERS
 from utils.evaluation.features import NAMES, Extractor
 
 HEADS, WIDTH = 8, 64  # of the published denoiser
-WAYS = [  # stage, precision, compiled, recorded: the most important first
+WAYS = [  # stage, precision, compiled, graphs: the most important first
     ("sampler", "half", True, True),
-    *((stage, "half", False, recorded) for recorded in (True, False) for stage in STAGES),
+    *((stage, "half", False, graphs) for graphs in (True, False) for stage in STAGES),
     ("sampler", "half", True, False),
     *((stage, precision, False, True) for precision in ("tf32", "float32") for stage in STAGES),
-]  # "half" is what --amp takes on the card; only a GPU has something to record
+]  # "half" is what --amp takes on the card; only a GPU has graphs
 SAMPLES, SAMPLE_STEPS = 64, 16  # the published number of steps is 256
 
 
@@ -48,17 +48,17 @@ def training(setup, report):
     flops = {stage: flops_of(setup, stage) for stage in STAGES}
     for stage, value in flops.items():
         report.figure("operations of a step", value / 1e12, "TFLOP", stage=stage)
-    for stage, precision, compiled, recorded in WAYS:
-        precision, recorded = setup.precision(precision), recorded and setup.on_gpu
+    for stage, precision, compiled, graphs in WAYS:
+        precision, graphs = setup.precision(precision), graphs and setup.on_gpu
         if report.left <= 0:
             report.say("training: the rest is skipped, the time is spent")
             return
         try:
-            time_training(setup, report, stage, precision, compiled, recorded, flops[stage])
+            time_training(setup, report, stage, precision, compiled, graphs, flops[stage])
         except Exception as error:  # out of memory, or no compiler
             reason = str(error).strip().partition("\n")[0]
             report.check("trains at published sizes", False, reason, stage=stage,
-                         precision=precision, compiled=compiled, recorded=recorded)
+                         precision=precision, compiled=compiled, graphs=graphs)
         setup.clean(code=compiled)
 
 
@@ -69,16 +69,16 @@ def compiled_autoencoder(setup, report):
     setup.clean(code=True)
 
 
-def time_training(setup, report, stage, precision, compiled, recorded, flops):
+def time_training(setup, report, stage, precision, compiled, graphs, flops):
     """Figures of one way to train a stage."""
-    about = dict(stage=stage, precision=precision, compiled=compiled, recorded=recorded)
+    about = dict(stage=stage, precision=precision, compiled=compiled, graphs=graphs)
     with tf32(precision == "tf32"), fastest_convolutions():
         step = setup.step(stage, precision)
         if compiled:
             step.compile()
         began = time.perf_counter()
-        if recorded:
-            step.record()
+        if graphs:
+            step.capture()
         step()
         step()
         setup.wait()
@@ -88,7 +88,7 @@ def time_training(setup, report, stage, precision, compiled, recorded, flops):
     report.figure("training", 1 / seconds, "steps/s", **about)
     report.figure("images in training", step.H.batch_size / seconds, "images/s", **about)
     report.figure("launches of a step", count, unit, **about)
-    if compiled or recorded:
+    if compiled or graphs:
         report.figure("preparation", max(first - 2 * seconds, 0), "s", **about)
     peak = report.value("matrix product", precision=precision)
     if peak:

@@ -1,5 +1,6 @@
 """A training step of each stage as the training scripts take it, on one batch of noise."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from models import VQGAN
 from models.autoencoder.formats import to_fast_format
 from models.autoencoder.perceptual import PerceptualDistance
 from utils.training.build import build_sampler
-from utils.training.cuda_graphs import record_autoencoder, record_sampler
+from utils.training.cuda_graphs import capture, parts_of_autoencoder, parts_of_sampler
 from utils.training.ema import EMA
 from utils.training.loop import due
 from utils.training.optimizers import (
@@ -69,6 +70,14 @@ class Step:
     def end_step(self, outcome):
         """What a stage does besides."""
 
+    def parts(self):
+        """What `--cuda_graphs` captures."""
+        raise NotImplementedError
+
+    def capture(self):
+        """Capture the `parts`, and replay them from now on."""
+        capture(self.parts(), logging.getLogger("gpu"), required=True)
+
 
 class SamplerStep(Step):
     """A step of train_sampler.py."""
@@ -95,9 +104,8 @@ class SamplerStep(Step):
         """Compile what `--compile` compiles."""
         self.model.transformer.compile_blocks()
 
-    def record(self):
-        """Record what `--cuda_graphs` records."""
-        record_sampler(self.model, self.batch, self.precision)
+    def parts(self):
+        return parts_of_sampler(self.model, len(self.batch), self.precision)
 
 
 class AutoencoderStep(Step):
@@ -129,9 +137,8 @@ class AutoencoderStep(Step):
         """Compile what `--compile` compiles."""
         self.model.compile_networks()
 
-    def record(self):
-        """Record what `--cuda_graphs` records."""
-        record_autoencoder(self.model.ae, self.batch, self.precision)
+    def parts(self):
+        return parts_of_autoencoder(self.model.ae, self.batch.shape, self.precision)
 
 
 STEPS = {"autoencoder": AutoencoderStep, "sampler": SamplerStep}

@@ -59,15 +59,16 @@ def resident_megabytes(field):
 def peak_megabytes(function, device):
     """Megabytes (2^20 bytes) that `function()` takes at its peak beyond what was there before.
 
-    On a GPU what torch's allocator hands out; on a CPU the resident memory of the process, which
-    Linux alone tells: None elsewhere.
+    On a GPU what torch takes of the card, which holds what CUDA graphs keep for themselves; on a
+    CPU the resident memory of the process, which Linux alone tells: None elsewhere.
     """
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_reserved(device)
         function()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return (torch.cuda.max_memory_reserved(device) - before) / 2**20
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
     except OSError:

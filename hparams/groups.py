@@ -96,8 +96,9 @@ class Training(Settings):
                          "experiments measure without")
     compile: bool | None = setting(None, "compile the networks by torch.compile (none: a "
                                    "sampler's blocks on a GPU where a compiler is there)")
-    cuda_graphs: bool | None = setting(None, "record the kernels of the networks once and replay "
-                                       "them in every step (none: on a GPU, where they can be)")
+    cuda_graphs: bool | None = setting(None, "capture the kernels of the networks once and replay "
+                                       "them in every step (none: on one GPU, without --accumulate "
+                                       "and --checkpoint_blocks)")
     accumulate: int = setting(1, "parts in which a batch is computed one after another, for memory "
                               "that is short", minimum=1)
     checkpoint_blocks: bool = setting(False, "keep of each block only its input, and compute it "

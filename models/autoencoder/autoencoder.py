@@ -275,7 +275,8 @@ class VQAutoEncoder(nn.Module):
     def compile_networks(self, **options):
         """Compile encoder and generator, with `options` of torch.compile; names of the state dict
         stay. The quantizer, which is small, runs as it is, and so does the last convolution, whose
-        gradient is asked for by itself (see `weighted_sum` in vqgan.py)."""
+        gradient is asked for by itself (see `weighted_sum` in vqgan.py). Copies of a compiled
+        network would compute with this one's weights: copy before."""
         self.encoder.forward = torch.compile(self.encoder.forward, **options)
         self.generator.features = torch.compile(self.generator.features, **options)
 

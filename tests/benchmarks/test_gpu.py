@@ -133,9 +133,9 @@ def measured(*figures, memory=None, checks=(), **facts):
     return report
 
 
-def training(precision, speed, compiled=False, recorded=False, **other):
+def training(precision, speed, compiled=False, graphs=False, **other):
     figure = dict(what="training", stage="sampler", precision=precision, compiled=compiled)
-    return {**figure, "recorded": recorded, "value": speed, "unit": "steps/s", **other}
+    return {**figure, "graphs": graphs, "value": speed, "unit": "steps/s", **other}
 
 
 def test_advice_follows_from_the_figures():
@@ -143,7 +143,7 @@ def test_advice_follows_from_the_figures():
         training("float32", 5.0), training("tf32", 8.0), training("bfloat16", 10.0),
         training("bfloat16", 20.0, compiled=True),
         training("bfloat16", 30.0, compiled=True, what="preparation"),
-        training("bfloat16", 40.0, compiled=True, recorded=True),
+        training("bfloat16", 40.0, compiled=True, graphs=True),
     )
     words = " ".join(gpu_advice.advice(report))
     assert "Give --amp for the sampler: 10 steps/s with it, 8 without." in words
@@ -157,7 +157,7 @@ def test_advice_follows_from_the_figures():
 
 
 def test_advice_compares_ways_with_cuda_graphs():
-    of_autoencoder = dict(recorded=True, stage="autoencoder")
+    of_autoencoder = dict(graphs=True, stage="autoencoder")
     report = measured(
         training("bfloat16", 20.0, **of_autoencoder),
         training("bfloat16", 5.0, what="preparation", **of_autoencoder),

@@ -10,9 +10,14 @@ LIVE_MAPS = 6  # of the largest feature map of an image, as many are in memory a
 
 
 def free_memory(device):
-    """Bytes of a CUDA device that this process can still have, those that torch keeps included."""
+    """Bytes of a CUDA device that this process can still have, those that torch keeps included, but
+    for what CUDA graphs keep for themselves."""
     free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    index = torch.device(device).index or 0
+    kept = [segment["total_size"] - segment["allocated_size"]
+            for segment in torch.cuda.memory_snapshot()
+            if segment["device"] == index and tuple(segment["segment_pool_id"]) == (0, 0)]
+    return free + sum(kept)
 
 
 def number_that_fits(device, each, least, most):

@@ -27,7 +27,8 @@ from utils.training.precision import allow_tf32
 
 LOCK_SECONDS = 10
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-OUT_OF_MEMORY = "there is not enough memory: lower --batch_size or the sizes of the model"
+OUT_OF_MEMORY = ("there is not enough memory: lower --batch_size or the sizes of the model (of a "
+                 "GPU: docs/gpu.md, When memory is short)")
 
 
 def run_script(main, keep_memory=True):

@@ -18,8 +18,8 @@ def compiles(H, device, log, pays_on=("cuda",)):
         return False
     # code that does not come about is run as it is, with a warning of torch's
     torch._dynamo.config.suppress_errors = H.compile is None
-    log.info("the first steps take longer: torch.compile makes the networks' code "
-             "(--no_compile does without)")
+    log.info("training begins later: torch.compile makes the networks' code (--no_compile does "
+             "without)")
     return True
 
 

@@ -82,3 +82,14 @@ def test_the_bytes_of_an_image_follow_its_largest_map():
     autoencoder = VQAutoEncoder(H)
     assert bytes_of_image(autoencoder.generator, 8 * 8) == 4 * devices.LIVE_MAPS * 32 * 32 * 32
     assert bytes_of_image(autoencoder.encoder, 32 * 32) == 4 * devices.LIVE_MAPS * 32 * 32 * 32
+
+
+def test_what_cuda_graphs_keep_is_not_free(monkeypatch):
+    def segment(device, pool, total, allocated):
+        return dict(device=device, segment_pool_id=pool, total_size=total, allocated_size=allocated)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [
+        segment(0, (0, 0), 50, 20), segment(0, (0, 1), 400, 0), segment(1, (0, 0), 70, 0),
+    ])
+    assert devices.free_memory(torch.device("cuda", 0)) == 130
