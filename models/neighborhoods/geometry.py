@@ -131,7 +131,7 @@ def tiled_axis(length, kernel_size, dilation, tile, device):
     return Axis(tiles, dilation, tile, window, keys, offset[kinds], kind)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)  # more than a model has neighborhoods: CUDA graphs read what is kept
 def cut_grid(height, width, kernel_size, dilation, tile, device):
     """(rows, columns, kind, mask): both axes cut into tiles of `tile` (rows, columns), the kind
     int64 [A*A'] of each block of the grid, and for each kind which keys each query attends to:
