@@ -21,7 +21,7 @@ def autoencoder_health(H, step, validation, training, bad_steps):
     return [sentence for sentence in (
         not_finite(bad_steps),
         few_codes(H, step, validation),
-        discriminator(H, training),
+        discriminator(H, step, training),
         weight_at_limit(H, step, training),
         ema_behind("L1", validation["l1"], validation["of_weights"]),
         parted("L1", training.get("l1"), validation["of_weights"]),
@@ -58,8 +58,8 @@ def few_codes(H, step, validation):
         return f"only {used} of {H.codebook_size} codes are in use: {remedy}"
 
 
-def discriminator(H, training):
-    """How the discriminator does where it has learned at all."""
+def discriminator(H, step, training):
+    """How the discriminator does where it has learned at all; idle it may be before it counts."""
     if "d_real_right" not in training:
         return None
     real, fake = training["d_real_right"], training["d_fake_right"]
@@ -68,7 +68,7 @@ def discriminator(H, training):
         remedy = "a smaller --ndf" if H.diff_aug else "--diff_aug, or a smaller --ndf"
         return (f"the discriminator wins, {told}, so that its loss may say little: where frechet "
                 f"no longer falls, give {remedy}")
-    if (real + fake) / 2 < IDLE:
+    if (real + fake) / 2 < IDLE and step > H.disc_start_step + H.disc_lead_steps:
         return (f"the discriminator is idle, {told}, so that its loss is noise: give it a larger "
                 f"--ndf, or more steps before it counts, --disc_lead_steps")
 

@@ -54,6 +54,7 @@ def test_each_sentence_names_the_flag_that_helps(case, says, flag):
     dict(step=5, validation=dict(codes_used=1)),  # the codebook has not begun
     dict(validation=dict(codes_used=40, ids_seen=300)),  # too few ids to tell
     dict(step=60, training=dict(d_weight=1.0)),  # its loss is being faded in
+    dict(step=60, training=dict(d_real_right=0.5, d_fake_right=0.5)),  # it has just begun
 ])
 def test_what_cannot_be_told_is_not_said(case):
     assert said(**case, flags="--codebook_start_step 10") == []
