@@ -120,7 +120,7 @@ class VQGANTraining:
             looked_at, H.batch_size, H.num_workers, device, self.on_unreadable
         )
         self.distance = ReconstructionDistance(device)
-        images = self.validation_set or self.train_set
+        images = sample_of(self.validation_set or self.train_set, 16)  # of all of a folder's folders
         batches = evaluation_batches(images, 16, 0, device, self.on_unreadable)
         self.shown, _ = next(batches)
 
