@@ -88,6 +88,11 @@ class SamplerTraining:
         stats = self.checkpoints.restore(H, log)
         check_autoencoder(self.autoencoder, stats, sampler_path(H))
         self.seconds = stats.get("seconds", 0.0)
+        self.prepare_network(log)
+
+    def prepare_network(self, log):
+        """Make of the sampler what a step calls, as H wants it compiled, captured and spread."""
+        H, processes = self.H, self.processes
         transformer = self.sampler.transformer
         transformer.checkpoint_blocks = H.checkpoint_blocks
         self.compiled = compiles(H, processes.device, log)

@@ -92,7 +92,7 @@ class VQGANTraining:
             self.prepare_validation()
 
     def prepare_networks(self, log):
-        """Make of the networks what a step calls, as H wants them compiled and spread."""
+        """Make of the networks what a step calls, as H wants them compiled, captured and spread."""
         H, processes = self.H, self.processes
         self.vqgan.checkpoint_blocks(H.checkpoint_blocks)
         self.compiled = compiles(H, processes.device, log, pays_on=())
@@ -120,7 +120,7 @@ class VQGANTraining:
             looked_at, H.batch_size, H.num_workers, device, self.on_unreadable
         )
         self.distance = ReconstructionDistance(device)
-        images = sample_of(self.validation_set or self.train_set, 16)  # of all of a folder's folders
+        images = sample_of(self.validation_set or self.train_set, 16)  # of all nested folders
         batches = evaluation_batches(images, 16, 0, device, self.on_unreadable)
         self.shown, _ = next(batches)
 
