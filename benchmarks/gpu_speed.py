@@ -16,6 +16,7 @@ from models.neighborhood_attention import BACKENDS, hydra_attention
 from models.prior.attention import HydraNeighborhoodAttention
 from models.sampling.samplers import SAMPLERS
 from utils.evaluation.features import NAMES, Extractor
+from utils.training.cuda_graphs import first_line
 
 HEADS, WIDTH = 8, 64  # of the published denoiser
 WAYS = [  # stage, precision, compiled, graphs: the most important first
@@ -56,8 +57,7 @@ def training(setup, report):
         try:
             time_training(setup, report, stage, precision, compiled, graphs, flops[stage])
         except Exception as error:  # out of memory, or no compiler
-            reason = str(error).strip().partition("\n")[0]
-            report.check("trains at published sizes", False, reason, stage=stage,
+            report.check("trains at published sizes", False, first_line(error), stage=stage,
                          precision=precision, compiled=compiled, graphs=graphs)
         setup.clean(code=compiled)
 

@@ -70,12 +70,8 @@ class Step:
     def end_step(self, outcome):
         """What a stage does besides."""
 
-    def parts(self):
-        """What `--cuda_graphs` captures."""
-        raise NotImplementedError
-
     def capture(self):
-        """Capture the `parts`, and replay them from now on."""
+        """Capture what `--cuda_graphs` captures, the stage's `parts`, and replay it from now on."""
         capture(self.parts(), logging.getLogger("gpu"), required=True)
 
 

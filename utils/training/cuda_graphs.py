@@ -148,6 +148,7 @@ def first_cause(error):
 
 
 def first_line(error):
+    """What an exception says, without the advice that torch appends."""
     return str(error).strip().partition("\n")[0]
 
 
