@@ -226,7 +226,7 @@ def test_what_waits_for_the_device_is_not_captured(asked, graphs, monkeypatch):
 @pytest.mark.parametrize("cause, raised, words", [
     (ValueError("a copy from the host"), UserError, "--no_cuda_graphs .a copy from the host"),
     (Stopped(15, "interrupted"), Stopped, "interrupted"),
-    (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    (KeyboardInterrupt(), KeyboardInterrupt, None),
 ])
 def test_where_a_capture_fails_training_ends(cause, raised, words, graphs, monkeypatch):
     """torch reports the end of the capture, not what ended it."""
