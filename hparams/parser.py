@@ -79,6 +79,8 @@ step_or_best.__name__ = "step"  # what argparse calls it
 def best_step(run):
     """The step of the best validation of a run; SettingsError where none is recorded."""
     path = LOGS / run / BEST_FILE
+    if not (LOGS / run).is_dir():
+        raise SettingsError(f"there is no run folder {LOGS / run}")
     try:
         step = json.loads(path.read_bytes())["step"]
         if type(step) is not int or step < 1:
@@ -89,6 +91,16 @@ def best_step(run):
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SettingsError(f"cannot read {path} ({error}): give a step") from None
     return step
+
+
+def step_for_best(settings_class, given, sources, name):
+    """The step that `best` means for the setting `name`: that of a sampler's autoencoder is the one
+    whose ids the sampler has learned, and else that of the best validation."""
+    setting = settings_class.__dataclass_fields__[name].metadata["step_of"]
+    others = {key: value for key, value in given.items() if key != name}
+    learned = loaded_settings(settings_class, others, sources)[0]
+    run = given.get(setting) or learned.get(setting) or getattr(settings_class, setting)
+    return (learned.get(setting) == run and learned.get(name)) or best_step(run)
 
 
 def describe_default(field, declared, defaults):
@@ -306,9 +318,9 @@ def get_hparams(settings_class, defaults, sources, argv=None, must_load=False):
     given = vars(parser.parse_args(argv))
     try:
         given |= {name: run_name(given[name]) for name in RUN_NAMES if given.get(name)}
-        for name in [name for name, value in given.items() if value == "best"]:
-            run = settings_class.__dataclass_fields__[name].metadata["step_of"]
-            given[name] = best_step(given.get(run) or getattr(settings_class, run))
+        for name in ("load_step", "ae_load_step"):
+            if given.get(name) == "best":
+                given[name] = step_for_best(settings_class, given, sources, name)
     except SettingsError as error:
         parser.error(str(error))
     if must_load:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+import train_sampler
 import train_vqgan
-from experiments import calc_VQGAN_FID
+from experiments import calc_VQGAN_FID, get_samples
 from helpers import at_the_end_of_steps, on_processes
-from hparams import get_vqgan_fid_hparams
+from hparams import get_sampler_hparams, get_vqgan_fid_hparams
 from test_training import assert_identical, files_of, lines_of, workplace
 from utils.evaluation.reconstruction import ReconstructionDistance
 from utils.runs.folder import RunFolder
@@ -161,6 +162,9 @@ def test_the_best_checkpoint_is_named_and_loads(photos, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         get_vqgan_fid_hparams("--load_dir m --load_step best --log_dir m".split())
     assert "logs/m has no best checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        get_vqgan_fid_hparams("--load_dir b --load_step best --log_dir m".split())
+    assert "there is no run folder logs/b" in capsys.readouterr().err
 
 
 def test_a_best_checkpoint_beside_all_others_goes_once_there_is_a_better_one(photos, monkeypatch):
@@ -170,6 +174,27 @@ def test_a_best_checkpoint_beside_all_others_goes_once_there_is_a_better_one(pho
     monkeypatch.setattr(ReconstructionDistance, "take", lambda _: {"frechet": next(distances)})
     train(f"{flags} --log_dir a --train_steps 10 --keep_checkpoints 0")
     assert RunFolder("a").complete_steps() == [5, 8, 10]
+
+
+def test_the_autoencoder_of_a_sampler_is_kept_and_stays_the_best_for_it(photos, monkeypatch):
+    distances = iter([5.0, 9.0, 4.0, 9.0])
+    flags = f"{photos} --codebook_start_step 0 --keep_checkpoints 1 --log_dir ae"
+    monkeypatch.setattr(ReconstructionDistance, "add", lambda *_: None)
+    monkeypatch.setattr(ReconstructionDistance, "take", lambda _: {"frechet": next(distances)})
+    train(f"{flags} --train_steps 4 --steps_per_eval 2")
+    prior = (f"{photos.partition('--preset')[0]} --sampler absorbing --preset small --no_visdom "
+             f"--num_workers 0 --bert_n_emb 32 --bert_n_head 4 --bert_n_layers 1 --sample_steps 4 "
+             f"--batch_size 2 --ae_load_dir ae --ae_load_step best --log_dir prior")
+    train_sampler.main(f"{prior} --train_steps 2".split())
+    train(f"{flags} --train_steps 8 --steps_per_eval 2 --resume")
+    assert RunFolder("ae").complete_steps() == [2, 6, 8]  # 6 is the best by now
+    train_sampler.main(f"{prior} --train_steps 3 --resume".split())
+    assert get_sampler_hparams(f"{prior} --train_steps 4 --resume".split()).ae_load_step == 2
+    other = prior.replace("--log_dir prior", "--log_dir other --train_steps 2")
+    assert get_sampler_hparams(other.split()).ae_load_step == 6
+    get_samples.main("--load_dir prior --load_step 3 --ae_load_dir ae --ae_load_step best "
+                     "--n_samples 2 --log_dir s --no_visdom".split())
+    assert "saved_models/vqgan_2.th" in RunFolder("s").log.read_text()
 
 
 def test_going_back_before_the_best_step_forgets_it(photos):

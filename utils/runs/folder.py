@@ -4,7 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from hparams.parser import BEST_FILE, LOGS, SETTINGS_FILE, run_name
+from hparams.parser import BEST_FILE, LOGS, SETTINGS_FILE, read_settings, run_name
+from utils.errors import SettingsError
 from utils.files import make_folder
 
 METRICS = "metrics.jsonl"
@@ -99,6 +100,20 @@ def run_names(root=LOGS):
         if METRICS in files and name != ".":
             found[name] = os.stat(os.path.join(path, METRICS)).st_mtime
     return sorted(found, key=found.get, reverse=True)
+
+
+def steps_built_on(folder):
+    """The steps of a run's checkpoints, a set, that samplers below logs/ have as autoencoder."""
+    steps = set()
+    for name in run_names():
+        try:
+            settings = read_settings(RunFolder(name).hparams)
+            autoencoder = RunFolder(settings.get("ae_load_dir") or name)
+        except (SettingsError, TypeError):
+            continue
+        if autoencoder.path.resolve() == folder.path.resolve():
+            steps.add(settings.get("ae_load_step"))
+    return steps
 
 
 def listed_runs(names):

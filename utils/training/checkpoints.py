@@ -9,7 +9,7 @@ from hparams.parser import agrees
 from hparams.settings import show
 from utils.errors import DiskError, UserError
 from utils.files import save_file, sync_folder, whole_file
-from utils.runs.folder import RunFolder
+from utils.runs.folder import RunFolder, steps_built_on
 from utils.runs.manifest import (
     checkpoint_file, damage, is_saved, load_checkpoint, read_best, read_manifest, read_stats,
     write_manifest,
@@ -64,7 +64,7 @@ class Checkpoints:
             with whole_file(self.folder.best) as file:
                 file.write(json.dumps(self.best).encode())
             if before.get("extra"):
-                self.remove(before["step"])
+                self.remove([before["step"]])
         if self.keep:
             self.remove_old(step)
 
@@ -89,22 +89,21 @@ class Checkpoints:
         """Remove all but the last `keep` checkpoints up to `step`, if that one is whole."""
         old = [s for s in self.folder.complete_steps() if s <= step][: -self.keep]
         old = [s for s in old if s != self.best.get("step")]
-        if not old or damage(self.folder, step):
-            return
-        for step in old:
-            self.remove(step)
+        if old and not damage(self.folder, step):
+            self.remove(old)
 
-    def remove(self, step):
-        """Remove a checkpoint, unless its manifest is damaged: which files are its is then not
-        known."""
-        try:
-            files = read_manifest(self.folder, step)
-        except ValueError:
-            return
-        self.folder.manifest(step).unlink()  # first, or it would promise what is not there
-        sync_folder(self.folder.saved_stats)
-        for name in files:
-            checkpoint_file(self.folder, name).unlink(missing_ok=True)
+    def remove(self, steps):
+        """Remove checkpoints, but for those that samplers have as autoencoder, and those whose
+        manifest is damaged: which files are theirs is then not known."""
+        for step in sorted(set(steps) - steps_built_on(self.folder)):
+            try:
+                files = read_manifest(self.folder, step)
+            except ValueError:
+                continue
+            self.folder.manifest(step).unlink()  # first, or it would promise what is not there
+            sync_folder(self.folder.saved_stats)
+            for name in files:
+                checkpoint_file(self.folder, name).unlink(missing_ok=True)
 
     def restore(self, H, log, optional=()):
         """Load step `H.load_step` (0: none) of the run `H.load_dir`; returns its stats, {} without.
