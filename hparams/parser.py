@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from hparams.defaults import DECIDED
+from hparams.defaults import DECIDED, INTERVALS, follow_steps
 from hparams.environment import is_first_process
 from hparams.settings import ALL_NAMES, check_setting, did_you_mean, show, value_type
 from utils.errors import SettingsError
@@ -27,6 +27,8 @@ BEST_FILE = "saved_stats/best.json"  # there too: which step had the best valida
 # What older files do not hold of a model: it has the declared defaults.
 NEWER = {"norm_groups", "disc_input"}
 LONGEST = 1 << 20  # bytes of a settings file
+CHOSEN_ONCE = {"recipe", "preset"}  # a run that goes on cannot change what followed from them
+GROWING = {*INTERVALS, "ema_beta"}  # what follows a --train_steps that a run goes on to
 OF_DATASET = {"custom_dataset_path", "crops", "crop_side"}  # what means nothing for another dataset
 RUN_NAMES = ("log_dir", "load_dir", "ae_load_dir")  # the settings that name runs
 
@@ -242,7 +244,7 @@ class LoadedRun:
     def overridable(self, settings_class, chosen):
         """The settings that a flag may override."""
         names = [chosen.get(name, getattr(settings_class, name)) for name in (self.run, "log_dir")]
-        return self.borrow | self.own if names[0] == names[1] else self.borrow
+        return (self.borrow | self.own) - CHOSEN_ONCE if names[0] == names[1] else self.borrow
 
 
 def agrees(field, given, loaded):
@@ -273,9 +275,11 @@ def loaded_settings(settings_class, given, sources):
         if values:
             for name in NEWER & source.adopt:
                 values.setdefault(name, settings_class.__dataclass_fields__[name].default)
+            for name in CHOSEN_ONCE & source.borrow:
+                values.setdefault(name, "published")
         same_data = given.get("dataset", values.get("dataset")) == values.get("dataset")
         for name, value in values.items():
-            if name not in source.adopt | free or name in OF_DATASET and not same_data:
+            if name not in source.adopt | source.borrow | free or name in OF_DATASET and not same_data:
                 continue
             field = settings_class.__dataclass_fields__[name]
             try:
@@ -291,6 +295,21 @@ def loaded_settings(settings_class, given, sources):
                     f"leave the flag out, or load another run with --{source.run}"
                 )
     return loaded, paths
+
+
+def outgrown(settings_class, defaults, loaded, given):
+    """The GROWING settings, a set, of a run that goes on to another --train_steps that followed
+    from the one before."""
+    steps = loaded.get("train_steps")
+    if steps is None or given.get("train_steps", steps) == steps:
+        return set()
+    usual = defaults.of(loaded, False)
+    follow = {name for name in GROWING & loaded.keys() if usual.get(name, 0) is None}
+    before = settings_class()
+    for name, value in {**usual, **loaded, **dict.fromkeys(follow)}.items():
+        setattr(before, name, value)
+    follow_steps(before)
+    return {name for name in follow if loaded[name] == getattr(before, name)}
 
 
 def check_required(settings_class, chosen, paths):
@@ -331,6 +350,8 @@ def get_hparams(settings_class, defaults, sources, argv=None, must_load=False):
                          f"name of a run below {LOGS}/ of the folder you are in")
     try:
         loaded, paths = loaded_settings(settings_class, given, sources)
+        for name in outgrown(settings_class, defaults, loaded, given):
+            del loaded[name]
         chosen = {**loaded, **given}
         check_required(settings_class, chosen, paths)
         H = settings_class()

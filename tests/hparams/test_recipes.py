@@ -122,6 +122,34 @@ def test_a_resumed_run_keeps_its_recipe_and_what_followed_from_its_steps():
     assert begun.recipe == "modern" and begun.disc_start_step == 4500 and begun.nf == H.nf
 
 
+@pytest.mark.parametrize("get, more", [(get_vqgan_hparams, []), (get_sampler_hparams, SAMPLER)])
+def test_intervals_and_ema_follow_the_steps_that_a_run_goes_on_to(get, more):
+    flags = [*CUSTOM, *more, "--log_dir", "a"]
+    save_run(get([*flags, "--train_steps", "200", "--steps_per_eval", "50"]), "a")
+    (RunFolder("a").saved_stats / "manifest_5.json").touch()
+    before = get([*flags, "--resume"])
+    assert (before.steps_per_checkpoint, before.ema_beta, before.validation_images) == (20, 0.9, 64)
+    longer = get([*flags, "--resume", "--train_steps", "20000"])
+    assert (longer.steps_per_checkpoint, longer.steps_per_eval) == (2000, 50)  # 50 was a flag
+    assert longer.ema_beta == pytest.approx(1 - 1 / 600, abs=1e-6)
+    kept = get([*flags, "--resume", "--train_steps", "20000", "--ema_beta", "0.5"])
+    assert kept.ema_beta == 0.5
+
+
+@pytest.mark.parametrize("flag", ["--recipe published", "--preset medium"])
+def test_a_run_that_goes_on_cannot_change_its_recipe(flag, capsys):
+    flags = [*CUSTOM, "--log_dir", "a"]
+    save_run(get_vqgan_hparams(flags), "a")
+    (RunFolder("a").saved_stats / "manifest_5.json").touch()
+    get_vqgan_hparams([*flags, "--resume", "--recipe", "modern", "--preset", "small"])
+    with pytest.raises(SystemExit):
+        get_vqgan_hparams([*flags, "--resume", *flag.split()])
+    assert f"{flag} contradicts" in capsys.readouterr().err
+    other = get_vqgan_hparams([*CUSTOM, "--log_dir", "b", "--load_dir", "a", "--load_step", "5",
+                               *flag.split()])
+    assert other.nf == 32  # of the model that is loaded
+
+
 def test_a_sampler_takes_the_autoencoder_as_it_is_and_has_a_recipe_of_its_own():
     save_run(get_vqgan_hparams([*CUSTOM, "--recipe", "published", "--log_dir", "ae", "--crops",
                                 "3"]), "ae")
