@@ -7,8 +7,11 @@ the end follows from `--train_steps`, by `follow_steps`.
 
 import dataclasses
 
+from utils.errors import SettingsError
+
 ENDLESS = 100000000  # train_steps that no run reaches
 LIKE = 200000  # steps of a run of which the defaults of an endless one are taken
+LARGEST_GRID = 32  # ids a side, unless --ch_mult asks for more
 START = 70  # steps of an autoencoder's warm-up, and of those without a codebook, at most
 
 RECIPES = ("published", "modern")
@@ -93,10 +96,19 @@ def follow_steps(H):
 
 
 def levels(img_size):
-    """`ch_mult` for images of a size: a grid of 8x8 to 16x16 ids for 32 to 256 pixels."""
-    halvings = 2 if img_size <= 64 else 3 if img_size <= 128 else 4
-    while img_size % 2**halvings and halvings > 1:
+    """`ch_mult` for images of a size: a grid of 8x8 to 16x16 ids for 32 to 256 pixels, and a larger
+    one for sizes that cannot be halved as often.
+
+    Raises SettingsError where that would have more than LARGEST_GRID ids a side.
+    """
+    usual = halvings = 2 if img_size <= 64 else 3 if img_size <= 128 else 4
+    while img_size % 2**halvings and halvings > 0:
         halvings -= 1
+    if not halvings or img_size // 2**halvings > LARGEST_GRID:
+        below = img_size // 2**usual * 2**usual
+        raise SettingsError(f"--img_size {img_size} cannot be halved often enough for a grid of at "
+                            f"most {LARGEST_GRID}x{LARGEST_GRID} ids: give {below} or "
+                            f"{below + 2**usual}, or channels for each level, --ch_mult")
     return {1: [1, 2], 2: [1, 1, 2], 3: [1, 1, 2, 2], 4: [1, 1, 2, 2, 4]}[halvings]
 
 

@@ -85,6 +85,18 @@ def test_sizes_from_32_to_256_make_a_grid(size, grid):
     assert len(levels(size)) == len(H.ch_mult)
 
 
+@pytest.mark.parametrize("size, others", [
+    (33, "32 or 36"), (130, "128 or 144"), (250, "240 or 256"),
+])
+def test_sizes_that_make_large_grids_are_refused_with_those_that_do_not(size, others, capsys):
+    with pytest.raises(SystemExit):
+        get_vqgan_hparams([*CUSTOM, "--img_size", str(size)])
+    assert f"--img_size {size} cannot be halved often enough" in (said := capsys.readouterr().err)
+    assert others in said
+    H = get_vqgan_hparams([*CUSTOM, "--img_size", "250", "--ch_mult", "1", "2"])
+    assert H.latent_shape == [1, 125, 125]
+
+
 def test_runs_of_before_there_were_recipes_go_on_as_they_were():
     flags = ["--dataset", "digits", "--log_dir", "a"]
     H = get_vqgan_hparams([*flags, "--recipe", "published", "--lr", "0.01"])
