@@ -86,6 +86,7 @@ class VQGANTraining:
             log.folder, models, self.optimizers, self.precision.scaler, H.keep_checkpoints
         )
         stats = self.checkpoints.restore(H, log, optional=["perceptual."])
+        self.codebook.restored()
         self.seconds = stats.get("seconds", 0.0)
         self.prepare_networks(log)
         if processes.is_first:
@@ -154,6 +155,8 @@ class VQGANTraining:
                 if loop.must_record:
                     record_settings(H, self.log)
                 loop.end_step()
+                if loop.must_reduce:
+                    self.codebook.gather_uses()
                 best = self.judge(step, loop) if loop.must_validate else None
                 if loop.must_show or loop.must_save_images:
                     self.show_reconstructions(step, loop.must_save_images, loop.must_show)

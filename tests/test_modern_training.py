@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ import train_vqgan
 from experiments import calc_VQGAN_FID, get_samples
 from helpers import at_the_end_of_steps, on_processes
 from hparams import get_sampler_hparams, get_vqgan_fid_hparams
+from models.autoencoder.quantizers import NearestQuantizer
 from test_training import assert_identical, files_of, lines_of, workplace
 from utils.evaluation.reconstruction import ReconstructionDistance
 from utils.runs.folder import RunFolder
 from utils.signals import Stopped
 from utils.training import precision
+from utils.training.codebook import CodebookCare
 
 __all__ = ["workplace"]  # a fixture of this file too
 
@@ -109,6 +112,36 @@ def test_two_processes_keep_one_codebook(photos):
     assert on_processes(2, train_vqgan.main, f"{flags} --log_dir two") == [0, 0]
     state = files_of("two", 14)["vqgan_14.th"]
     assert state["ae.quantize.embedding.weight"].abs().max() > 0.1
+
+
+def an_entry_that_another_process_uses(argv):
+    from utils.training.processes import init_processes
+
+    processes = init_processes("cpu")
+    quantizer = NearestQuantizer(6, 2, 0.25, count_uses=True)
+    entries = torch.arange(12.0).view(6, 2)
+    H = SimpleNamespace(quantizer="nearest", codebook_start_step=0, codebook_revival=4,
+                        train_steps=100, seed=0)
+    vqgan = SimpleNamespace(ae=SimpleNamespace(quantize=quantizer))
+    care = CodebookCare(H, vqgan, None, None, processes, None)
+    loop = SimpleNamespace(bad_steps=0, settle=lambda: None)
+    with torch.no_grad():
+        quantizer.codebook.copy_(entries)
+        quantizer.uses[5] = processes.rank  # as a checkpoint of rank 0 would not hold it
+        care.restored()
+        for step in range(1, 5):
+            mine = entries[[2 * processes.rank, 2 * processes.rank + 1]]
+            quantizer(mine.t().reshape(1, 2, 1, 2))
+            if step == 2:
+                care.gather_uses()  # as before a checkpoint
+            care.after(step, loop)
+    moved = (quantizer.codebook != entries).any(1)
+    assert moved.tolist() == [False] * 4 + [True] * 2
+    assert quantizer.uses.sum() == 0
+
+
+def test_an_entry_that_only_another_process_uses_is_not_revived():
+    assert on_processes(2, an_entry_that_another_process_uses) == [0, 0]
 
 
 def copied(argv):

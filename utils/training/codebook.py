@@ -24,6 +24,18 @@ class CodebookCare:
             H.codebook_start_step or H.codebook_revival
         )
 
+    def restored(self):
+        """A checkpoint, if there is one, has been loaded: what it has counted is rank 0's."""
+        counts = self.takes_part and self.H.codebook_revival
+        if counts and not self.processes.is_first:
+            self.quantizers[0].uses.zero_()
+
+    def gather_uses(self):
+        """Let rank 0 have what all processes have counted since the last call."""
+        if self.takes_part and self.H.codebook_revival:
+            self.processes.sum(self.quantizers[0].uses)
+            self.restored()
+
     def before(self, step):
         """What is due before a step: without quantization, or with the codebook that begins."""
         if not self.takes_part:
@@ -45,6 +57,7 @@ class CodebookCare:
         loop.settle()
         if loop.bad_steps:
             return
+        self.gather_uses()
         if self.processes.is_first:
             dead = self.quantizers[0].revive(self.rng(step))
             for average in self.quantizers[1:]:
