@@ -180,7 +180,7 @@ class SamplerTraining:
         """Validate, and say how it goes; returns the record of the best step if it is this one."""
         with measuring_arithmetic():
             figures, known = self.validate()
-        loop.report_validation(figures, partial(sampler_health, known))
+        loop.report_validation(figures, partial(sampler_health, self.H, known))
         return self.checkpoints.better(step, figures, "bits_per_token")
 
     @torch.no_grad()

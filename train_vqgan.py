@@ -19,7 +19,7 @@ from utils.data.images import augmented
 from utils.data.pixel_cache import cached_pixels
 from utils.data.split import apply_split, describe, sample_of
 from utils.evaluation.metrics import psnr
-from utils.evaluation.reconstruction import ReconstructionDistance
+from utils.evaluation.reconstruction import ENOUGH, ReconstructionDistance
 from utils.runs.resume import choose_checkpoint, record_settings
 from utils.runs.script import run_script, start_run
 from utils.runs.trained_on import choose_split
@@ -121,6 +121,11 @@ class VQGANTraining:
             looked_at, H.batch_size, H.num_workers, device, self.on_unreadable
         )
         self.distance = ReconstructionDistance(device)
+        enough = len(looked_at) >= ENOUGH
+        self.judged_by = ["frechet", "loss"] if enough else ["loss"]
+        if H.steps_per_eval and not enough:
+            self.log.info(f"{len(looked_at)} images held out are too few for a Fréchet distance: "
+                          f"the best checkpoint is that of the lowest validation loss")
         images = sample_of(self.validation_set or self.train_set, 16)  # of all nested folders
         batches = evaluation_batches(images, 16, 0, device, self.on_unreadable)
         self.shown, _ = next(batches)
@@ -202,7 +207,7 @@ class VQGANTraining:
         loop.report_validation(figures, partial(autoencoder_health, self.H, step, known))
         if step < self.H.codebook_start_step:
             return None  # nothing is quantized yet
-        return self.checkpoints.better(step, figures, "frechet", "loss")
+        return self.checkpoints.better(step, figures, *self.judged_by)
 
     @torch.no_grad()
     def validate(self, step):

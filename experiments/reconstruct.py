@@ -27,7 +27,8 @@ from utils.data.images import ImageFiles
 from utils.data.pixels import UnreadableImage, to_float, to_uint8
 from utils.data.split import Subset, sides
 from utils.evaluation.experiment import experiment, table
-from utils.evaluation.pairs import ENOUGH, PairMeasures
+from utils.evaluation.pairs import PairMeasures
+from utils.evaluation.reconstruction import ENOUGH
 from utils.logging.images import labelled_rows, to_pil
 from utils.runs.folder import RunFolder
 from utils.runs.manifest import is_saved

@@ -157,6 +157,7 @@ def test_ranks_get_the_tensor_of_the_first():
     assert on_processes(2, copied) == [0, 0]
 
 
+@pytest.mark.usefixtures("few_are_enough")
 def test_the_defaults_alone_write_pictures_validate_and_keep_the_last_checkpoints(photos):
     train(f"{photos} --train_steps 30 --ema --log_dir a")
     folder = RunFolder("a")
@@ -169,6 +170,20 @@ def test_the_defaults_alone_write_pictures_validate_and_keep_the_last_checkpoint
     assert folder.complete_steps() == sorted({24, 27, 30, best})  # the last three, and the best
 
 
+@pytest.fixture
+def few_are_enough(monkeypatch):
+    monkeypatch.setattr(train_vqgan, "ENOUGH", 2)
+
+
+def test_few_images_held_out_are_judged_by_the_loss(photos):
+    train(f"{photos} --train_steps 6 --steps_per_eval 2 --log_dir a")
+    lines = [line for line in lines_of("a") if line["group"] == "validation"]
+    best = json.loads(RunFolder("a").best.read_text())
+    assert best["figure"] == "loss" and best["value"] == min(line["loss"] for line in lines)
+    assert "held out are too few for a Fréchet distance" in RunFolder("a").log.read_text()
+
+
+@pytest.mark.usefixtures("few_are_enough")
 def test_the_best_checkpoint_is_named_and_loads(photos, monkeypatch, capsys):
     """By the Fréchet distance of reconstructions, which here is best where the test says so."""
     distances = iter([9.0, 5.0, 7.0, 8.0, 6.0])
@@ -200,6 +215,7 @@ def test_the_best_checkpoint_is_named_and_loads(photos, monkeypatch, capsys):
     assert "there is no run folder logs/b" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("few_are_enough")
 def test_a_best_checkpoint_beside_all_others_goes_once_there_is_a_better_one(photos, monkeypatch):
     distances = iter([9.0, 5.0, 7.0, 4.0, 6.0])
     flags = f"{photos} --codebook_start_step 0 --steps_per_eval 2 --steps_per_checkpoint 5"
@@ -209,6 +225,7 @@ def test_a_best_checkpoint_beside_all_others_goes_once_there_is_a_better_one(pho
     assert RunFolder("a").complete_steps() == [5, 8, 10]
 
 
+@pytest.mark.usefixtures("few_are_enough")
 def test_the_autoencoder_of_a_sampler_is_kept_and_stays_the_best_for_it(photos, monkeypatch):
     distances = iter([5.0, 9.0, 4.0, 9.0])
     flags = f"{photos} --codebook_start_step 0 --keep_checkpoints 1 --log_dir ae"
@@ -230,6 +247,7 @@ def test_the_autoencoder_of_a_sampler_is_kept_and_stays_the_best_for_it(photos, 
     assert "saved_models/vqgan_2.th" in RunFolder("s").log.read_text()
 
 
+@pytest.mark.usefixtures("few_are_enough")
 def test_going_back_before_the_best_step_forgets_it(photos):
     flags = f"{photos} --log_dir a --codebook_start_step 0 --steps_per_checkpoint 2"
     train(f"{flags} --train_steps 4 --steps_per_eval 4")

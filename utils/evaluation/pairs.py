@@ -10,11 +10,10 @@ from models.autoencoder.quantizers import codebook_usage
 from utils.data.pixels import to_uint8
 from utils.evaluation.features import Extractor
 from utils.evaluation.metrics import SSIM_WINDOW, FeatureStatistics, frechet_distance, psnr, ssim
-from utils.evaluation.reconstruction import EXTRACTOR
+from utils.evaluation.reconstruction import ENOUGH, EXTRACTOR
 from utils.training.build import efficientnet_distance, lpips_weights
 from utils.training.checkpoints import load_weights
 
-ENOUGH = 64  # pairs, without which a Fréchet distance says little
 CODES = "codes used"
 
 

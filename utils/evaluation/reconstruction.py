@@ -8,6 +8,7 @@ from utils.data.pixels import to_uint8
 from utils.evaluation.features import Extractor
 from utils.evaluation.metrics import frechet_distance_of_features
 
+ENOUGH = 64  # pairs, without which a Fréchet distance says little
 EXTRACTOR = SimpleNamespace(feature_extractor="efficientnet_lite0", feature_extractor_weights=None)
 
 
