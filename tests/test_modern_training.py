@@ -1,6 +1,7 @@
 """The modern recipe from end to end on tiny settings: resume to the bit, codebook, defaults."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import train_vqgan
 from experiments import calc_VQGAN_FID, get_samples
 from helpers import at_the_end_of_steps, on_processes
 from hparams import get_sampler_hparams, get_vqgan_fid_hparams
+from models import VQGAN
 from models.autoencoder.quantizers import NearestQuantizer
 from test_training import assert_identical, files_of, lines_of, workplace
 from utils.evaluation.reconstruction import ReconstructionDistance
@@ -168,6 +170,41 @@ def test_the_defaults_alone_write_pictures_validate_and_keep_the_last_checkpoint
     lines = [line for line in lines_of("a") if line["group"] == "validation"]
     best = min(lines, key=lambda line: line["frechet"])["step"]
     assert folder.complete_steps() == sorted({24, 27, 30, best})  # the last three, and the best
+
+
+AT_ONCE = "--disc_input pixels --disc_start_step 1 --disc_lead_steps 0 --disc_fade_steps 0"
+L1_ONLY = "--perceptual none --disc_start_step 1000 --lr 3e-3"
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--train_steps 20 --disc_start_step 1000", "training goes well"),
+    ("--train_steps 6 --codebook_start_step 0 --codebook_revival 0 --codebook_size 500",
+     "the 1024 ids of a batch are only about"),
+    (f"--train_steps 8 {AT_ONCE} --disc_lr 1e-12", "the discriminator is idle"),
+    (f"--train_steps 40 {AT_ONCE} --disc_lr 1e-2 --lr 1e-9", "the discriminator wins"),
+    (f"--train_steps 8 {AT_ONCE} --disc_weight_max 1e-6",
+     "the weight of the adversarial loss is at its limit"),
+    (f"--train_steps 60 {L1_ONLY} --ema --ema_beta 0.9999 --no_ema_warmup", "the EMA is behind"),
+    (f"--train_steps 120 {L1_ONLY} --crops 0 --codebook_start_step 1000 --steps_per_eval 40",
+     "images held out do worse"),
+    ("--train_steps 6 --disc_start_step 1000", "1 step since the last validation was not finite"),
+])
+def test_each_sentence_is_said_of_a_run_that_shows_it(flags, says, photos, workplace, monkeypatch):
+    """In the log and on the dashboard, at the validation after the last step."""
+    if "do worse" in says:  # four images are learned by heart
+        for number in range(4, 16):
+            (workplace / "photos" / f"{number}.png").unlink()
+    if "not finite" in says:
+        monkeypatch.setattr(VQGAN, "generator_losses", not_finite_in_step_2)
+    train(f"{photos} --log_dir a --steps_per_eval {flags.split()[1]} {flags}")
+    sentences = json.loads(RunFolder("a").board.read_text())["health"]["sentences"]
+    assert any(sentence.startswith(says) for sentence in sentences)
+    assert says in RunFolder("a").log.read_text()
+
+
+def not_finite_in_step_2(vqgan, x, step, *arguments, losses=VQGAN.generator_losses):
+    loss, *others = losses(vqgan, x, step, *arguments)
+    return (loss * (math.nan if step == 2 else 1), *others)
 
 
 @pytest.fixture
