@@ -18,7 +18,9 @@ import sys
 
 import yaml
 
+from hparams.parser import best_step, step_or_best
 from measure import number, print_table
+from utils.errors import SettingsError
 from utils.logging.logger import read_metrics
 from utils.runs.folder import RunFolder
 
@@ -65,13 +67,19 @@ def parse_arguments():
     )
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--ae_load_dir", required=True, help="run of the autoencoder")
-    parser.add_argument("--ae_load_step", type=int, required=True, help="step of its checkpoint")
+    parser.add_argument("--ae_load_step", type=step_or_best, required=True,
+                        help="step of its checkpoint, or best")
     parser.add_argument("--train_steps", type=int, default=400, help=f"a multiple of {EVERY}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--kernels", nargs=2, type=int, default=[3, 7], metavar=("SMALL", "LARGE"))
     parser.add_argument("--variants", nargs="+", type=int, metavar="N",
                         help=f"only these, 0 to {len(VARIANTS) - 1} (none: all)")
     arguments, handed_on = parser.parse_known_args()
+    if arguments.ae_load_step == "best":
+        try:
+            arguments.ae_load_step = best_step(arguments.ae_load_dir)
+        except SettingsError as error:
+            parser.error(str(error))
     if arguments.train_steps % EVERY:
         parser.error(f"--train_steps must be a multiple of {EVERY}, not {arguments.train_steps}")
     return arguments, handed_on

@@ -152,7 +152,7 @@ VQGAN_DEFAULTS = Defaults(
     recipes={
         "modern": dict(
             MODERN, optimizer="muon", lr=1e-3, perceptual="efficientnet_lite0",
-            perceptual_weight=0.15, codebook_start_step=None, codebook_revival=10,
+            perceptual_weight=None, codebook_start_step=None, codebook_revival=10,
             disc_input=None, disc_norm="group", disc_lr=1e-3, disc_weight=0.25,
             disc_start_step=None, disc_lead_steps=None, disc_fade_steps=None,
         ),

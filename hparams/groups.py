@@ -227,8 +227,9 @@ class Autoencoder(AutoencoderArchitecture):
     perceptual: str = setting("lpips", "perceptual distance in the loss: lpips, which needs VGG16's"
                               " weights, efficientnet_lite0, which is installed with its own, or "
                               "none", choices=["lpips", "efficientnet_lite0", "none"])
-    perceptual_weight: float = setting(1.0, "weight of the perceptual distance; 0 needs and "
-                                       "downloads nothing", minimum=0)
+    perceptual_weight: float | None = setting(1.0, "weight of the perceptual distance (none: 0.15 "
+                                              "of efficientnet_lite0, 1 of lpips); 0 needs and "
+                                              "downloads nothing", minimum=0)
     perceptual_range: str = setting("0_1", "range of the images LPIPS sees: 0_1 as the published "
                                     "models were trained, or, typed --perceptual_range=-1_1, that "
                                     "on which LPIPS was fitted", choices=["0_1", "-1_1"],
@@ -254,6 +255,8 @@ class Autoencoder(AutoencoderArchitecture):
         super().validate()
         if self.perceptual == "none":
             self.perceptual_weight = 0.0
+        elif self.perceptual_weight is None:
+            self.perceptual_weight = 0.15 if self.perceptual == "efficientnet_lite0" else 1.0
 
 
 class SamplerArchitecture(Settings):

@@ -112,7 +112,7 @@ def describe_default(field, declared, defaults):
     texts = [f"default {show(defaults.everywhere.get(field.name, declared))}"]
     for layer, values in defaults.layers():
         if field.name in values:
-            texts.append(f"{layer} {show(values[field.name])}")
+            texts.append(f"{layer} {show(values[field.name]) or 'none'}")
     return "; ".join(texts)
 
 

@@ -46,6 +46,14 @@ def test_parts_of_a_recipe_and_sizes_of_a_preset_are_flags():
     assert (H.disc_norm, H.lr_schedule, H.lr) == ("batch", "constant", 4.5e-6 * H.batch_size)
 
 
+@pytest.mark.parametrize("flags, weight", [
+    ("", 0.15), ("--perceptual lpips", 1.0), ("--perceptual none", 0.0),
+    ("--perceptual_weight 0.3", 0.3), ("--recipe published", 1.0),
+])
+def test_the_weight_of_the_perceptual_distance_follows_which_it_is(flags, weight):
+    assert get_vqgan_hparams([*CUSTOM, *flags.split()]).perceptual_weight == weight
+
+
 def test_a_preset_that_is_given_comes_after_the_dataset():
     assert get_vqgan_hparams(["--dataset", "digits"]).batch_size == 32
     assert get_vqgan_hparams(["--dataset", "textures"]).batch_size == 8

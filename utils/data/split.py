@@ -85,12 +85,13 @@ def new_split(dataset):
     Raises UserError when there are fewer than two images.
     """
     n = len(dataset)
-    if n < 2:
-        raise UserError(f"the dataset {dataset.name} has {n} image, too few to hold out validation "
-                        "images: add images or set --steps_per_eval 0")
+    numbers = np.empty(n) if dataset.embedded else np.sort(numbers_of_names(dataset))
+    images = n if dataset.embedded else len(np.unique(numbers))  # crops share a name
+    if images < 2:
+        raise UserError(f"the dataset {dataset.name} has {images} image, too few to hold out "
+                        f"validation images: add images or set --steps_per_eval 0")
     if dataset.embedded:
         return {"by": "order"}
-    numbers = np.sort(numbers_of_names(dataset))
     share = max(min(SHARE, MOST / n), math.nextafter(numbers[0], 1))
     return {"by": "name", "share": float(min(share, numbers[-1]))}
 

@@ -57,7 +57,7 @@ def build_vqgan(H, log):
     perceptual = PerceptualDistance()
     path = RunFolder(H.load_dir).model("vqgan", H.load_step)
     if H.vgg_weights or not (H.load_step and lpips_weights(path)):
-        fill_trunk(perceptual, H.vgg_weights, log, "--perceptual_weight 0")
+        fill_trunk(perceptual, H.vgg_weights, log, "--perceptual efficientnet_lite0")
     return VQGAN(H, perceptual, lite0)
 
 

@@ -12,7 +12,7 @@ from utils.data import images
 from utils.data.datasets import load_dataset
 from utils.data.images import Distorted, augmented
 from utils.data.split import apply_split, new_split
-from utils.errors import SettingsError
+from utils.errors import SettingsError, UserError
 
 
 @pytest.fixture
@@ -78,6 +78,13 @@ def test_a_split_holds_out_whole_images(folder):
     names = [{part.path(i) for i in range(len(part))} for part in (train, held_out)]
     assert not names[0] & names[1] and len(names[0] | names[1]) == 20
     assert split["trained_on"] + split["held_out"] == 100
+
+
+def test_squares_of_one_image_are_too_few_for_a_split(folder):
+    for number in range(1, 20):
+        (folder / f"{number:02}.png").unlink()
+    with pytest.raises(UserError, match="has 1 image, too few to hold out"):
+        new_split(dataset(folder))
 
 
 def test_another_side_is_resized_and_small_images_give_their_largest_square(folder):

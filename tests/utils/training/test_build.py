@@ -79,7 +79,7 @@ def test_a_failed_download_names_the_alternatives(log, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(torchvision.models.VGG16_Weights, "get_state_dict", refuse)
-    with pytest.raises(UserError, match="--vgg_weights.*--perceptual_weight 0"):
+    with pytest.raises(UserError, match="--vgg_weights.*--perceptual efficientnet_lite0"):
         build_vqgan(get_vqgan_hparams(FLAGS), log)
 
 
