@@ -21,7 +21,7 @@ Shapes: B batch, H W grid, h heads, e head_dim.
 
 import torch
 
-from models.neighborhoods.flex import flex_attend, flex_problem
+from models.neighborhoods.flex import flex_attend, flex_attend_if_it_compiles, flex_problem
 from models.neighborhoods.geometry import Heads
 from models.neighborhoods.masked import dense_attention, tile_shape, tiled_attention
 
@@ -187,9 +187,15 @@ def hydra_attention(query, key, value, groups, tables=None, scale=None, backend=
                 raise ValueError(f"`backend` 'natten' cannot do this call: {error}") from None
     if backend == "flex" and flex_problem(query):
         raise ValueError(f"`backend` 'flex' cannot do this call: {flex_problem(query)}")
-    backend = backend or fastest_backend(query, groups, tables is not None)
     if backend == "flex":
         return flex_attend(*arguments)
+    backend = backend or fastest_backend(query, groups, tables is not None)
+    if backend == "flex":
+        if torch.compiler.is_compiling():
+            return flex_attend(*arguments)
+        out = flex_attend_if_it_compiles(*arguments)
+        if out is not None:
+            return out
     if backend == "dense":
         return dense_attention(*arguments)
     return by_neighborhood(tiled_attention, *arguments)

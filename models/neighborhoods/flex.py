@@ -8,11 +8,13 @@ up by itself.
 Shapes: B batch, H W grid, N = H*W tokens, h heads, e head_dim; n = ceil(N / BLOCK) blocks.
 """
 
+import warnings
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch._dynamo.exc import TorchDynamoException
 
 from models.devices import compiler_problem
 from models.neighborhoods.geometry import axis_offset, constant
@@ -174,7 +176,28 @@ def compiled():
     """`fused`, compiled for each set of shapes at its first call."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, COMPILED_SHAPES)
-    return torch.compile(fused, fullgraph=True, dynamic=False)
+    code = torch.compile(fused, fullgraph=True, dynamic=False)
+
+    def attend(*arguments):
+        # Also where nothing else is to be compiled: without code all scores would be in memory.
+        with torch.compiler.set_stance("default"):
+            return code(*arguments)
+
+    return attend
+
+
+def flex_attend_if_it_compiles(*arguments):
+    """`flex_attend`, or None where its kernel does not come about on this device: that is a
+    `flex_problem` from then on, of which a warning tells."""
+    global FLEX_PROBLEM
+    try:
+        return flex_attend(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except (TorchDynamoException, RuntimeError) as error:  # Triton's arrive as the latter
+        reason = str(error).strip().partition("\n")[0]
+        FLEX_PROBLEM = f"FlexAttention's kernel does not compile here ({reason})"
+        warnings.warn(f"{FLEX_PROBLEM}: another backend attends", stacklevel=2)
 
 
 def flex_attend(query, key, value, groups, tables, scale):

@@ -14,8 +14,11 @@ def free_memory(device):
     for what CUDA graphs keep for themselves."""
     free, _ = torch.cuda.mem_get_info(device)
     index = torch.device(device).index or 0
-    kept = [segment["total_size"] - segment["allocated_size"]
-            for segment in torch.cuda.memory_snapshot()
+    try:
+        segments = torch.cuda.memory_snapshot()
+    except RuntimeError:  # CUDA's own allocator does not tell
+        return free
+    kept = [segment["total_size"] - segment["allocated_size"] for segment in segments
             if segment["device"] == index and tuple(segment["segment_pool_id"]) == (0, 0)]
     return free + sum(kept)
 

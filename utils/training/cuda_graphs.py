@@ -105,8 +105,8 @@ def capture(parts, log, required=False):
     on. What they give, and the gradients of their parameters, are overwritten by the next replay:
     each is called once a step.
 
-    Where one cannot be captured the log says why, or UserError is raised if it is `required`, and
-    in any case if the capture itself fails.
+    Where one cannot be captured the log says why, or UserError is raised if it is `required`
+    (OutOfMemoryError where memory is short), and in any case if the capture itself fails.
     """
     device = parts[0].static_input.device
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -116,6 +116,8 @@ def capture(parts, log, required=False):
             for part in parts:
                 part.try_out()
         except RuntimeError as error:
+            if required and isinstance(error, torch.OutOfMemoryError):
+                raise
             if required:
                 raise UserError(f"--cuda_graphs: {first_line(error)}") from error
             log.warning(f"no CUDA graphs are captured: {first_line(error)}")
@@ -127,7 +129,8 @@ def capture(parts, log, required=False):
             )
         except RuntimeError as error:
             cause = first_cause(error)
-            if isinstance(cause, (KeyboardInterrupt, Stopped)):
+            asked = required and isinstance(cause, torch.OutOfMemoryError)
+            if asked or isinstance(cause, (KeyboardInterrupt, Stopped)):
                 raise cause from None
             raise UserError(f"the networks' kernels cannot be captured: give --no_cuda_graphs "
                             f"({first_line(cause)})") from error

@@ -223,12 +223,17 @@ def test_what_waits_for_the_device_is_not_captured(asked, graphs, monkeypatch):
     assert "trained to step 2" in log and not graphs
 
 
-@pytest.mark.parametrize("cause, raised, words", [
-    (ValueError("a copy from the host"), UserError, "--no_cuda_graphs .a copy from the host"),
-    (Stopped(15, "interrupted"), Stopped, "interrupted"),
-    (KeyboardInterrupt(), KeyboardInterrupt, None),
+SHORT = torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("cause, asked, raised, words", [
+    (ValueError("a copy from the host"), "", UserError, "--no_cuda_graphs .a copy from the host"),
+    (SHORT, "", UserError, "--no_cuda_graphs .CUDA out of memory"),
+    (SHORT, "--cuda_graphs", torch.OutOfMemoryError, "CUDA out of memory"),
+    (Stopped(15, "interrupted"), "", Stopped, "interrupted"),
+    (KeyboardInterrupt(), "", KeyboardInterrupt, None),
 ])
-def test_where_a_capture_fails_training_ends(cause, raised, words, graphs, monkeypatch):
+def test_where_a_capture_fails_training_ends(cause, asked, raised, words, graphs, monkeypatch):
     """torch reports the end of the capture, not what ended it."""
     def fail(*arguments, **options):
         try:
@@ -238,5 +243,20 @@ def test_where_a_capture_fails_training_ends(cause, raised, words, graphs, monke
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
     with pytest.raises(raised, match=words):
-        train_vqgan.main(f"{VQGAN} --log_dir a --train_steps 2".split())
+        train_vqgan.main(f"{VQGAN} --log_dir a --train_steps 2 {asked}".split())
     assert not RunFolder("a").complete_steps()
+
+
+@pytest.mark.parametrize("asked", ["", "--cuda_graphs"])
+def test_memory_that_is_short_in_a_trial(asked, graphs, monkeypatch):
+    def fail(part):
+        raise SHORT
+
+    monkeypatch.setattr(cuda_graphs.Capturable, "try_out", fail)
+    flags = f"{VQGAN} --log_dir a --train_steps 2 {asked}".split()
+    if asked:
+        with pytest.raises(torch.OutOfMemoryError):
+            train_vqgan.main(flags)
+        return
+    train_vqgan.main(flags)
+    assert "no CUDA graphs are captured: CUDA out of memory" in RunFolder("a").log.read_text()
