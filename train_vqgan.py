@@ -12,6 +12,7 @@ from hparams import get_vqgan_hparams
 from hparams.scripts import AUTOENCODER_ARCHITECTURE
 from models import VQGAN
 from models.autoencoder.formats import to_fast_format
+from models.autoencoder.perceptual import SMALLEST, lpips_input
 from models.autoencoder.quantizers import gumbel_temperature
 from utils.data.batches import RepeatedBatches, TrainingBatches, UnreadableFiles, evaluation_batches
 from utils.data.datasets import load_dataset
@@ -23,7 +24,7 @@ from utils.evaluation.reconstruction import ENOUGH, ReconstructionDistance
 from utils.runs.resume import choose_checkpoint, record_settings
 from utils.runs.script import run_script, start_run
 from utils.runs.trained_on import choose_split
-from utils.training.build import build_vqgan, check_models
+from utils.training.build import build_vqgan, check_models, efficientnet_distance
 from utils.training.checkpoints import Checkpoints, architecture_of
 from utils.training.codebook import CodebookCare
 from utils.training.compile import compiles, only_compiled
@@ -121,6 +122,10 @@ class VQGANTraining:
             looked_at, H.batch_size, H.num_workers, device, self.on_unreadable
         )
         self.distance = ReconstructionDistance(device)
+        # where the loss has no perceptual distance, validations have one
+        self.perceptual = None
+        if self.vqgan.perceptual is None and H.img_size >= SMALLEST["efficientnet_lite0"]:
+            self.perceptual = efficientnet_distance().to(device)
         enough = len(looked_at) >= ENOUGH
         self.judged_by = ["frechet", "loss"] if enough else ["loss"]
         if H.steps_per_eval and not enough:
@@ -220,6 +225,9 @@ class VQGANTraining:
         for images, _ in self.looked_at:
             reconstructions, _, stats, _ = self.best.ae(images)
             nll, l1, perceptual = self.best.reconstruction_losses(images, reconstructions)
+            if self.perceptual is not None:
+                pair = (lpips_input(part, "0_1") for part in (images, reconstructions))
+                perceptual = self.perceptual(*pair).mean()
             values = dict(loss=nll, l1=l1, perceptual=perceptual)
             values["psnr"] = psnr(images, reconstructions.clamp(0, 1)).mean()
             means.add(values, len(images))

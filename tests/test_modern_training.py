@@ -294,6 +294,13 @@ def test_going_back_before_the_best_step_forgets_it(photos):
     assert not RunFolder("a").best.exists()
 
 
+def test_validations_have_a_perceptual_distance_where_the_loss_has_none(photos):
+    train(f"{photos} --log_dir a --train_steps 2 --steps_per_eval 2 --perceptual none")
+    lines = {line["group"]: line for line in lines_of("a")}
+    assert lines["validation"]["perceptual"] > 0.1
+    assert lines["validation"]["loss"] == lines["validation"]["l1"]
+
+
 def test_the_last_pictures_are_written_whatever_the_interval(photos):
     train(f"{photos} --train_steps 3 --steps_per_save_output 100 --log_dir a")
     assert [path.name for path in RunFolder("a").images.iterdir()] == ["reconstructions_3.png"]
