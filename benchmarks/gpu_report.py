@@ -1,5 +1,6 @@
 """What benchmarks/gpu.py has found: checks, figures, what failed; on the terminal and as JSON."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from measure import machine, number
 from utils.evaluation.experiment import table
 from utils.files import whole_file
+from utils.training.cuda_graphs import first_line
 
 
 class Report:
@@ -23,8 +25,9 @@ class Report:
     def __init__(self, setup, folder, minutes):
         self.began, self.seconds = time.perf_counter(), 60 * minutes
         self.setup, self.part = setup, ""
-        self.parts = {}  # name: {"state": "done", "failed" or "skipped", ...}
-        self.figures, self.checks, self.words = [], [], []
+        self.parts = {}  # name: {"state": "done", "failed", "skipped" or "not run", ...}
+        self.figures, self.checks, self.passed_over, self.words = [], [], [], []
+        self.broken = ""  # why the card can do no more
         self.facts = facts(setup)
         name = re.sub(r"\W+", "_", self.facts["card"]).strip("_")
         self.path = Path(folder) / f"gpu_{name}.json"
@@ -70,40 +73,84 @@ class Report:
         values = self.values(what, **about)
         return values[0] if values else None
 
+    def pass_over(self, what, why, **about):
+        """Add a case that gives nothing, and why. It is no failure."""
+        self.passed_over.append({"part": self.part, "what": what, **about, "why": why})
+        self.say(f"{describe(what, about)}: {why}")
+
+    def spent(self, what, needed=0, **about):
+        """Whether no more seconds are left than `needed`: the case is then passed over."""
+        if self.left > needed:
+            return False
+        self.pass_over(what, "passed over for time", **about)
+        return True
+
+    @contextlib.contextmanager
+    def going_on(self, what, **about):
+        """Context in which an exception passes over the case, and the part goes on."""
+        try:
+            yield
+        except Exception as error:
+            self.pass_over(what, described(error), **about)
+
     def run(self, name, part):
-        """Run a part unless the time is spent. What it raises is told and kept."""
+        """Run a part unless the time is spent or the card broken. What it raises is told and
+        kept."""
         self.part = name
-        if self.left <= 0:
-            self.say(f"{name}: skipped, the {self.seconds / 60:g} minutes are spent")
-            self.parts[name] = {"state": "skipped", "why": "the time was spent"}
+        if self.broken or self.left <= 0:
+            state = "not run" if self.broken else "skipped"
+            why = self.broken or f"the {self.seconds / 60:g} minutes are spent"
+            self.say(f"{name}: {state}, {why}")
+            self.parts[name] = {"state": state, "why": why}
             return
-        began, known = self.elapsed, len(self.checks)
+        began = self.elapsed
         self.say(f"-- {name}")
         try:
             part(self.setup, self)
-            failed = [check for check in self.checks[known:] if not check["holds"]]
-            found = {"state": "failed" if failed else "done"}
+            found = {"state": self.state_of(name)}
         except Exception as error:
             last = traceback.format_exc().strip().splitlines()[-6:]
             self.say(f"{name} failed:\n" + "\n".join(last))
             found = {"state": "failed", "why": f"{type(error).__name__}: {error}"[:2000],
                      "traceback": last}
         self.parts[name] = {**found, "seconds": round(self.elapsed - began, 1)}
-        self.setup.clean(code=True)
         self.save()
+        self.clean(name)
+
+    def state_of(self, name):
+        """What became of a part that has come to its end."""
+        checks = [check for check in self.checks if check["part"] == name]
+        if any(not check["holds"] for check in checks):
+            return "failed"
+        found = checks + [figure for figure in self.figures if figure["part"] == name]
+        passed_over = any(case["part"] == name for case in self.passed_over)
+        return "skipped" if passed_over and not found else "done"
+
+    def clean(self, name):
+        """Give back what a part took. After an error such as an illegal access the card can do no
+        more in this process: then the part has failed, and no other one runs."""
+        try:
+            self.setup.wait()
+            self.setup.clean(code=True)
+        except Exception as error:
+            self.broken = f"the card can do no more after {name}: {described(error)}"
+            self.say(self.broken)
+            self.parts[name] = {"why": self.broken, **self.parts[name], "state": "failed"}
+            self.save()
 
     def save(self):
         """Write the file, whole."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             **self.facts, "seconds": round(self.elapsed, 1), "parts": self.parts,
-            "checks": self.checks, "figures": self.figures, "words": self.words,
+            "checks": self.checks, "figures": self.figures, "passed_over": self.passed_over,
+            "words": self.words,
         }
         with whole_file(self.path) as file:
             file.write((json.dumps(content, indent=1) + "\n").encode())
 
     def table(self):
-        """Everything as Markdown tables: parts, checks that do not hold, figures."""
+        """Everything as Markdown tables: parts, checks, figures, what gave none."""
         states = [[name, part["state"], part.get("seconds", "-"), part.get("why", "")[:80]]
                   for name, part in self.parts.items()]
         text = table(["part", "state", "s", ""], states)
@@ -119,12 +166,17 @@ class Report:
             rows = [[describe(figure["what"], about(figure)), number(figure["value"]),
                      figure["unit"]] for figure in self.figures]
             text += "\n\n" + table(["figure", "", "unit"], rows)
+        if self.passed_over:
+            rows = [[describe(case["what"], about(case)), case["why"]]
+                    for case in self.passed_over]
+            text += "\n\n" + table(["passed over", "why"], rows)
         return text
 
 
 def about(figure):
     """What a figure says of its case."""
-    return {k: v for k, v in figure.items() if k not in ("part", "what", "value", "unit")}
+    others = ("part", "what", "value", "unit", "why")
+    return {k: v for k, v in figure.items() if k not in others}
 
 
 def describe(what, about):
@@ -132,20 +184,27 @@ def describe(what, about):
     return ", ".join([what, *(f"{name} {value}" for name, value in about.items())])
 
 
+def described(error):
+    """An exception in one line."""
+    return f"{type(error).__name__}: {first_line(error)}"[:300]
+
+
 def facts(setup):
     """What the figures depend on beside the code: card, driver, versions."""
     found = {"card": machine(setup.device).partition(";")[0], "torch": torch.__version__,
-             "cuda": torch.version.cuda, "driver": driver(), "tiny": setup.tiny, "amp": setup.half}
+             "cuda": torch.version.cuda, "driver": nvidia_smi("driver_version"),
+             "tiny": setup.tiny, "amp": setup.half}
     if setup.on_gpu:
         properties = torch.cuda.get_device_properties(setup.device)
         found |= {"memory_bytes": properties.total_memory,
-                  "compute_capability": f"{properties.major}.{properties.minor}"}
+                  "compute_capability": f"{properties.major}.{properties.minor}",
+                  "compute_mode": nvidia_smi("compute_mode", f"--id=GPU-{properties.uuid}")}
     return found
 
 
-def driver():
-    """The version of NVIDIA's driver; None where `nvidia-smi` does not tell."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def nvidia_smi(field, *options):
+    """What `nvidia-smi` says of a card, the first unless an option names it; None where nothing."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", *options]
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
