@@ -191,9 +191,8 @@ L1_ONLY = "--perceptual none --disc_start_step 1000 --lr 3e-3"
 ])
 def test_each_sentence_is_said_of_a_run_that_shows_it(flags, says, photos, workplace, monkeypatch):
     """In the log and on the dashboard, at the validation after the last step."""
-    if "do worse" in says:  # four images are learned by heart
-        for number in range(4, 16):
-            (workplace / "photos" / f"{number}.png").unlink()
+    if "do worse" in says:
+        keep_four(workplace / "photos")
     if "not finite" in says:
         monkeypatch.setattr(VQGAN, "generator_losses", not_finite_in_step_2)
     train(f"{photos} --log_dir a --steps_per_eval {flags.split()[1]} {flags}")
@@ -202,9 +201,35 @@ def test_each_sentence_is_said_of_a_run_that_shows_it(flags, says, photos, workp
     assert says in RunFolder("a").log.read_text()
 
 
+def keep_four(folder):
+    """So few images are learned by heart."""
+    for number in range(4, 16):
+        (folder / f"{number}.png").unlink()
+
+
 def not_finite_in_step_2(vqgan, x, step, *arguments, losses=VQGAN.generator_losses):
     loss, *others = losses(vqgan, x, step, *arguments)
     return (loss * (math.nan if step == 2 else 1), *others)
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--train_steps 60 --ema --ema_beta 0.9999 --no_ema_warmup", "the EMA is behind"),
+    ("--train_steps 150 --crops 0 --steps_per_eval 50", "images held out do worse"),
+])
+def test_each_sentence_is_said_of_a_sampler_that_shows_it(flags, says, photos, workplace):
+    if "do worse" in says:
+        keep_four(workplace / "photos")
+    train(f"{photos} --log_dir ae --train_steps 2 --codebook_start_step 0")
+    train_sampler.main(f"{prior_flags(photos)} --steps_per_eval {flags.split()[1]} {flags}".split())
+    sentences = json.loads(RunFolder("prior").board.read_text())["health"]["sentences"]
+    assert any(sentence.startswith(says) for sentence in sentences), sentences
+
+
+def prior_flags(photos, name="prior"):
+    """The flags of a tiny sampler on the autoencoder `ae` of the photos."""
+    return (f"{photos.partition('--preset')[0]} --sampler absorbing --preset small --no_visdom "
+            f"--num_workers 0 --bert_n_emb 32 --bert_n_head 4 --bert_n_layers 1 --sample_steps 4 "
+            f"--batch_size 2 --ae_load_dir ae --ae_load_step best --log_dir {name}")
 
 
 @pytest.fixture
@@ -269,15 +294,13 @@ def test_the_autoencoder_of_a_sampler_is_kept_and_stays_the_best_for_it(photos, 
     monkeypatch.setattr(ReconstructionDistance, "add", lambda *_: None)
     monkeypatch.setattr(ReconstructionDistance, "take", lambda _: {"frechet": next(distances)})
     train(f"{flags} --train_steps 4 --steps_per_eval 2")
-    prior = (f"{photos.partition('--preset')[0]} --sampler absorbing --preset small --no_visdom "
-             f"--num_workers 0 --bert_n_emb 32 --bert_n_head 4 --bert_n_layers 1 --sample_steps 4 "
-             f"--batch_size 2 --ae_load_dir ae --ae_load_step best --log_dir prior")
+    prior = prior_flags(photos)
     train_sampler.main(f"{prior} --train_steps 2".split())
     train(f"{flags} --train_steps 8 --steps_per_eval 2 --resume")
     assert RunFolder("ae").complete_steps() == [2, 6, 8]  # 6 is the best by now
     train_sampler.main(f"{prior} --train_steps 3 --resume".split())
     assert get_sampler_hparams(f"{prior} --train_steps 4 --resume".split()).ae_load_step == 2
-    other = prior.replace("--log_dir prior", "--log_dir other --train_steps 2")
+    other = f"{prior_flags(photos, 'other')} --train_steps 2"
     assert get_sampler_hparams(other.split()).ae_load_step == 6
     get_samples.main("--load_dir prior --load_step 3 --ae_load_dir ae --ae_load_step best "
                      "--n_samples 2 --log_dir s --no_visdom".split())
