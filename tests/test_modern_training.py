@@ -198,7 +198,8 @@ def test_each_sentence_is_said_of_a_run_that_shows_it(flags, says, photos, workp
     train(f"{photos} --log_dir a --steps_per_eval {flags.split()[1]} {flags}")
     sentences = json.loads(RunFolder("a").board.read_text())["health"]["sentences"]
     assert any(sentence.startswith(says) for sentence in sentences)
-    assert says in RunFolder("a").log.read_text()
+    log = RunFolder("a").log.read_text()
+    assert says in log and re.search(r"the loader reads \d+ images/s alone", log)
 
 
 def keep_four(folder):
