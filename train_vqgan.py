@@ -20,7 +20,7 @@ from utils.data.images import augmented
 from utils.data.pixel_cache import cached_pixels
 from utils.data.split import apply_split, describe, sample_of
 from utils.evaluation.metrics import psnr
-from utils.evaluation.reconstruction import ENOUGH, ReconstructionDistance
+from utils.evaluation.reconstruction import ENOUGH_TO_COMPARE, ReconstructionDistance
 from utils.runs.resume import choose_checkpoint, record_settings
 from utils.runs.script import run_script, start_run
 from utils.runs.trained_on import choose_split
@@ -126,7 +126,7 @@ class VQGANTraining:
         self.perceptual = None
         if self.vqgan.perceptual is None and H.img_size >= SMALLEST["efficientnet_lite0"]:
             self.perceptual = efficientnet_distance().to(device)
-        enough = len(looked_at) >= ENOUGH
+        enough = len(looked_at) >= ENOUGH_TO_COMPARE
         self.judged_by = ["frechet", "loss"] if enough else ["loss"]
         if H.steps_per_eval and not enough:
             self.log.info(f"{len(looked_at)} images held out are too few for a Fréchet distance: "

@@ -235,7 +235,7 @@ def prior_flags(photos, name="prior"):
 
 @pytest.fixture
 def few_are_enough(monkeypatch):
-    monkeypatch.setattr(train_vqgan, "ENOUGH", 2)
+    monkeypatch.setattr(train_vqgan, "ENOUGH_TO_COMPARE", 2)
 
 
 def test_few_images_held_out_are_judged_by_the_loss(photos):

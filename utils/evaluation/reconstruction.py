@@ -9,6 +9,7 @@ from utils.evaluation.features import Extractor
 from utils.evaluation.metrics import frechet_distance_of_features
 
 ENOUGH = 64  # pairs, without which a Fréchet distance says little
+ENOUGH_TO_COMPARE = 16  # pairs, without which it does not even compare steps of one run
 EXTRACTOR = SimpleNamespace(feature_extractor="efficientnet_lite0", feature_extractor_weights=None)
 
 
