@@ -1,16 +1,19 @@
 """The checks of benchmarks/gpu.py: attention, steps that do not wait, memory. What the scripts do
 is checked in gpu_scripts.py."""
 
+import contextlib
+import math
 from unittest import mock
 
 import torch
-from gpu_setup import STAGES, Operations, fastest_convolutions
+from gpu_setup import STAGES, Operations, fastest_convolutions, out_of_memory
 
 from measure import peak_megabytes
 from models.neighborhood_attention import neighborhood_attention_2d
 from models.prior.attention import HydraNeighborhoodAttention
 from utils.training import step as training_step
 from utils.training.cuda_graphs import capture_problem
+from utils.training.processes import Processes
 
 # Largest error of outputs and of gradients, as shares of the largest entry. bfloat16 has 8 bits,
 # float16 11; a gradient of the bias is a sum over the images and the whole grid.
@@ -26,7 +29,24 @@ LAYER_CASES = [  # grid, kernels, dilations, rpb, rope
 ]
 COMPILED = ("flex",)  # backends that compile each case on a GPU, for seconds
 MOST_SECONDS = 90  # of the whole check of attention
+FIRST_STEPS = 20  # in which float16's scale of 65536 comes down to one without overflow
 HEADS, WIDTH = 8, 64  # of the published denoiser
+
+
+def largest(errors):
+    """The largest of numbers; NaN if one of them is, which Python's `max` may pass over."""
+    return torch.tensor(errors, dtype=torch.float64).max().item()
+
+
+@contextlib.contextmanager
+def where_it_fits(report, what, **about):
+    """Context in which a case that does not fit into memory is passed over."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        report.pass_over(what, "does not fit, passed over", **about)
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -41,12 +61,12 @@ def attention(setup, report):
     operators, layers = OPERATOR_CASES, LAYER_CASES
     if setup.tiny:
         operators, layers = [((6, 7), 3, 2)], [((7, 8), [3, 7], [1], True, True)]
-    end = report.elapsed + MOST_SECONDS
+    end = report.elapsed + min(MOST_SECONDS, report.left)
     for backend in ("dense", "tiled", "natten", *COMPILED):
-        for dtype in (torch.bfloat16, torch.float32, torch.float16):
-            chosen = operators, layers
+        for name in dict.fromkeys((setup.half, "float32", *setup.halves)):
+            chosen, dtype = (operators, layers), getattr(torch, name)
             if setup.on_gpu and backend in COMPILED:
-                most = dtype == torch.bfloat16
+                most = name == setup.half
                 chosen = operators[:: 3 if most else 6], layers[: 3 if most else 1]
             cases = [operator_case(*case, bias) for case in chosen[0] for bias in (False, True)]
             cases += [layer_case(*case) for case in chosen[1]]
@@ -111,7 +131,7 @@ def check_case(setup, report, case, backend, dtype):
         report.check("attention", False, f"{type(error).__name__}: {error}"[:500], **facts)
         return
     errors = [relative_error(x, y) for x, y in zip(found, expected)]
-    of_output, of_gradients = errors[0], max(errors[1:])
+    of_output, of_gradients = errors[0], largest(errors[1:])
     limits = TOLERANCES[dtype]
     holds = of_output <= limits[0] and of_gradients <= limits[1]
     detail = f"errors {of_output:.1e} and {of_gradients:.1e}, allowed {limits[0]} and {limits[1]}"
@@ -142,22 +162,28 @@ def waits(setup, report):
 
     On a GPU torch raises where it would wait; elsewhere the operations that would are counted.
     """
+    ways = [("float32", False), *((half, False) for half in setup.halves)]
+    ways.append((setup.half, setup.on_gpu))  # elsewhere there are no graphs
     for stage in STAGES:
-        for precision, graphs in (
-            ("float32", False), ("bfloat16", False), ("float16", False), ("bfloat16", True)
-        ):
-            graphs = graphs and setup.on_gpu  # elsewhere there are none
-            step = setup.step(stage, precision)
-            if graphs:
-                step.capture()
-            for _ in range(2):
-                step()
-            setup.wait()
-            found = waits_of(step, setup)
-            report.check("a step without waits", not found, found or "none", stage=stage,
-                         precision=precision, graphs=graphs)
-            del step
+        for precision, graphs in ways:
+            about = dict(stage=stage, precision=precision, graphs=graphs)
+            if report.spent("a step without waits", **about):
+                continue
+            with where_it_fits(report, "a step without waits", **about):
+                found = waits_of_stage(setup, **about)
+                report.check("a step without waits", not found, found or "none", **about)
             setup.clean()
+
+
+def waits_of_stage(setup, stage, precision, graphs):
+    """What the third step of a stage waits for, in words."""
+    step = setup.step(stage, precision)
+    if graphs:
+        step.capture()
+    for _ in range(2):
+        step()
+    setup.wait()
+    return waits_of(step, setup)
 
 
 def waits_of(step, setup):
@@ -171,6 +197,8 @@ def waits_of(step, setup):
     try:
         step()
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         return str(error).splitlines()[0] + where(error)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -192,27 +220,52 @@ def where(error):
 
 
 def graphs(setup, report):
-    """Steps whose kernels are captured and replayed compute what other steps do: the first of each
-    stage has the same losses and norms of gradients, up to rounding. (Later ones of an autoencoder
-    part, as its discriminator magnifies what atomic additions make of rounding.)"""
+    """Steps whose kernels are captured and replayed compute what other steps do."""
+    problem = capture_problem(setup.sampler_settings(), Processes(device=setup.device))
+    if problem:
+        report.say(f"no CUDA graphs: {problem}")
+        return
     for stage in STAGES:
-        values = []
-        for captured in (False, True):
-            step = setup.step(stage, setup.half)
-            problem = capture_problem(step.H, step.processes)
-            if problem:
-                report.say(f"no CUDA graphs: {problem}")
-                return
-            if captured:
-                step.capture()
-            values.append([step().values.tolist() for _ in range(3)])
-            del step
+        with where_it_fits(report, "CUDA graphs compute the same", stage=stage):
+            plain = values_of(setup, stage)
             setup.clean()
-        plain, replayed = values
-        error = max(abs(a - b) / max(abs(a), 1e-6) for a, b in zip(plain[0], replayed[0]))
-        found = "equal to the bit" if plain == replayed else f"first step: errors of {error:.1e}"
-        report.check("CUDA graphs compute the same", error < 1e-2 and replayed[0] != replayed[1],
-                     found, stage=stage)
+            holds, found = same_values(plain, values_of(setup, stage, replays=len(plain)))
+            report.check("CUDA graphs compute the same", holds, found, stage=stage)
+        setup.clean()
+
+
+def values_of(setup, stage, replays=0):
+    """Losses and norms of gradients of a stage's first steps: with graphs as many as `replays`,
+    else three, or more until the last but one is finite."""
+    step, values = setup.step(stage, setup.half), []
+    if replays:
+        step.capture()
+    while len(values) < (replays or FIRST_STEPS):
+        values.append(step().values.tolist())
+        if not replays and len(values) > 2 and all_finite(values[-2]):
+            break
+    return values
+
+
+def all_finite(values):
+    return all(map(math.isfinite, values))
+
+
+def same_values(plain, replayed):
+    """(whether replayed steps have the values of others, what was found).
+
+    The first finite step decides: up to then no weight has changed. (Later ones of an autoencoder
+    part, as its discriminator magnifies what atomic additions make of rounding.) A step after it
+    has other values, or nothing is computed anew.
+    """
+    first = next((n for n, values in enumerate(plain[:-1]) if all_finite(values)), None)
+    if first is None:
+        return False, f"none of the first {len(plain)} steps has finite losses and gradients"
+    pairs = zip(plain[first], replayed[first])
+    error = largest([abs(a - b) / max(abs(a), 1e-6) for a, b in pairs])
+    holds = error < 1e-2 and replayed[first] != replayed[first + 1]
+    return holds, ("equal to the bit" if plain == replayed
+                   else f"step {first + 1}: errors of {error:.1e}")
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -237,9 +290,13 @@ def memory(setup, report):
         published = getattr(setup, f"{stage}_settings")().batch_size
         for batch in (published, 2 * published)[: 1 if precision == "float32" else 2]:
             about = dict(stage=stage, precision=precision, flags=flags, batch=batch)
+            if report.spent("peak memory", **about):
+                continue
             try:
                 peak = peak_of_training(setup, stage, precision, f"--batch_size {batch} {flags}")
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
                 peak = None
             report.figure("peak memory", peak, "MB", **about)
 

@@ -42,6 +42,12 @@ class Setup:
         name = Precision(True, self.device).description
         return name if name in HALF else "bfloat16"
 
+    @property
+    def halves(self):
+        """The half types that the device computes in, which `half` is one of. GPUs before Ampere
+        only emulate bfloat16."""
+        return ("float16",) if self.half == "float16" else HALF
+
     def precision(self, name):
         """The name of a precision, where "half" is what `--amp` takes on the device."""
         return self.half if name == "half" else name
@@ -84,6 +90,14 @@ class Setup:
         codebook = torch.zeros(H.codebook_size, H.emb_dim)
         model = build_sampler(H, codebook).to(self.device)
         return model.eval().requires_grad_(False)
+
+
+def out_of_memory(error):
+    """Whether an exception, or what it says, is of memory that did not suffice: torch's, CUDA's, or
+    that of one of CUDA's libraries."""
+    words = ("out of memory", "STATUS_ALLOC_FAILED")
+    return (isinstance(error, torch.OutOfMemoryError)
+            or any(word in str(error) for word in words))
 
 
 @contextlib.contextmanager

@@ -1,9 +1,13 @@
 """`make gpu-check` on cards with little memory, little time, or faults: what it cannot do is passed
 over, and the rest goes on."""
 
+import contextlib
+import itertools
 import json
 import time
+from types import SimpleNamespace
 
+import gpu_checks
 import pytest
 import torch
 from gpu_report import Report
@@ -77,3 +81,134 @@ def test_a_part_of_which_all_is_passed_over_is_skipped(report):
     assert report.parts["images"]["state"] == "skipped"
     assert cases_of(report) == [("decoding", "passed over for time")]
     assert not report.spent("decoding", needed=1)
+
+
+# --- the checks ----------------------------------------------------------------------------------
+
+
+def test_a_gradient_that_is_not_a_number_does_not_pass(report):
+    def run(backend, dtype, device):
+        gradients = [torch.ones(3), torch.ones(3)]
+        if dtype != torch.float64:
+            gradients[1] = torch.tensor([1.0, float("nan"), 1.0])
+        return [torch.ones(3, dtype=torch.float64), *gradients]
+
+    gpu_checks.check_case(report.setup, report, ("not a number", run), "flex", torch.float32)
+    [check] = report.checks
+    assert not check["holds"] and "nan" in check["detail"]
+
+
+class Step:
+    """A training step whose values are `rows`, one after another."""
+
+    H = processes = number = None
+
+    def __init__(self, rows=((1.0,), (2.0,), (3.0,)), capture=lambda: None):
+        self.rows, self.capture = iter(rows), capture
+
+    def __call__(self):
+        return SimpleNamespace(values=torch.tensor(next(self.rows)))
+
+
+def give(monkeypatch, step):
+    """Let parts have what `step(stage, precision, flags)` gives, on a card that captures."""
+    monkeypatch.setattr(
+        Setup, "step", lambda setup, stage, precision, flags="": step(stage, precision, flags)
+    )
+    monkeypatch.setattr(gpu_checks, "capture_problem", lambda H, processes: None)
+
+
+def test_memory_goes_on_where_a_batch_does_not_fit(report, monkeypatch):
+    def step(stage, precision, flags):
+        def capture():
+            if "--batch_size 4" in flags:
+                out_of_memory()
+            if "--checkpoint_blocks" in flags:  # CUDA's own error, which is no class of torch's
+                raise RuntimeError("CUDA error: out of memory")
+
+        return Step(capture=capture)
+
+    give(monkeypatch, step)
+    gpu_checks.memory(report.setup, report)
+    fits = [(figure["value"] is not None) for figure in report.figures]
+    assert fits == 2 * [True, False, True, False, False]  # half at 2 and 4, float32, checkpoints
+
+
+def test_waits_and_graphs_pass_over_what_does_not_fit(report, monkeypatch):
+    def step(stage, precision, flags):
+        return Step(capture=out_of_memory if stage == "autoencoder" else lambda: None)
+
+    give(monkeypatch, step)
+    report.run("graphs", lambda setup, report: gpu_checks.graphs(setup, report))
+    assert report.parts["graphs"]["state"] == "done"
+    assert [(check["stage"], check["holds"]) for check in report.checks] == [("sampler", True)]
+    what = "CUDA graphs compute the same"
+    assert cases_of(report) == [(what, "does not fit, passed over")]
+    monkeypatch.setattr(Setup, "step", out_of_memory)
+    report.run("waits", lambda setup, report: gpu_checks.waits(setup, report))
+    assert report.parts["waits"]["state"] == "skipped" and len(report.checks) == 1
+    assert cases_of(report)[1:] == 8 * [("a step without waits", "does not fit, passed over")]
+
+
+def test_memory_that_is_short_is_no_wait(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu_checks.waits_of(out_of_memory, Setup(torch.device("cuda")))
+
+
+INF, NAN = float("inf"), float("nan")
+OVERFLOWS = [[1.0, INF], [1.0, INF], [1.0, INF]]  # float16's scale is too large; nothing changes
+
+
+@pytest.mark.parametrize("plain, replayed, holds, found", [
+    ([[1.0, 4.0], [0.9, 5.0]], [[1.0, 4.0], [0.9, 5.0]], True, "equal to the bit"),
+    ([[1.0, 4.0], [0.9, 5.0]], [[1.0, 4.001], [0.8, 6.0]], True, "step 4: errors of 2.5e-04"),
+    ([[1.0, 4.0], [0.9, 5.0]], [[1.0, 4.4], [0.9, 5.0]], False, "step 4: errors of 1.0e-01"),
+    ([[1.0, 4.0], [0.9, 5.0]], [[1.0, 4.0], [1.0, 4.0]], False, "step 4: errors of 0.0e+00"),
+    ([[1.0, 4.0], [0.9, 5.0]], [[1.0, NAN], [0.9, 5.0]], False, "step 4: errors of nan"),
+    (20 * [[1.0, INF]], 20 * [[1.0, INF]], False,
+     "none of the first 20 steps has finite losses and gradients"),
+])
+def test_graphs_are_compared_after_the_overflows_of_float16(
+    plain, replayed, holds, found, report, monkeypatch
+):
+    rows = itertools.cycle((OVERFLOWS + plain, OVERFLOWS + replayed))  # of each stage
+    give(monkeypatch, lambda stage, precision, flags: Step(next(rows)))
+    gpu_checks.graphs(report.setup, report)
+    assert [(check["holds"], check["detail"]) for check in report.checks] == 2 * [(holds, found)]
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_a_card_is_asked_for_the_types_that_it_has(capability, report, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(Setup, "clean", lambda setup, code=False: None)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0)
+    )
+    setup, dtypes, ways = Setup(torch.device("cuda")), set(), []
+    monkeypatch.setattr(gpu_checks, "check_case", lambda *case: dtypes.add(case[4]))
+    monkeypatch.setattr(
+        gpu_checks, "waits_of_stage",
+        lambda setup, stage, precision, graphs: ways.append((precision, graphs)),
+    )
+    gpu_checks.attention(setup, report)
+    gpu_checks.waits(setup, report)
+    halves = {torch.float16} if capability < (8, 0) else {torch.bfloat16, torch.float16}
+    assert dtypes == {torch.float32, *halves}
+    amp = "float16" if capability < (8, 0) else "bfloat16"
+    assert ("bfloat16", False) in ways or amp == "float16"
+    assert {"float32", amp, "float16"} == {precision for precision, _ in ways}
+    assert {precision for precision, graphs in ways if graphs} == {amp}
+
+
+def test_checks_begin_nothing_when_the_time_is_spent(report, monkeypatch):
+    begun = []
+    monkeypatch.setattr(Setup, "step", lambda *case: begun.append(case))
+    monkeypatch.setattr(gpu_checks, "check_case", lambda *case: begun.append(case))
+    monkeypatch.setattr(gpu_checks, "peak_of_training", lambda *case: begun.append(case))
+    spend(report)
+    for part in (gpu_checks.attention, gpu_checks.waits, gpu_checks.memory):
+        part(report.setup, report)
+    assert not begun and not report.figures and not report.checks
+    assert {why for _, why in cases_of(report)} == {"passed over for time"}
+    assert {what for what, _ in cases_of(report)} == {"a step without waits", "peak memory"}
