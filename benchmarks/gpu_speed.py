@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from gpu_setup import STAGES, Operations, Products, fastest_convolutions, seconds_a_call, tf32
-from gpu_steps import precision_of
+from gpu_steps import FIRST_STEP, precision_of
 from torch.profiler import ProfilerActivity, profile
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -15,6 +15,7 @@ from models.autoencoder.formats import in_precision, to_fast_format
 from models.neighborhood_attention import BACKENDS, hydra_attention
 from models.prior.attention import HydraNeighborhoodAttention
 from models.sampling.samplers import SAMPLERS
+from utils.data.device import bytes_of_image, number_that_fits
 from utils.evaluation.features import NAMES, Extractor
 from utils.training.cuda_graphs import first_line
 
@@ -26,18 +27,21 @@ WAYS = [  # stage, precision, compiled, graphs: the most important first
     *((stage, precision, False, True) for precision in ("tf32", "float32") for stage in STAGES),
 ]  # "half" is what --amp takes on the card; only a GPU has graphs
 SAMPLES, SAMPLE_STEPS = 64, 16  # the published number of steps is 256
+IMAGES = 64  # at once, where as many fit
+COMPILATION = 150  # seconds that the compiled autoencoder takes
+NO_KERNELS = "the profiler tells of no kernels, as where CUPTI is missing"
 
 
 def matmul(setup, report):
     """What the card multiplies at best: the peak by which utilisation is measured."""
     side = 256 if setup.tiny else 8192
-    for precision in ("bfloat16", "float16", "tf32", "float32"):
+    for precision in (*setup.halves, "tf32", "float32"):
         dtype = torch.float32 if precision in ("tf32", "float32") else getattr(torch, precision)
-        a, b = torch.randn(2, side, side, device=setup.device, dtype=dtype)
-        with tf32(precision == "tf32"):
+        about = dict(precision=precision, side=side)
+        with report.going_on("matrix product", **about), tf32(precision == "tf32"):
+            a, b = torch.randn(2, side, side, device=setup.device, dtype=dtype)
             seconds = seconds_a_call(lambda: a @ b, setup, 0.5)
-        report.figure("matrix product", 2 * side**3 / seconds / 1e12, "TFLOP/s",
-                      precision=precision, side=side)
+            report.figure("matrix product", 2 * side**3 / seconds / 1e12, "TFLOP/s", **about)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -46,13 +50,14 @@ def matmul(setup, report):
 def training(setup, report):
     """Steps a second of both stages at published sizes, which share of the peak they use, and how
     many kernels they launch."""
-    flops = {stage: flops_of(setup, stage) for stage in STAGES}
+    flops = {stage: flops_of(setup, report, stage) for stage in STAGES}
     for stage, value in flops.items():
-        report.figure("operations of a step", value / 1e12, "TFLOP", stage=stage)
+        if value:
+            report.figure("operations of a step", value / 1e12, "TFLOP", stage=stage)
+    setup.clean()
     for stage, precision, compiled, graphs in WAYS:
         precision, graphs = setup.precision(precision), graphs and setup.on_gpu
-        if report.left <= 0:
-            report.say("training: the rest is skipped, the time is spent")
+        if report.spent("the rest of training"):
             return
         try:
             time_training(setup, report, stage, precision, compiled, graphs, flops[stage])
@@ -64,7 +69,10 @@ def training(setup, report):
 
 def compiled_autoencoder(setup, report):
     """What --compile makes of the autoencoder, which takes a minute or more to compile."""
-    flops = flops_of(setup, "autoencoder")
+    if report.spent("training", 0 if setup.tiny else COMPILATION, stage="autoencoder",
+                    precision=setup.half, compiled=True):
+        return
+    flops = flops_of(setup, report, "autoencoder")
     time_training(setup, report, "autoencoder", setup.half, True, setup.on_gpu, flops)
     setup.clean(code=True)
 
@@ -84,38 +92,46 @@ def time_training(setup, report, stage, precision, compiled, graphs, flops):
         setup.wait()
         first = time.perf_counter() - began
         seconds = seconds_a_call(step, setup, 0 if setup.tiny else 2, least=2)
-        count, unit = launches(step, setup)
-    report.figure("training", 1 / seconds, "steps/s", **about)
-    report.figure("images in training", step.H.batch_size / seconds, "images/s", **about)
-    report.figure("launches of a step", count, unit, **about)
+        report.figure("training", 1 / seconds, "steps/s", **about)
+        report.figure("images in training", step.H.batch_size / seconds, "images/s", **about)
+        with report.going_on("launches of a step", **about):
+            launches(step, setup, report, about)
     if compiled or graphs:
         report.figure("preparation", max(first - 2 * seconds, 0), "s", **about)
     peak = report.value("matrix product", precision=precision)
-    if peak:
+    if peak and flops:
         report.figure("model flops utilisation", 100 * flops / seconds / (1e12 * peak), "%",
                       **about)
 
 
-def flops_of(setup, stage):
+def flops_of(setup, report, stage):
     """Floating-point operations of a training step, both ways, as `Products` counts them;
-    attention counts as that of the whole grid."""
-    step = setup.step(stage, "float32")
-    for module in step.model.modules():
-        if isinstance(module, HydraNeighborhoodAttention):
-            module.backend = "dense"
-    with Products() as products:
-        step()
-    return products.flops
+    attention counts as that of the whole grid. None where a step in float32 does not fit."""
+    setup.clean()
+    with report.going_on("operations of a step", stage=stage):
+        step = setup.step(stage, "float32")
+        for module in step.model.modules():
+            if isinstance(module, HydraNeighborhoodAttention):
+                module.backend = "dense"
+        with Products() as products:
+            step()
+        return products.flops
 
 
-def launches(step, setup):
-    """(how many kernels a call of `step` launches, "kernels"), as profiled on a GPU; elsewhere
-    (how many operations torch dispatches, views not counted, "operations")."""
+def launches(step, setup, report, about):
+    """The figure of how many kernels a call of `step` launches, as profiled on a GPU; elsewhere of
+    how many operations torch dispatches, views not counted."""
+    step.number = FIRST_STEP  # the next one updates neither the EMA nor the histories
     if not setup.on_gpu:
         with Operations() as operations:
             step()
-        return operations.total, "operations"
-    return len(kernels_of(step, setup)), "kernels"
+        report.figure("launches of a step", operations.total, "operations", **about)
+        return
+    count = len(kernels_of(step, setup))
+    if count:
+        report.figure("launches of a step", count, "kernels", **about)
+    else:
+        report.pass_over("launches of a step", NO_KERNELS, **about)
 
 
 def kernels_of(function, setup):
@@ -144,11 +160,11 @@ def backends(setup, report):
     for side in sides:
         for bias in (False, True):
             for backend in (None, *BACKENDS):
-                if report.left <= 0:
-                    report.say("backends: the rest is skipped, the time is spent")
+                if report.spent("the rest of attention both ways"):
                     return
                 about = dict(side=side, kernels="3 7", bias=bias, backend=str(backend))
-                time_attention(setup, report, backend, (3, 7), about)
+                with report.going_on("attention both ways", **about):
+                    time_attention(setup, report, backend, (3, 7), about)
         setup.clean()
 
 
@@ -170,13 +186,16 @@ def time_attention(setup, report, backend, kernels, about):
 
     try:
         seconds = seconds_a_call(both_ways, setup, 0 if setup.tiny else 0.2)
-        on_device = device_seconds(both_ways, setup) if setup.on_gpu else None
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except ValueError as error:
         report.say(f"{backend}, {side}x{side}: {str(error).splitlines()[0]}")
         return
     report.figure("attention both ways", 1e3 * seconds, "ms", **about, batch=batch)
-    if on_device:  # what is left where a compiled block calls it, or a graph
-        report.figure("kernels of attention", 1e3 * on_device, "ms", **about, batch=batch)
+    if setup.on_gpu:  # what is left where a compiled block calls it, or a graph
+        on_device = device_seconds(both_ways, setup)
+        if on_device:
+            report.figure("kernels of attention", 1e3 * on_device, "ms", **about, batch=batch)
+        else:
+            report.say(f"kernels of attention: {NO_KERNELS}")
 
 
 # --- sampling and measuring ----------------------------------------------------------------------
@@ -187,46 +206,69 @@ def sampling(setup, report):
     model, precision = setup.sampler(), precision_of(setup.half, setup.device)
     samples, steps = (2, 2) if setup.tiny else (SAMPLES, SAMPLE_STEPS)
 
-    def sample(method, count):
+    def sample(method, steps):
         torch.manual_seed(0)
         with precision.autocast():
-            return model.sample(count, sample_steps=steps, sample_type=method)
+            return model.sample(samples, sample_steps=steps, sample_type=method)
 
-    sample("diffusion", samples)
     for method in SAMPLERS:
-        if report.left <= 0:
-            report.say("sampling: the rest is skipped, the time is spent")
+        if report.spent("the rest of sampling"):
             return
-        setup.wait()
-        began = time.perf_counter()
-        sample(method, samples)
-        setup.wait()
-        speed = samples / (time.perf_counter() - began)
-        report.figure("sampling", speed, "samples/s", method=method, calls=steps)
+        with report.going_on("sampling", method=method, calls=steps):
+            sample(method, 2)  # what is built, compiled or chosen at first is not timed
+            setup.wait()
+            began = time.perf_counter()
+            sample(method, steps)
+            setup.wait()
+            speed = samples / (time.perf_counter() - began)
+            report.figure("sampling", speed, "samples/s", method=method, calls=steps)
 
 
 def images(setup, report):
     """Images a second through the extractors of FID, the encoder and the decoder."""
-    batch = 2 if setup.tiny else 64
+    with report.going_on("features"):
+        time_extractors(setup, report)
+    time_autoencoder(setup, report)
+
+
+def time_extractors(setup, report):
+    """The figures of the extractors."""
+    batch = 2 if setup.tiny else IMAGES
     pixels = torch.randint(256, (batch, 3, 256, 256), dtype=torch.uint8)
     for name, extract in extractors(setup).items():
-        seconds = seconds_a_call(lambda: extract(pixels), setup, 0 if setup.tiny else 1)
-        report.figure("features", batch / seconds, "images/s", extractor=name)
+        if report.spent("features", extractor=name):
+            continue
+        with report.going_on("features", extractor=name):
+            seconds = seconds_a_call(lambda: extract(pixels), setup, 0 if setup.tiny else 1)
+            report.figure("features", batch / seconds, "images/s", extractor=name)
+
+
+def time_autoencoder(setup, report):
+    """The figures of the encoder and the decoder, with as many images at once as fit."""
     H = setup.autoencoder_settings()
     model = VQAutoEncoder(H).to(setup.device).eval().requires_grad_(False)
-    size, tokens = H.img_size, model.grid_shape[0] * model.grid_shape[1]
-    inputs = torch.rand(batch, H.n_channels, size, size, device=setup.device)
-    ids = torch.randint(H.codebook_size, (batch, tokens), device=setup.device)
     to_fast_format(model, setup.device)
+    size, tokens = H.img_size, model.grid_shape[0] * model.grid_shape[1]
+
+    def pictures(n):
+        return torch.rand(n, H.n_channels, size, size, device=setup.device)
+
+    def ids(n):
+        return torch.randint(H.codebook_size, (n, tokens), device=setup.device)
+
+    cases = (("encoding", "encode", pictures, bytes_of_image(model.encoder, size**2)),
+             ("decoding", "decode_indices", ids, bytes_of_image(model.generator, tokens)))
     for precision in ("float32", "tf32", setup.half):
-        network = in_precision(model, precision_of(precision, setup.device).dtype)
-        for what, function, argument in (
-            ("encoding", network.encode, inputs), ("decoding", network.decode_indices, ids)
-        ):
-            with tf32(precision == "tf32"), torch.no_grad():
-                seconds = seconds_a_call(lambda: function(argument), setup,
-                                         0 if setup.tiny else 1)
-            report.figure(what, batch / seconds, "images/s", precision=precision)
+        for what, method, inputs, each in cases:
+            if report.spent(what, precision=precision):
+                continue
+            with (report.going_on(what, precision=precision), tf32(precision == "tf32"),
+                  torch.no_grad()):
+                batch = number_that_fits(setup.device, each, 1, IMAGES)
+                network = in_precision(model, precision_of(precision, setup.device).dtype)
+                function, x = getattr(network, method), inputs(batch)
+                seconds = seconds_a_call(lambda: function(x), setup, 0 if setup.tiny else 1)
+                report.figure(what, batch / seconds, "images/s", precision=precision, batch=batch)
 
 
 class RandomInception(FeatureExtractorInceptionV3):

@@ -8,10 +8,11 @@ import time
 from types import SimpleNamespace
 
 import gpu_checks
+import gpu_speed
 import pytest
 import torch
 from gpu_report import Report
-from gpu_setup import Setup
+from gpu_setup import STAGES, Setup
 
 CPU = torch.device("cpu")
 
@@ -212,3 +213,122 @@ def test_checks_begin_nothing_when_the_time_is_spent(report, monkeypatch):
     assert not begun and not report.figures and not report.checks
     assert {why for _, why in cases_of(report)} == {"passed over for time"}
     assert {what for what, _ in cases_of(report)} == {"a step without waits", "peak memory"}
+
+
+# --- the figures ---------------------------------------------------------------------------------
+
+
+def test_training_is_timed_where_its_operations_cannot_be_counted(report, monkeypatch):
+    timed = []
+    with monkeypatch.context() as context:
+        context.setattr(Setup, "step", out_of_memory)
+        context.setattr(gpu_speed, "time_training", lambda *case: timed.append(case[-1]))
+        gpu_speed.training(report.setup, report)
+    assert timed == len(gpu_speed.WAYS) * [None]
+    assert [what for what, _ in cases_of(report)] == 2 * ["operations of a step"]
+    report.figure("matrix product", 1.0, "TFLOP/s", precision="float32")
+    gpu_speed.time_training(report.setup, report, "sampler", "float32", False, False, None)
+    found = {figure["what"] for figure in report.figures}
+    assert "training" in found and "model flops utilisation" not in found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_launches_are_those_of_a_step_without_updates(stage, report):
+    step = report.setup.step(stage, "float32")
+    step()
+    for number in (8, 9, 10, 11):  # each tenth step updates the EMA
+        step.number = number
+        gpu_speed.launches(step, report.setup, report, {})
+    assert len({figure["value"] for figure in report.figures}) == 1
+
+
+def test_kernels_that_the_profiler_does_not_see_are_no_figure(report, monkeypatch):
+    monkeypatch.setattr(gpu_speed, "kernels_of", lambda step, setup: [])
+    gpu_speed.launches(Step(), Setup(torch.device("cuda")), report, {"stage": "sampler"})
+    assert not report.figures and "CUPTI" in report.passed_over[0]["why"]
+
+
+def test_matrices_are_multiplied_in_the_types_that_a_card_has(report, monkeypatch):
+    """One that cannot be multiplied, as none on a card that is not there, does not end the rest."""
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch, "randn", out_of_memory)
+    gpu_speed.matmul(Setup(torch.device("cuda"), tiny=True), report)
+    asked = [case["precision"] for case in report.passed_over]
+    assert asked == ["float16", "tf32", "float32"]
+
+
+def out_of_resource(*arguments, **options):
+    raise ArithmeticError("out of resource: shared memory, Required: 163840\nHint: more")
+
+
+def test_cases_that_a_compiler_cannot_do_do_not_end_the_others(report, monkeypatch):
+    hydra_attention = gpu_speed.hydra_attention
+
+    def attention(*arguments, backend):
+        return (out_of_resource if backend == "flex" else hydra_attention)(
+            *arguments, backend=backend
+        )
+
+    def sample(count, sample_steps, sample_type):
+        if sample_type == "raster":
+            out_of_resource()
+
+    monkeypatch.setattr(gpu_speed, "hydra_attention", attention)
+    monkeypatch.setattr(Setup, "sampler", lambda setup: SimpleNamespace(sample=sample))
+    for name in ("backends", "sampling"):
+        report.run(name, getattr(gpu_speed, name))
+        assert report.parts[name]["state"] == "done"
+    why = "ArithmeticError: out of resource: shared memory, Required: 163840"
+    assert cases_of(report) == [("attention both ways", why)] * 2 + [("sampling", why)]
+    backends = {x["backend"] for x in report.figures if x["what"] == "attention both ways"}
+    assert backends >= {"None", "dense", "tiled"}
+    assert len(report.values("sampling")) == len(gpu_speed.SAMPLERS) - 1
+
+
+def test_sampling_is_timed_after_a_short_call(report, monkeypatch):
+    calls = []
+    model = SimpleNamespace(sample=lambda count, sample_steps, sample_type: calls.append(
+        (sample_type, count, sample_steps)
+    ))
+    monkeypatch.setattr(Setup, "sampler", lambda setup: model)
+    gpu_speed.sampling(Setup(CPU), report)
+    assert calls == [
+        (method, 64, steps) for method in gpu_speed.SAMPLERS for steps in (2, 16)
+    ]
+
+
+def test_images_go_through_the_autoencoder_as_many_as_fit(report, monkeypatch):
+    asked = []
+
+    def fits(device, each, least, most):
+        asked.append((each, least, most))
+        if len(asked) == 2:
+            out_of_memory()
+        return 3
+
+    monkeypatch.setattr(gpu_speed, "number_that_fits", fits)
+    monkeypatch.setattr(gpu_speed, "extractors", out_of_resource)
+    gpu_speed.images(report.setup, report)
+    assert len(asked) == 6 and {case[1:] for case in asked} == {(1, 64)}
+    assert min(case[0] for case in asked) > 4 * 32**2
+    assert [figure["batch"] for figure in report.figures] == 5 * [3]
+    assert [what for what, _ in cases_of(report)] == ["features", "decoding"]
+
+
+def test_figures_begin_nothing_when_the_time_is_spent(report, monkeypatch):
+    begun = []
+    monkeypatch.setattr(gpu_speed, "time_training", lambda *case: begun.append(case))
+    monkeypatch.setattr(gpu_speed, "flops_of", lambda *case: begun.append(case))
+    report.seconds = report.elapsed + 120
+    gpu_speed.compiled_autoencoder(Setup(CPU), report)  # takes longer
+    assert not begun and cases_of(report) == [("training", "passed over for time")]
+    report.seconds += 60
+    gpu_speed.compiled_autoencoder(Setup(CPU), report)
+    assert len(begun) == 2
+    monkeypatch.setattr(gpu_speed, "seconds_a_call", lambda *case: begun.append(case))
+    monkeypatch.setattr(gpu_speed, "extractors", lambda setup: {"inception": None})
+    spend(report)
+    gpu_speed.images(report.setup, report)
+    assert len(begun) == 2
+    assert [what for what, _ in cases_of(report)[1:]] == ["features"] + 3 * ["encoding", "decoding"]
