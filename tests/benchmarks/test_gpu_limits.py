@@ -4,10 +4,12 @@ over, and the rest goes on."""
 import contextlib
 import itertools
 import json
+import subprocess
 import time
 from types import SimpleNamespace
 
 import gpu_checks
+import gpu_scripts
 import gpu_speed
 import pytest
 import torch
@@ -332,3 +334,35 @@ def test_figures_begin_nothing_when_the_time_is_spent(report, monkeypatch):
     gpu_speed.images(report.setup, report)
     assert len(begun) == 2
     assert [what for what, _ in cases_of(report)[1:]] == ["features"] + 3 * ["encoding", "decoding"]
+
+
+# --- the scripts ---------------------------------------------------------------------------------
+
+
+def test_scripts_that_run_out_of_time_have_not_failed(report, monkeypatch):
+    report.seconds = report.elapsed + 1  # in which Python has not imported torch
+    report.run("scripts", lambda setup, report: gpu_scripts.scripts(setup, report))
+    assert report.parts["scripts"]["state"] == "skipped" and not report.checks
+    assert report.elapsed < report.seconds + 5
+    about = [("scripts train and resume", "passed over for time, with what follows")]
+    assert cases_of(report) == about
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: 1 / 0)  # none is begun
+    place = gpu_scripts.Workplace(report.setup, "", report)
+    gpu_scripts.check_case(place, "amp", gpu_scripts.CASES["amp"], at_once=False)
+    gpu_scripts.check_script(place, "experiments/get_samples.py", "amp")
+    assert cases_of(report)[1:] == [*about, ("scripts measure", "passed over for time")]
+
+
+@pytest.mark.parametrize("memory, at_once", [
+    (8e9, False), (12.6e9, False), (15.8e9, True), (85e9, True),
+])
+def test_scripts_run_at_once_on_large_cards_only(memory, at_once, report, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu_scripts, "in_turn", lambda functions, at_once: asked.append(at_once))
+    report.facts["memory_bytes"] = int(memory)
+    gpu_scripts.scripts(Setup(CPU), report)
+    gpu_scripts.scripts(report.setup, report)  # tiny
+    assert asked == [at_once, False]
+    report.facts["compute_mode"] = "Exclusive_Process"
+    gpu_scripts.scripts(Setup(CPU), report)
+    assert len(asked) == 2 and "takes no second process" in report.passed_over[0]["why"]
