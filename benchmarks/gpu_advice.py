@@ -1,6 +1,6 @@
 """What to set on a card, in words, from what benchmarks/gpu.py has measured on it."""
 
-from gpu_setup import STAGES
+from gpu_setup import STAGES, out_of_memory
 
 CLEAR = 1.05  # a gain below this factor is none
 NEAR = 1.15  # a backend within this factor of the fastest is a good choice
@@ -13,7 +13,8 @@ def advice(report):
     sentences = []
     for stage in STAGES:
         sentences += precision_words(report, stage)
-        sentences += compilation_words(report, stage)
+        sentences += too_large_words(report, stage)
+        sentences += blaming_words(report, stage) or compilation_words(report, stage)
         sentences += graphs_words(report, stage)
         sentences += memory_words(report, stage)
     sentences += attention_words(report) + sampling_words(report)
@@ -58,15 +59,40 @@ def precision_words(report, stage):
     return words
 
 
-def compilation_words(report, stage):
-    """Whether --compile pays, and from which number of steps on."""
+def failures(report, stage):
+    """The ways to train a stage that failed, as checks: by memory, and by anything else."""
     failed = [check for check in report.checks
               if check["what"] == "trains at published sizes" and not check["holds"]
-              and check["stage"] == stage and (check["compiled"] or check["graphs"])]
-    if failed:
-        flag = "--no_compile" if failed[0]["compiled"] else "--no_cuda_graphs"
-        return [f"Give {flag} for the {stage}, which fails without here "
-                f"({failed[0]['detail'][:150]})."]
+              and check["stage"] == stage]
+    by_memory = [check for check in failed if out_of_memory(check["detail"])]
+    return by_memory, [check for check in failed if check not in by_memory]
+
+
+def too_large_words(report, stage):
+    """In which ways the published sizes do not fit into memory."""
+    names = [
+        check["precision"] + ", compiled" * check["compiled"]
+        + ", with CUDA graphs" * check["graphs"] for check in failures(report, stage)[0]
+    ]
+    if not names:
+        return []
+    return [f"Training of the {stage} runs out of memory here in {'; in '.join(names)}: "
+            f"docs/gpu.md says what to do where memory is short."]
+
+
+def blaming_words(report, stage):
+    """Which flag lets the stage train where its default fails: one without which it did."""
+    for check in failures(report, stage)[1]:
+        way = {name: check[name] for name in ("stage", "precision", "compiled", "graphs")}
+        for name, flag in (("compiled", "--no_compile"), ("graphs", "--no_cuda_graphs")):
+            if check[name] and report.values("training", **{**way, name: False}):
+                return [f"Give {flag} for the {stage}, which fails without here "
+                        f"({check['detail'][:150]})."]
+    return []
+
+
+def compilation_words(report, stage):
+    """Whether --compile pays, and from which number of steps on."""
     for graphs in (True, False):
         about = dict(stage=stage, precision=report.facts["amp"], graphs=graphs)
         eager, compiled = (report.value("training", compiled=on, **about) for on in (False, True))

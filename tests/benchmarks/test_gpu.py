@@ -169,6 +169,41 @@ def test_advice_compares_ways_with_cuda_graphs():
     assert "more than 800 steps: 40 steps/s compiled after 25 s, 20 not." in words
 
 
+def failed(detail, compiled=False, graphs=True, precision="bfloat16"):
+    return dict(part="training", what="trains at published sizes", holds=False, detail=detail,
+                stage="sampler", precision=precision, compiled=compiled, graphs=graphs)
+
+
+def test_advice_blames_a_flag_only_where_the_way_without_it_worked():
+    detail = "a compiler is missing"
+    words = " ".join(gpu_advice.advice(measured(
+        training("bfloat16", 10.0, graphs=True), training("bfloat16", 20.0, compiled=True),
+        training("bfloat16", 5.0), checks=[failed(detail, compiled=True)],
+    )))
+    assert "Give --no_compile for the sampler, which fails without here (a compiler" in words
+    assert "or leave it on" not in words
+    words = " ".join(gpu_advice.advice(measured(
+        training("bfloat16", 20.0, compiled=True),
+        checks=[failed(detail), failed(detail, compiled=True)],
+    )))
+    assert "Give --no_cuda_graphs for the sampler, which fails without here" in words
+    words = " ".join(gpu_advice.advice(measured(
+        training("float32", 20.0, graphs=True),
+        checks=[failed(detail), failed(detail, compiled=True, graphs=False)],
+    )))
+    assert "--no_" not in words
+
+
+def test_advice_on_memory_that_is_short_blames_no_flag():
+    detail = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    words = " ".join(gpu_advice.advice(measured(
+        training("bfloat16", 10.0), training("bfloat16", 20.0, compiled=True),
+        checks=[failed(detail, compiled=True), failed(detail, precision="float32", graphs=False)],
+    )))
+    assert "runs out of memory here in bfloat16, compiled, with CUDA graphs; in float32: " in words
+    assert "which fails without" not in words and "Give --compile for the sampler" in words
+
+
 def test_advice_for_a_card_without_bfloat16_is_of_float16():
     """Also where the figures hold bfloat16, which such a card emulates."""
     report = measured(
