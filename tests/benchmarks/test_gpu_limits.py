@@ -209,12 +209,15 @@ def test_checks_begin_nothing_when_the_time_is_spent(report, monkeypatch):
     monkeypatch.setattr(Setup, "step", lambda *case: begun.append(case))
     monkeypatch.setattr(gpu_checks, "check_case", lambda *case: begun.append(case))
     monkeypatch.setattr(gpu_checks, "peak_of_training", lambda *case: begun.append(case))
+    monkeypatch.setattr(gpu_checks, "capture_problem", lambda H, processes: None)
     spend(report)
-    for part in (gpu_checks.attention, gpu_checks.waits, gpu_checks.memory):
+    for part in (gpu_checks.attention, gpu_checks.waits, gpu_checks.graphs, gpu_checks.memory):
         part(report.setup, report)
     assert not begun and not report.figures and not report.checks
     assert {why for _, why in cases_of(report)} == {"passed over for time"}
-    assert {what for what, _ in cases_of(report)} == {"a step without waits", "peak memory"}
+    assert {what for what, _ in cases_of(report)} == {
+        "a step without waits", "CUDA graphs compute the same", "peak memory",
+    }
 
 
 # --- the figures ---------------------------------------------------------------------------------

@@ -182,7 +182,8 @@ def test_steps_of_the_check_are_those_of_training(stage, graphs):
 def test_the_check_of_a_gpu_compares_both(graphs, monkeypatch):
     checks = []
     report = types.SimpleNamespace(
-        check=lambda what, holds, found, stage: checks.append((stage, holds, found))
+        check=lambda what, holds, found, stage: checks.append((stage, holds, found)),
+        spent=lambda what, stage: False,
     )
     gpu_checks.graphs(Setup(CPU, tiny=True), report)
     assert checks == [(stage, True, "equal to the bit") for stage in STAGES]
