@@ -262,6 +262,7 @@ def test_validation_of_the_autoencoder_is_the_mean_over_images():
     training = training_of(
         train_vqgan.VQGANTraining, H=H, vqgan=vqgan, best=vqgan, ema=None,
         looked_at=RepeatedBatches(Images(), 3, 0, CPU, None), distance=ReconstructionDistance(CPU),
+        perceptual=None,  # the images are too small for one
     )
     (values, known), usage = training.validate(1), training.log.usage
     images = torch.stack([Images().pixels(index) for index in range(7)]) / 255
@@ -272,6 +273,7 @@ def test_validation_of_the_autoencoder_is_the_mean_over_images():
     assert values["psnr"] == pytest.approx(float(expected), rel=1e-5)
     counts = torch.bincount(ids.flatten(), minlength=H.codebook_size)
     assert torch.allclose(usage, counts / counts.sum())
+    assert values["perceptual"] == 0
     assert known == dict(values, of_weights=values["l1"], ids_seen=ids.numel())
     pairs = [to_uint8(part) for part in (images, reconstructions)]
     statistics = [FeatureStatistics(), FeatureStatistics()]
