@@ -279,7 +279,8 @@ def loaded_settings(settings_class, given, sources):
                 values.setdefault(name, "published")
         same_data = given.get("dataset", values.get("dataset")) == values.get("dataset")
         for name, value in values.items():
-            if name not in source.adopt | source.borrow | free or name in OF_DATASET and not same_data:
+            taken = source.adopt | source.borrow | free
+            if name not in taken or name in OF_DATASET and not same_data:
                 continue
             field = settings_class.__dataclass_fields__[name]
             try:

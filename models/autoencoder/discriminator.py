@@ -114,7 +114,8 @@ class FeatureDiscriminator(nn.Module):
     def __init__(self, network, width, img_size, norm="group"):
         super().__init__()
         if norm not in ("group", "spectral"):
-            raise ValueError(f"`disc_norm` must be group or spectral with `disc_input` features, not {norm!r}")
+            raise ValueError(f"`disc_norm` must be group or spectral with `disc_input` features, "
+                             f"not {norm!r}")
         self.network, self.heads = network, nn.ModuleList()
         self.enlarged = self.every = 2 if img_size < ENLARGED_BELOW else 1
         for channels in self.widths:

@@ -108,8 +108,8 @@ def steps_built_on(folder):
     for name in run_names():
         try:
             settings = read_settings(RunFolder(name).hparams)
-            autoencoder = RunFolder(settings.get("ae_load_dir") or name)
-        except (SettingsError, TypeError):
+            autoencoder = RunFolder(settings["ae_load_dir"])
+        except (KeyError, SettingsError, TypeError):  # no sampler, or a file that says nothing
             continue
         if autoencoder.path.resolve() == folder.path.resolve():
             steps.add(settings.get("ae_load_step"))
