@@ -13,7 +13,7 @@ import torch
 from measure import machine, number
 from utils.evaluation.experiment import table
 from utils.files import whole_file
-from utils.training.cuda_graphs import first_line
+from utils.training.cuda_graphs import CaptureFailed, first_line
 
 
 class Report:
@@ -87,9 +87,12 @@ class Report:
 
     @contextlib.contextmanager
     def going_on(self, what, **about):
-        """Context in which an exception passes over the case, and the part goes on."""
+        """Context in which an exception passes over the case, and the part goes on, unless a
+        capture failed."""
         try:
             yield
+        except CaptureFailed:
+            raise
         except Exception as error:
             self.pass_over(what, described(error), **about)
 
@@ -113,6 +116,8 @@ class Report:
             self.say(f"{name} failed:\n" + "\n".join(last))
             found = {"state": "failed", "why": f"{type(error).__name__}: {error}"[:2000],
                      "traceback": last}
+            if isinstance(error, CaptureFailed):
+                self.broken = f"the card can do no more after {name}: {described(error)}"
         self.parts[name] = {**found, "seconds": round(self.elapsed - began, 1)}
         self.save()
         self.clean(name)

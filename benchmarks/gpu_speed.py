@@ -17,7 +17,7 @@ from models.prior.attention import HydraNeighborhoodAttention
 from models.sampling.samplers import SAMPLERS
 from utils.data.device import bytes_of_image, number_that_fits
 from utils.evaluation.features import NAMES, Extractor
-from utils.training.cuda_graphs import first_line
+from utils.training.cuda_graphs import CaptureFailed, first_line
 
 HEADS, WIDTH = 8, 64  # of the published denoiser
 WAYS = [  # stage, precision, compiled, graphs: the most important first
@@ -64,6 +64,8 @@ def training(setup, report):
         except Exception as error:  # out of memory, or no compiler
             report.check("trains at published sizes", False, first_line(error), stage=stage,
                          precision=precision, compiled=compiled, graphs=graphs)
+            if isinstance(error, CaptureFailed):
+                raise
         setup.clean(code=compiled)
 
 
@@ -203,7 +205,8 @@ def time_attention(setup, report, backend, kernels, about):
 
 def sampling(setup, report):
     """Samples a second of each method, with fewer steps than published."""
-    model, precision = setup.sampler(), precision_of(setup.half, setup.device)
+    precision = precision_of(setup.half, setup.device)
+    model = precision.frozen(setup.sampler())  # as experiments have it
     samples, steps = (2, 2) if setup.tiny else (SAMPLES, SAMPLE_STEPS)
 
     def sample(method, steps):
@@ -234,7 +237,7 @@ def images(setup, report):
 def time_extractors(setup, report):
     """The figures of the extractors."""
     batch = 2 if setup.tiny else IMAGES
-    pixels = torch.randint(256, (batch, 3, 256, 256), dtype=torch.uint8)
+    pixels = torch.randint(256, (batch, 3, 256, 256), dtype=torch.uint8, device=setup.device)
     for name, extract in extractors(setup).items():
         if report.spent("features", extractor=name):
             continue

@@ -9,6 +9,7 @@ some ids spread over it, since the plain loop would take hours. Eight minutes on
 """
 
 import argparse
+import copy
 import statistics
 from functools import partial
 
@@ -93,11 +94,13 @@ def same_size_rows(model, arguments):
     )
     rows = []
     for amp in (False, True):
-        precision, network = Precision(amp, arguments.device), Counted(model._denoise_fn)
+        precision = Precision(amp, arguments.device)
+        sampler = precision.frozen(copy.deepcopy(model))
+        network = Counted(sampler._denoise_fn)
 
         def sample():
             with precision.autocast():
-                model.sample(SAMPLES, 1.0, STEPS, "diffusion", denoise=network)
+                sampler.sample(SAMPLES, 1.0, STEPS, "diffusion", denoise=network)
 
         seconds = median_seconds(sample, arguments)
         calls = network.calls / (arguments.repeats + 1)

@@ -7,6 +7,7 @@ import sysconfig
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 COMPILERS = {"cuda": ("cc", "gcc", "clang"), "cpu": ("g++", "clang++", "c++")}
@@ -38,7 +39,7 @@ def find_compiler_problem(kind):
 
 def to_device(array, device):
     """An array as a tensor on a device; a GPU copies it while this process goes on."""
-    tensor = torch.from_numpy(array)
+    tensor = torch.from_numpy(np.asarray(array, order="C"))  # rows: others would wait for a copy
     if device.type == "cuda" and torch.cuda.is_available():
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

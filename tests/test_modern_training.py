@@ -25,6 +25,7 @@ from utils.runs.folder import RunFolder
 from utils.signals import Stopped
 from utils.training import precision
 from utils.training.codebook import CodebookCare
+from utils.training.processes import Processes
 
 __all__ = ["workplace"]  # a fixture of this file too
 
@@ -144,6 +145,19 @@ def an_entry_that_another_process_uses(argv):
 
 def test_an_entry_that_only_another_process_uses_is_not_revived():
     assert on_processes(2, an_entry_that_another_process_uses) == [0, 0]
+
+
+def test_the_average_of_revived_entries_has_no_graph():
+    quantizer, average = (NearestQuantizer(4, 2, 0.25, count_uses=uses) for uses in (True, False))
+    average.requires_grad_(False)
+    H = SimpleNamespace(quantizer="nearest", codebook_start_step=0, codebook_revival=1,
+                        train_steps=100, seed=0)
+    vqgan, ema = (SimpleNamespace(ae=SimpleNamespace(quantize=q)) for q in (quantizer, average))
+    care = CodebookCare(H, vqgan, ema, None, Processes(), None)
+    quantizer(quantizer.codebook[:1].detach().t().reshape(1, 2, 1, 1))
+    care.after(1, SimpleNamespace(bad_steps=0, settle=lambda: None))
+    assert torch.equal(average.codebook[1:], quantizer.codebook[1:])
+    assert average.codebook.is_leaf and not average.codebook.requires_grad
 
 
 def copied(argv):

@@ -15,6 +15,9 @@ import pytest
 import torch
 from gpu_report import Report
 from gpu_setup import STAGES, Setup
+from gpu_steps import STEPS
+
+from utils.training.cuda_graphs import CaptureFailed
 
 CPU = torch.device("cpu")
 
@@ -55,6 +58,28 @@ def test_results_are_kept_where_the_card_breaks_and_no_other_part_runs(report, m
     assert states == {"matmul": "done", "training": "failed", "memory": "not run"}
     assert "illegal memory access" in kept["parts"]["training"]["why"]
     assert "after training" in report.parts["memory"]["why"]
+
+
+@pytest.mark.parametrize("part", ["training", "graphs", "memory"])
+def test_nothing_runs_after_a_capture_that_failed(part, report, monkeypatch):
+    def fail(step):
+        raise CaptureFailed("the networks' kernels cannot be captured: give --no_cuda_graphs")
+
+    monkeypatch.setattr(Setup, "on_gpu", True)
+    monkeypatch.setattr(gpu_checks, "capture_problem", lambda H, processes: None)
+    monkeypatch.setattr(gpu_checks, "peak_megabytes", lambda function, device: function())
+    for stage in STEPS.values():
+        monkeypatch.setattr(stage, "capture", fail)
+    parts = {"training": gpu_speed.training, "graphs": gpu_checks.graphs,
+             "memory": gpu_checks.memory}
+    monkeypatch.setattr(Setup, "wait", lambda setup: None)
+    monkeypatch.setattr(Setup, "clean", lambda setup, code=False: None)
+    monkeypatch.setattr(Setup, "precision", lambda setup, name: "float32")
+    report.run(part, parts[part])
+    report.run("sampling", gpu_speed.sampling)
+    states = {name: (found["state"], found["why"]) for name, found in report.parts.items()}
+    assert states[part][0] == "failed" and "--no_cuda_graphs" in states[part][1]
+    assert states["sampling"][0] == "not run" and f"after {part}" in states["sampling"][1]
 
 
 def test_a_case_that_raises_is_in_the_table_and_an_interrupt_ends_the_part(report):
@@ -280,7 +305,9 @@ def test_cases_that_a_compiler_cannot_do_do_not_end_the_others(report, monkeypat
             out_of_resource()
 
     monkeypatch.setattr(gpu_speed, "hydra_attention", attention)
-    monkeypatch.setattr(Setup, "sampler", lambda setup: SimpleNamespace(sample=sample))
+    model = torch.nn.Identity()
+    model.sample = sample
+    monkeypatch.setattr(Setup, "sampler", lambda setup: model)
     for name in ("backends", "sampling"):
         report.run(name, getattr(gpu_speed, name))
         assert report.parts[name]["state"] == "done"
@@ -292,12 +319,14 @@ def test_cases_that_a_compiler_cannot_do_do_not_end_the_others(report, monkeypat
 
 
 def test_sampling_is_timed_after_a_short_call(report, monkeypatch):
-    calls = []
-    model = SimpleNamespace(sample=lambda count, sample_steps, sample_type: calls.append(
+    calls, model = [], torch.nn.Linear(2, 2)
+    model.sample = lambda count, sample_steps, sample_type: calls.append(
         (sample_type, count, sample_steps)
-    ))
+    )
     monkeypatch.setattr(Setup, "sampler", lambda setup: model)
+    monkeypatch.setattr(Setup, "half", "bfloat16")
     gpu_speed.sampling(Setup(CPU), report)
+    assert model.weight.dtype == torch.bfloat16  # cast once, as experiments do
     assert calls == [
         (method, 64, steps) for method in gpu_speed.SAMPLERS for steps in (2, 16)
     ]

@@ -46,6 +46,7 @@ class CodebookCare:
         for quantizer in self.quantizers:
             quantizer.bypass = step < start
 
+    @torch.no_grad()
     def after(self, step, loop):
         """What is due after a step that the `loop` has counted: entries that were not used are
         revived, unless the step was bad."""

@@ -20,6 +20,11 @@ HAVE_GRAPHS = ("cuda",)  # kinds of devices
 WARM_UP = 2  # passes, in which code is compiled and algorithms are chosen
 
 
+class CaptureFailed(UserError):
+    """A capture that failed: torch's streams and memory are in an unclear state then, so nothing
+    more is to be computed on the GPU."""
+
+
 def capture_problem(H, processes):
     """Why the networks of a training cannot be captured, as a sentence; None where they can."""
     if processes.device.type not in HAVE_GRAPHS:
@@ -106,7 +111,8 @@ def capture(parts, log, required=False):
     each is called once a step.
 
     Where one cannot be captured the log says why, or UserError is raised if it is `required`
-    (OutOfMemoryError where memory is short), and in any case if the capture itself fails.
+    (OutOfMemoryError where memory is short), and in any case CaptureFailed if the capture itself
+    fails.
     """
     device = parts[0].static_input.device
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -122,6 +128,7 @@ def capture(parts, log, required=False):
                 raise UserError(f"--cuda_graphs: {first_line(error)}") from error
             log.warning(f"no CUDA graphs are captured: {first_line(error)}")
             return
+        torch.cuda.empty_cache()  # the capture has a stream of its own, which cannot use it
         try:
             replays = torch.cuda.make_graphed_callables(
                 tuple(parts), tuple((part.static_input,) for part in parts),
@@ -132,8 +139,8 @@ def capture(parts, log, required=False):
             asked = required and isinstance(cause, torch.OutOfMemoryError)
             if asked or isinstance(cause, (KeyboardInterrupt, Stopped)):
                 raise cause from None
-            raise UserError(f"the networks' kernels cannot be captured: give --no_cuda_graphs "
-                            f"({first_line(cause)})") from error
+            raise CaptureFailed(f"the networks' kernels cannot be captured: give --no_cuda_graphs "
+                                f"({first_line(cause)})") from error
     if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
         # the parameters' gradients are those of the stream of the capture: torch waits between both
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)

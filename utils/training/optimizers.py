@@ -6,13 +6,15 @@ is 1: torch's fused kernels do, and Muon here.
 Muon is momentum whose matrices are orthogonalised before they are applied (Jordan et al.,
 kellerjordan.github.io/posts/muon; the step's scale is that of Liu et al., arXiv 2502.16982).
 torch.optim.Muon computes in bfloat16 on any device, which many CPUs emulate so slowly that it takes
-longer than the network; here CPUs do so only where the network does, and matrices of one shape go
-together.
+longer than the network; here CPUs do so only where the network does, and GPUs where they have it.
+Matrices of one shape go together.
 """
 
 import math
 
 import torch
+
+from utils.training.precision import has_bfloat16
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan et al.
 
@@ -39,7 +41,7 @@ class Muon(torch.optim.Optimizer):
     dimensions, of which all but the first count as one; ValueError for others.
 
     A step's root mean square is 0.2 lr, about that of AdamW, so AdamW's learning rate serves.
-    Products are in bfloat16 on a GPU, and on a CPU where `bfloat16` asks for it.
+    Products are in bfloat16 where `bfloat16` asks for it.
     """
 
     found_inf = None
@@ -71,9 +73,9 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         gradients, before = torch.stack([p.grad for p in parameters]), torch.stack(buffers)
         average = before.lerp(gradients, 1 - momentum)  # [n, r, ...]
-        half = self.bfloat16 or average.device.type != "cpu"
         steps = orthogonalize(  # [n, r, c]
-            gradients.lerp(average, momentum).flatten(2), torch.bfloat16 if half else torch.float32
+            gradients.lerp(average, momentum).flatten(2),
+            torch.bfloat16 if self.bfloat16 else torch.float32,
         )
         steps = steps.mul_(-0.2 * lr * max(steps.shape[1:]) ** 0.5).view_as(average)
         shrink = 1 - lr * weight_decay
@@ -103,7 +105,9 @@ def build_optimizer(model, H, takes_muon, dtype=torch.float32):
     """Adam, as published, AdamW, or Muon on those parameters of which `takes_muon(name, parameter)`
     says so and AdamW on the others. `dtype` is that in which the network computes."""
     if H.optimizer == "muon":
-        return MuonWithAdamW(model, H.lr, H.weight_decay, takes_muon, dtype == torch.bfloat16)
+        device = next(model.parameters()).device
+        bfloat16 = has_bfloat16(device) if device.type == "cuda" else dtype == torch.bfloat16
+        return MuonWithAdamW(model, H.lr, H.weight_decay, takes_muon, bfloat16)
     if H.optimizer == "adamw":
         return torch.optim.AdamW(
             model.parameters(), H.lr, weight_decay=H.weight_decay, fused=True

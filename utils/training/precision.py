@@ -16,6 +16,14 @@ def cpu_has_bfloat16():
     return any(capabilities.get(name) for name in names)
 
 
+def has_bfloat16(device):
+    """Whether a device, a CPU or a GPU, multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and cpu_has_bfloat16()
+
+
 class Precision:
     """Mixed precision on a device: `autocast()` for forward passes, `scaler` for backward ones.
 
@@ -25,12 +33,10 @@ class Precision:
 
     def __init__(self, amp, device):
         self.device, self.dtype = device, torch.float32
-        if amp and device.type == "cuda":
-            with torch.cuda.device(device):  # emulated bfloat16 would be slower than float16
-                has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            self.dtype = torch.bfloat16 if has_bfloat16 else torch.float16
-        elif amp and device.type == "cpu" and cpu_has_bfloat16():
+        if amp and has_bfloat16(device):
             self.dtype = torch.bfloat16
+        elif amp and device.type == "cuda":
+            self.dtype = torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.description = str(self.dtype).removeprefix("torch.")
         if amp and self.dtype == torch.float32:

@@ -79,15 +79,17 @@ class Graph:
 @pytest.fixture
 def graphs(monkeypatch):
     """CPUs have graphs; those that are captured."""
-    made = []
+    made, emptied = [], []
 
     def make(parts, arguments, allow_unused_input):
         assert allow_unused_input and not torch.is_autocast_enabled("cpu")
+        assert emptied.pop() == "cache"  # what the trial used, which the capture cannot use
         made.extend(map(Graph, parts, arguments))
         return tuple(made[-len(parts):])
 
     monkeypatch.setattr(cuda_graphs, "HAVE_GRAPHS", ("cpu",))
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("cache"))
     return made
 
 
@@ -229,7 +231,7 @@ SHORT = torch.OutOfMemoryError("CUDA out of memory")
 
 @pytest.mark.parametrize("cause, asked, raised, words", [
     (ValueError("a copy from the host"), "", UserError, "--no_cuda_graphs .a copy from the host"),
-    (SHORT, "", UserError, "--no_cuda_graphs .CUDA out of memory"),
+    (SHORT, "", cuda_graphs.CaptureFailed, "--no_cuda_graphs .CUDA out of memory"),
     (SHORT, "--cuda_graphs", torch.OutOfMemoryError, "CUDA out of memory"),
     (Stopped(15, "interrupted"), "", Stopped, "interrupted"),
     (KeyboardInterrupt(), "", KeyboardInterrupt, None),

@@ -1,9 +1,13 @@
 """Our Muon is torch's, computed in another precision."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from utils.training.optimizers import Muon, orthogonalize
+from utils.training import optimizers
+from utils.training.optimizers import Muon, build_optimizer, is_inner_convolution, orthogonalize
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -39,3 +43,17 @@ def test_muon_agrees_with_torch(bfloat16):
 def test_muon_refuses_what_is_no_matrix():
     with pytest.raises(ValueError, match="takes matrices"):
         Muon([torch.nn.Parameter(torch.zeros(3))])
+
+
+@pytest.mark.parametrize("device, dtype, has_bfloat16, expected", [
+    ("cpu", torch.float32, True, False), ("cpu", torch.bfloat16, True, True),
+    ("cuda", torch.float32, True, True), ("cuda", torch.float16, False, False),
+])
+def test_muon_multiplies_bfloat16_where_it_pays(device, dtype, has_bfloat16, expected, monkeypatch):
+    """On CPUs where the network does, on GPUs that have it."""
+    monkeypatch.setattr(optimizers, "has_bfloat16", lambda device: has_bfloat16)
+    H = SimpleNamespace(optimizer="muon", lr=1e-3, weight_decay=0.0)
+    with FakeTensorMode():
+        model = torch.nn.Conv2d(8, 8, 3, device=device)
+        optimizer = build_optimizer(model, H, is_inner_convolution, dtype)
+    assert optimizer.parts["muon"].bfloat16 is expected

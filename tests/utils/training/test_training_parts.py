@@ -3,6 +3,7 @@
 import math
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from helpers import ON_DIGITS
 from hparams import get_sampler_hparams, get_vqgan_hparams
 from models import VQGAN, AbsorbingDiffusion, Transformer
 from models.autoencoder.autoencoder import VQAutoEncoder
-from models.devices import find_compiler_problem
+from models.devices import find_compiler_problem, to_device
 from models.prior.absorbing_diffusion import diffusion_losses, draw_mask, draw_times
 from models.sampling.samplers import sample_mask_predict
 from utils.data.batches import RepeatedBatches
@@ -333,3 +334,12 @@ def test_mask_predict_remasks_with_falling_probability():
 
     sample_mask_predict(denoise, torch.full((200, 50), 4), 4, 4, total_steps=100)
     assert shares == pytest.approx([1.0, 0.67, 0.34, 0.01], abs=0.03)
+
+
+def test_arrays_go_to_a_device_as_rows():
+    """A GPU would be waited for where it has to copy every second number."""
+    columns = np.ones((3, 2), bool).nonzero()
+    assert not columns[1].flags.c_contiguous
+    for array in (*columns, np.asfortranarray(np.ones((3, 2))), np.array(1.0)):
+        tensor = to_device(array, CPU)
+        assert tensor.is_contiguous() and np.array_equal(tensor.numpy(), array)
