@@ -82,6 +82,7 @@ PARTS = {  # what `--recipe modern` is without one of its parts
     "discriminator of pixels with BatchNorm": "--disc_input pixels --disc_norm batch",
     "no lead and fade": "--disc_lead_steps 0 --disc_fade_steps 0",
     "adversarial weight 1": "--disc_weight 1",
+    "LPIPS for EfficientNet-Lite0": "--perceptual lpips",
 }
 # Flags of train_vqgan.py that each training is given by this script.
 TAKEN = ("seed", "train_steps", "log_dir", "steps_per_eval", "steps_per_checkpoint",

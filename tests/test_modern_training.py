@@ -230,6 +230,7 @@ def not_finite_in_step_2(vqgan, x, step, *arguments, losses=VQGAN.generator_loss
 @pytest.mark.parametrize("flags, says", [
     ("--train_steps 60 --ema --ema_beta 0.9999 --no_ema_warmup", "the EMA is behind"),
     ("--train_steps 150 --crops 0 --steps_per_eval 50", "images held out do worse"),
+    ("--train_steps 4 --recipe published", "the learning rate still rises when this run ends"),
 ])
 def test_each_sentence_is_said_of_a_sampler_that_shows_it(flags, says, photos, workplace):
     if "do worse" in says:

@@ -23,6 +23,7 @@ def autoencoder_health(H, step, validation, training, bad_steps):
     """
     return [sentence for sentence in (
         not_finite(bad_steps),
+        only_warm_up(H),
         few_codes(H, step, validation, training),
         discriminator(H, step, training),
         weight_at_limit(H, step, training),
@@ -39,6 +40,7 @@ def sampler_health(H, validation, training, bad_steps):
     """
     return [sentence for sentence in (
         not_finite(bad_steps),
+        only_warm_up(H),
         ema_behind(H, "bits per token", validation["bits_per_token"], validation["of_weights"]),
         parted("bits per token", training.get("bits_per_token"), validation["of_weights"]),
     ) if sentence]
@@ -49,6 +51,13 @@ def not_finite(bad_steps):
         which = "1 step" if bad_steps == 1 else f"{bad_steps} steps"
         return (f"{which} since the last validation {'was' if bad_steps == 1 else 'were'} not "
                 f"finite: lower --lr, or give --clip_grad_norm 1")
+
+
+def only_warm_up(H):
+    if H.train_steps < H.warmup_iters:
+        return (f"the learning rate still rises when this run ends, at "
+                f"{H.train_steps / H.warmup_iters:.1%} of --lr: give a --warmup_iters far below "
+                f"{H.train_steps}")
 
 
 def few_codes(H, step, validation, training):

@@ -41,6 +41,8 @@ def test_a_healthy_run_is_left_in_peace():
      "the discriminator wins, it is right on 99% of the images and 98%", "--diff_aug"),
     (dict(training=dict(d_real_right=0.06, d_fake_right=0.94)), "the discriminator is idle",
      "--disc_lead_steps"),
+    (dict(flags="--warmup_iters 400"), "the learning rate still rises when this run ends, at 50.0%",
+     "--warmup_iters far below 200"),
     (dict(training=dict(d_weight=1.0)), "at its limit, 1", "--disc_weight_max"),
     (dict(validation=dict(l1=0.2)), "the EMA is behind", "a lower --ema_beta"),
     (dict(validation=dict(l1=0.2), flags="--no_ema_warmup"), "the EMA is behind", "--ema_warmup"),
