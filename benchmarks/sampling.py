@@ -110,10 +110,11 @@ def draw_plot(path, results):
     for name in (PLAIN, *METHODS):
         points = [(r["seconds"], r["Fréchet distance"]) for r in results if r["method"] == name]
         axes.plot(*zip(*points), "k.--" if name == PLAIN else ".-", label=name)
-    axes.set(xscale="log", xlabel="seconds for all samples",
-             ylabel="Fréchet distance to held-out digits")
-    axes.grid(which="both", alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="seconds for all samples", ylabel="Fréchet distance to held-out digits")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
 
 
