@@ -14,6 +14,7 @@ import itertools
 import multiprocessing.queues
 import os
 import signal
+import threading
 import time
 from typing import NamedTuple
 
@@ -378,3 +379,12 @@ def _start_worker(worker):
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *error: os._exit(1)
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _end_with_main_process():
+    """Ends a worker whose main process was killed. Without this a worker that waits at a full pipe,
+    which other workers hold open, would stay for ever."""
+    while os.getppid() == multiprocessing.parent_process().pid:
+        time.sleep(1)
+    os._exit(1)

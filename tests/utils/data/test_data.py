@@ -831,6 +831,45 @@ def test_workers_ignore_signals_and_end_with_their_iterator(capfd):
     assert capfd.readouterr().err == ""
 
 
+class Large(Fake):
+    """Images of which a few fill the pipe from the workers to the main process."""
+
+    def pixels(self, index):
+        return torch.zeros((1, 1000, 1000), dtype=torch.uint8)
+
+
+def die_with_workers(path):
+    batches = TrainingBatches(Large(9), loading_of(workers=2), 0, Processes(), fail_on_unreadable)
+    next(batches)
+    time.sleep(1)  # until both wait to hand over what they have read
+    path.write_text(" ".join(str(worker.pid) for worker in worker_processes()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def runs(pid):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_workers_end_where_the_main_process_is_killed(tmp_path):
+    process = multiprocessing.get_context("fork").Process(
+        target=die_with_workers, args=(tmp_path / "workers",)
+    )
+    process.start()
+    process.join()
+    workers = (tmp_path / "workers").read_text().split()
+    assert len(workers) == 2
+    until = time.monotonic() + 20
+    while any(map(runs, workers)) and time.monotonic() < until:
+        time.sleep(0.1)
+    left = [pid for pid in workers if runs(pid)]
+    for pid in left:
+        os.kill(int(pid), signal.SIGKILL)
+    assert not left
+
+
 class Failing(Fake):
     """A dataset whose images cannot be read, for a reason that is no image's fault."""
 
