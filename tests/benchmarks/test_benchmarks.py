@@ -76,7 +76,7 @@ def test_measures_of_recipes_tell_blur_and_colour(tmp_path):
 @pytest.mark.parametrize("flags, says", [
     ("--minutes 12", "--minutes must be a multiple of 5"), ("--minutes 0", "a multiple of 5"),
     ("--variants 0 99", "--variants must be numbers from 0 to 2"),
-    ("--parts --variants -1", "from 0 to 12"), ("--seed 3", "--seed of train_vqgan.py is set"),
+    ("--parts --variants -1", "from 0 to 13"), ("--seed 3", "--seed of train_vqgan.py is set"),
     ("--train_steps=9", "--train_steps of train_vqgan.py is set"),
 ])
 def test_wrong_flags_of_recipes_get_a_sentence(flags, says, capsys):
