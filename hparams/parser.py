@@ -72,10 +72,9 @@ class Parser(argparse.ArgumentParser):
 
 def step_or_best(text):
     """The value of a flag that is a step or `best`."""
-    return text if text == "best" else int(text)
-
-
-step_or_best.__name__ = "step"  # what argparse calls it
+    if text == "best" or re.fullmatch(r"[-+]?\d+", text):
+        return text if text == "best" else int(text)
+    raise argparse.ArgumentTypeError(f"it must be a step or best, not {text!r}")
 
 
 def best_step(run):
@@ -318,7 +317,9 @@ def check_required(settings_class, chosen, paths):
     for field in dataclasses.fields(settings_class):
         if field.metadata["required"] and field.name not in chosen:
             hint, missing = "", [path for path in paths if not path.exists()]
-            if missing:
+            if chosen.get("resume") and not paths:
+                hint = f" ({LOGS / chosen.get('log_dir', 'test')} holds no run to go on with)"
+            elif missing:
                 hint = f" ({missing[0]} is not there to tell)"
             elif paths:
                 files = " or ".join(map(str, paths))

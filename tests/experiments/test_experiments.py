@@ -259,6 +259,14 @@ def test_only_this_runs_images_are_in_its_folder():
     assert len(list(reconstructions.iterdir())) == 1797
 
 
+def test_the_folder_of_a_training_is_no_place_for_an_experiment():
+    """Its samples would replace those that the training drew at that step."""
+    before = RunFolder("prior").log.read_bytes()
+    with pytest.raises(UserError, match="--log_dir prior is the run of a training"):
+        run(get_samples, f"{LOAD} --n_samples 2", log_dir="prior")
+    assert RunFolder("prior").log.read_bytes() == before
+
+
 def test_images_stay_where_kept_features_need_them_no_more():
     flags = f"{LOAD} --n_samples 70 --fake_feats fake.npy --save_individually"
     first = run(calc_PRDC, flags)

@@ -143,6 +143,7 @@ def test_yaml_round_trip():
     ("--ema_beta 1", "ema_beta must be less than 1"),
     ("--batch_size 0", "batch_size must be at least 1"),
     ("--batch_size x", "invalid int value"),
+    ("--load_step last", "--load_step: it must be a step or best, not 'last'"),
     ("--lr nan", "lr must be a number"),
     ("--lr inf", "lr must be a number"),
     ("--quantizer vq", "invalid choice"),
@@ -152,6 +153,11 @@ def test_yaml_round_trip():
 ])
 def test_wrong_flags_of_train_vqgan_are_refused(flags, says, capsys):
     assert says in refusal(capsys, get_vqgan_hparams, [*VQGAN, *flags.split()])
+
+
+def test_a_run_that_is_not_there_cannot_go_on(capsys):
+    says = refusal(capsys, get_vqgan_hparams, "--log_dir misspelt --resume".split())
+    assert "--dataset is required (logs/misspelt holds no run to go on with)" in says
 
 
 @pytest.mark.parametrize("flags, says", [

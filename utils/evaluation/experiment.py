@@ -33,6 +33,7 @@ from utils.evaluation.samples import CHUNK, decode, drawn_ids, given_ids, sampli
 from utils.files import file_hash, remove_leftovers, whole_file
 from utils.logging.curves import PICTURES, in_words
 from utils.logging.images import remove_images, save_images_individually
+from utils.runs.folder import RunFolder
 from utils.runs.script import command_of, start_run, without_credentials
 from utils.runs.trained_on import note_training
 from utils.training.build import (
@@ -59,6 +60,9 @@ def experiment(H, name, several=True, build=build_both):
     One that cannot use `several` processes refuses torchrun. `build`: see `check_models`.
     """
     check_models(H, build)
+    if RunFolder(H.log_dir).holds_run():
+        raise UserError(f"--log_dir {H.log_dir} is the run of a training, whose pictures and log "
+                        f"would be mixed with those of an experiment: give another name")
     processes = init_processes(H.device) if several else single_process(H.device)
     with start_run(H, processes) as log, contextlib.suppress(WorkerDone):
         for folder in (log.folder.path, log.folder.images):

@@ -192,7 +192,7 @@ class VisdomBoard:
                     reason = error if isinstance(error, Outage) else f"cannot be used ({error!r})"
                     self._on_warning(
                         f"no plots for now, the visdom server at {self.address} {reason};"
-                        " training goes on, and all plots follow when the server answers"
+                        " all plots follow when it answers"
                     )
                 lost = True
             else:
