@@ -5,7 +5,7 @@
 With one denoiser for 16x16 ids (random weights: what it costs does not depend on them): eight
 samples in 256 steps; canvases of 32x32 and 64x64 ids, one id a call, by windows and natively; and
 an autoregressive prior with and without its cache. Prints a Markdown table. A canvas is timed at
-some ids spread over it, since the plain loop would take hours. Eight minutes on two cores.
+some ids spread over it, since the plain loop would take hours. Ten minutes on two cores.
 """
 
 import argparse
