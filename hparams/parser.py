@@ -318,7 +318,8 @@ def check_required(settings_class, chosen, paths):
         if field.metadata["required"] and field.name not in chosen:
             hint, missing = "", [path for path in paths if not path.exists()]
             if chosen.get("resume") and not paths:
-                hint = f" ({LOGS / chosen.get('log_dir', 'test')} holds no run to go on with)"
+                name = chosen.get("log_dir", settings_class.log_dir)
+                hint = f" ({LOGS / name} holds no run to go on with)"
             elif missing:
                 hint = f" ({missing[0]} is not there to tell)"
             elif paths:
