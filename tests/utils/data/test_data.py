@@ -839,6 +839,7 @@ class Large(Fake):
 
 
 def die_with_workers(path):
+    torch.set_num_threads(1)  # threads of the process that this one was forked from are not here
     batches = TrainingBatches(Large(9), loading_of(workers=2), 0, Processes(), fail_on_unreadable)
     next(batches)
     time.sleep(1)  # until both wait to hand over what they have read
@@ -858,7 +859,10 @@ def test_workers_end_where_the_main_process_is_killed(tmp_path):
         target=die_with_workers, args=(tmp_path / "workers",)
     )
     process.start()
-    process.join()
+    process.join(60)
+    status = process.exitcode
+    process.kill()
+    assert status == -signal.SIGKILL
     workers = (tmp_path / "workers").read_text().split()
     assert len(workers) == 2
     until = time.monotonic() + 20
