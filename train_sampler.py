@@ -48,12 +48,12 @@ class SamplerTraining:
 
     def __init__(self, H, log, processes):
         self.H, self.log, self.processes = H, log, processes
+        self.autoencoder = load_autoencoder(H, processes.device, log)
         dataset = cached_pixels(load_dataset(H, log), H, processes, log)
         train_set, validation_set, split = apply_split(
             dataset, choose_split(H, dataset, log, autoencoder=True)
         )
         log.info(describe(split))
-        self.autoencoder = load_autoencoder(H, processes.device, log)
         self.facts = {  # kept with every checkpoint
             "split": split, "autoencoder": self.autoencoder.weights_hash,
             "architecture": architecture_of(H, SAMPLER_ARCHITECTURE),
@@ -139,7 +139,8 @@ class SamplerTraining:
                     self.update_histories()
                 best = self.judge(step, loop) if loop.must_validate else None
                 if loop.must_show or loop.must_save_images:
-                    self.show_samples(step, loop.must_save_images, loop.must_show)
+                    with loop.interruptible("drawing samples") as progress:
+                        self.show_samples(step, loop.must_save_images, loop.must_show, progress)
                 if loop.must_save or best:
                     with tolerate_full_disk(self.log, unless=loop.ends):
                         stats = {"seconds": loop.seconds, **self.facts}
@@ -204,13 +205,14 @@ class SamplerTraining:
         return figures, dict(figures, of_weights=of_weights)
 
     @torch.no_grad()
-    def show_samples(self, step, save, display):
-        """Samples of the EMA where there is one, and the loss of each time step."""
+    def show_samples(self, step, save, display, progress):
+        """Samples of the EMA where there is one, and the loss of each time step; `progress` is
+        that of `models.sampling.samplers`."""
         H = self.H
         self.best.eval()
         seed_step(H.seed, step, "samples")
         with self.precision.autocast(), only_compiled(self.compiled):
-            ids = self.best.sample(min(H.batch_size, 64), H.temp)
+            ids = self.best.sample(min(H.batch_size, 64), H.temp, progress=progress)
         images = decode(self.decoder, ids)
         with tolerate_full_disk(self.log):
             self.log.images(step, "samples", images, save=save, display=display,

@@ -40,8 +40,8 @@ BATCH = 16  # images reconstructed together
 
 
 def images_in(paths, H):
-    """The images in files and folders, an ImageFiles; UserError where there are none."""
-    found = []
+    """The images in files and folders, each once, an ImageFiles; UserError where there are none."""
+    found, once = [], {}
     for path in map(Path, map(os.path.expanduser, paths)):
         if path.is_dir():
             inside = scan(path)
@@ -53,7 +53,9 @@ def images_in(paths, H):
             found.append((path.as_posix(), status.st_size, status.st_mtime_ns))
         else:
             raise UserError(f"--images: there is no file or folder {path}")
-    return ImageFiles("images", H.img_size, H.n_channels, ".", found)
+    for file in found:
+        once.setdefault(os.path.realpath(file[0]), file)
+    return ImageFiles("images", H.img_size, H.n_channels, ".", list(once.values()))
 
 
 def images_of_dataset(run):

@@ -21,7 +21,8 @@ PRESETS = ("small", "medium", "published")
 PUBLISHED_DATASETS = {"ffhq", "churches", "bedrooms"}
 DECIDED = {  # defaults that the dataset and the recipe decide, in words
     "recipe": f"default modern; {', '.join(sorted(PUBLISHED_DATASETS))} published",
-    "preset": "default small with recipe modern, published with published",
+    "preset": "default small with recipe modern, published with published; of a sampler that of "
+              "its autoencoder, where their recipe is the same",
 }
 
 # Where a thing stands says nothing in these images: hydra attention has no absolute positions by
@@ -45,9 +46,7 @@ class Defaults:
     def of(self, chosen, preset_given):
         """The defaults beside the settings `chosen`, among them `dataset`; sizes of a preset that
         is given, and not the usual one, come after those of the dataset."""
-        dataset = chosen["dataset"]
-        published = dataset in PUBLISHED_DATASETS
-        recipe = chosen.get("recipe", "published" if published else "modern")
+        dataset, recipe = chosen["dataset"], recipe_of(chosen)
         usual = "small" if recipe == "modern" else "published"
         preset = chosen.get("preset", usual)
         sizes, own = self.presets.get(preset, {}), self.datasets.get(dataset, {})
@@ -64,6 +63,12 @@ class Defaults:
             yield from layers.items()
         for dataset, settings in self.modern_datasets.items():
             yield f"modern {dataset}", settings
+
+
+def recipe_of(chosen):
+    """The recipe of the settings `chosen`, a dict with `dataset`."""
+    published = chosen["dataset"] in PUBLISHED_DATASETS
+    return chosen.get("recipe", "published" if published else "modern")
 
 
 # --- what follows from other settings ------------------------------------------------------------

@@ -54,6 +54,9 @@ class Data(Settings):
         super().check_flags(given)
         if "dataset" in given and self.dataset not in DATASETS:
             check_registered(self.dataset)
+        if "distortion" in given and not self.distorted_copies:
+            raise SettingsError("--distortion would do nothing: it is for --distorted_copies, how "
+                                "many of each image")
 
 
 def check_registered(name):
@@ -106,10 +109,13 @@ class Training(Settings):
     ema: bool = setting(False, "keep an exponential moving average of the weights; display, "
                         "validate, and (experiments) sample with it")
     ema_beta: float | None = setting(0.995, "what an EMA update keeps of the average (none: an "
-                                     "average over 3% of train_steps)", minimum=0, below=1)
+                                     "average over 3% of train_steps)", minimum=0, below=1,
+                                     only_with=("ema", True))
     ema_warmup: bool = setting(False, "average over at most a tenth of the steps so far, so that "
-                               "the average is not behind while there are few")
-    steps_per_update_ema: int = setting(10, "steps between EMA updates", minimum=1)
+                               "the average is not behind while there are few",
+                               only_with=("ema", True))
+    steps_per_update_ema: int = setting(10, "steps between EMA updates", minimum=1,
+                                        only_with=("ema", True))
     load_dir: str = setting("test", "run whose checkpoint is loaded")
     load_step: int = setting(0, "step of the checkpoint to load, or best, that of the best "
                              "validation; 0 loads none", minimum=0, step_of="load_dir")
@@ -188,7 +194,8 @@ class AutoencoderArchitecture(Settings):
                                              "and ch_mult give)", minimum=1)
     quantizer: str = setting("nearest", "how vectors become ids", choices=["nearest", "gumbel"])
     ndf: int = setting(64, "channels of the discriminator's first layer", minimum=1)
-    disc_layers: int = setting(3, "strided layers of a discriminator of pixels", minimum=1)
+    disc_layers: int = setting(3, "strided layers of a discriminator of pixels", minimum=1,
+                               only_with=("disc_input", "pixels"))
     disc_input: str | None = setting("pixels", "what the discriminator looks at: pixels, or "
                                      "features of the frozen EfficientNet-Lite0 (2111.01007), "
                                      "which need few steps (none: features; pixels where images "
@@ -232,8 +239,7 @@ class Autoencoder(AutoencoderArchitecture):
                                               "downloads nothing", minimum=0)
     perceptual_range: str = setting("0_1", "range of the images LPIPS sees: 0_1 as the published "
                                     "models were trained, or, typed --perceptual_range=-1_1, that "
-                                    "on which LPIPS was fitted", choices=["0_1", "-1_1"],
-                                    only_with=("perceptual", "lpips"))
+                                    "on which LPIPS was fitted", choices=["0_1", "-1_1"])
     vgg_weights: str | None = setting(None, "local file of torchvision's VGG16 weights for LPIPS "
                                       "(none: torchvision downloads them once)")
     diff_aug: bool = setting(False, "augment what the discriminator sees (DiffAug: color, "

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from hparams.defaults import DECIDED, INTERVALS, follow_steps
+from hparams.defaults import DECIDED, INTERVALS, follow_steps, recipe_of
 from hparams.environment import is_first_process
 from hparams.settings import ALL_NAMES, check_setting, did_you_mean, show, value_type
 from utils.errors import SettingsError
@@ -312,6 +312,19 @@ def outgrown(settings_class, defaults, loaded, given):
     return {name for name in follow if loaded[name] == getattr(before, name)}
 
 
+def preset_of_autoencoder(settings_class, chosen):
+    """{"preset"} of the run that a sampler is to be trained on, where it has the recipe that the
+    settings `chosen` mean; else an empty dict."""
+    path = LOGS / chosen.get("ae_load_dir", "") / SETTINGS_FILE
+    if "preset" in chosen or not chosen.get("ae_load_dir") or not path.exists():
+        return {}
+    values = read_settings(path)
+    if "preset" not in values or values.get("recipe") != recipe_of(chosen):
+        return {}
+    check_setting(settings_class.__dataclass_fields__["preset"], values["preset"])
+    return {"preset": values["preset"]}
+
+
 def check_required(settings_class, chosen, paths):
     """Raise SettingsError for a required setting that neither a flag nor a run gives."""
     for field in dataclasses.fields(settings_class):
@@ -322,6 +335,9 @@ def check_required(settings_class, chosen, paths):
                 hint = f" ({LOGS / name} holds no run to go on with)"
             elif missing:
                 hint = f" ({missing[0]} is not there to tell)"
+            elif paths and field.name == "sampler":
+                raise SettingsError(f"{paths[0]} names no sampler, as that of an autoencoder: give "
+                                    f"the run of a sampler, as train_sampler.py makes it")
             elif paths:
                 files = " or ".join(map(str, paths))
                 hint = f" (not in {files}: is it a run of another kind?)"
@@ -360,7 +376,9 @@ def get_hparams(settings_class, defaults, sources, argv=None, must_load=False):
         H = settings_class()
         if "recipe" in settings_class.without_flag:  # nothing is trained: what no file says
             chosen["recipe"] = chosen["preset"] = "published"
-        for name, value in {**defaults.of(chosen, "preset" in given), **chosen}.items():
+        alike = preset_of_autoencoder(settings_class, chosen)
+        sizes = defaults.of(chosen | alike, "preset" in given or bool(alike))
+        for name, value in {**sizes, **chosen}.items():
             if name in settings_class.__dataclass_fields__:
                 setattr(H, name, value)
         H.validate()

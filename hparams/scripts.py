@@ -41,6 +41,10 @@ class VQGANSettings(Data, Autoencoder, Training, Logging):
         if "base_lr" in given and "lr" not in given and self.lr != derived:
             raise SettingsError(f"--base_lr would do nothing: lr is {self.lr} by the dataset's "
                                 f"defaults or the run, so give --lr")
+        for name in ("perceptual_range", "vgg_weights"):
+            if name in given and not (self.perceptual == "lpips" and self.perceptual_weight):
+                raise SettingsError(f"--{name} would do nothing: it is for --perceptual lpips, at "
+                                    f"a weight above 0")
 
 
 class SamplerSettings(Data, Sampler, Training, Logging, Autoencoder):

@@ -79,8 +79,9 @@ class Settings:
             only_with = self.__dataclass_fields__[name].metadata["only_with"]
             if only_with and getattr(self, only_with[0]) not in only_with[1:]:
                 other, *values = only_with
-                raise SettingsError(f"--{name} would do nothing: it is for --{other} "
-                                    f"{' or '.join(values)}, not {show(getattr(self, other))}")
+                if values != [True]:
+                    other += f" {' or '.join(values)}, not {show(getattr(self, other))}"
+                raise SettingsError(f"--{name} would do nothing: it is for --{other}")
 
     @classmethod
     def script(cls):

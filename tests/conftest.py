@@ -1,10 +1,21 @@
 """Fixtures of several test files."""
 
+import signal
+
 import pytest
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from helpers import TinyExtractor, VisdomServer
 from utils.evaluation import features
+from utils.signals import SIGNALS
+
+
+def pytest_configure(config):
+    """Let tests and the processes that they start have the signals that `make test &` or `nohup`
+    has ignored, which the tests themselves go on to ignore."""
+    for number in SIGNALS:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import contextlib
 import json
 import os
 import resource
@@ -71,6 +72,19 @@ def wait_until(condition, seconds=20):
         time.sleep(0.05)
 
 
+@contextlib.contextmanager
+def started(command, **options):
+    """A process with its output as text; after the block neither it nor what it started runs."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
 def with_small_files(size, function):
     """What `function` gives where no file may grow beyond `size` bytes: as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -92,6 +106,17 @@ def at_the_end_of_steps(monkeypatch, function):
         end_step(loop)
 
     monkeypatch.setattr(TrainingLoop, "end_step", patched)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """As each of several processes has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def as_torchrun(rank, count, port="0"):

@@ -30,7 +30,7 @@ from utils.training.processes import Processes
 __all__ = ["workplace"]  # a fixture of this file too
 
 SIZES = ("--preset small --img_size 32 --nf 8 --ch_mult 1 1 --emb_dim 4 --codebook_size 24 --ndf 8 "
-         "--disc_layers 1 --batch_size 4 --num_workers 0 --no_visdom")
+         "--batch_size 4 --num_workers 0 --no_visdom")
 MODERN = (
     "--recipe modern --ema --amp --horizontal_flip --train_steps 14 --codebook_start_step 3 "
     "--codebook_revival 2 --entropy_weight 0.01 --disc_start_step 5 --disc_lead_steps 1 "

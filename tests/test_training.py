@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import zipfile
 
@@ -18,7 +17,7 @@ from PIL import Image
 import train_sampler
 import train_vqgan
 from experiments import digits_report, generate_big_samples, get_samples, inpaint
-from helpers import ON_DIGITS, ROOT, wait_until
+from helpers import ON_DIGITS, ROOT, started, wait_until
 from hparams import get_vqgan_hparams
 from models import AbsorbingDiffusion
 from utils.data.datasets import load_dataset
@@ -152,6 +151,21 @@ def test_a_loaded_optimizer_takes_the_learning_rate_of_the_command():
     vqgan("--log_dir b --load_dir a --load_step 2 --train_steps 3 --lr 0.25")
     (group,) = files_of("b", 3)["ae_optim_3.th"]["param_groups"]
     assert group["lr"] == 0.25
+
+
+def test_a_missing_autoencoder_is_found_out_before_anything_is_said_of_it(
+    capsys, monkeypatch, two_runs
+):
+    says = sentence(train_sampler.main, f"{SAMPLER} --ae_load_step 3 --log_dir a --train_steps 9",
+                    capsys, monkeypatch)
+    assert "vqgan is there at steps 2" in says
+    assert "trained" not in RunFolder("a").log.read_text().replace(says, "")
+
+
+def test_a_run_that_is_longer_already_says_so(two_runs):
+    sampler("--log_dir prior --train_steps 1 --resume")
+    log = RunFolder("prior").log.read_text()
+    assert re.search(r"WARN\w* *.*step 2 leaves nothing to train: train_steps is 1", log)
 
 
 def test_a_sampler_refuses_another_autoencoder(capsys, monkeypatch, two_runs):
@@ -397,7 +411,7 @@ def sentence(main, flags, capsys, monkeypatch):
     (train_sampler, f"{SAMPLER} --ae_load_step 3", "vqgan is there at steps 2"),
     (train_sampler, f"{SAMPLER} --codebook_size 32", "32 contradicts codebook_size 16"),
     (train_sampler, f"{SAMPLER} --kernel_sizes 3 9", "larger than the 8x8 grid"),
-    (get_samples, "--load_dir ae --load_step 2 --n_samples 1", "is it a run of another kind?"),
+    (get_samples, "--load_dir ae --load_step 2 --n_samples 1", "hparams.yaml names no sampler"),
     (train_sampler, f"{SAMPLER} --load_dir prior --load_step 2 --attention full", "contradicts"),
     (train_sampler, f"{SAMPLER} --load_dir prior --load_step 9", "absorbing is there at steps 2"),
     (get_samples, "--load_dir prior --load_step 9 --no_visdom", "absorbing is there at steps 2"),
@@ -497,17 +511,10 @@ def test_a_signal_to_the_whole_group_saves_and_the_run_resumes_to_the_bit(workpl
     """As terminals and schedulers send it: the workers that read images get it too."""
     command = [sys.executable, str(ROOT / "train_vqgan.py"), *VQGAN.split(), "--log_dir", "parts",
                "--steps_per_log", "1", "--num_workers", "2"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )
-    try:
+    with started(command) as process:
         wait_until(lambda: lines_of("parts") or process.poll() is not None, seconds=120)
         os.killpg(process.pid, getattr(signal, number))
         output = process.communicate(timeout=60)[0]
-    finally:
-        if process.poll() is None:  # or it would go on for ever
-            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + getattr(signal, number) and "Traceback" not in output
     *_, step = RunFolder("parts").steps("vqgan")  # a validation before it may have kept its own
     message = f"interrupted: saved step {step}; go on with --resume"
@@ -524,10 +531,7 @@ def start(script, flags, port):
     """A training script in a process of its own that draws on the server at `port`."""
     flags = flags.replace("--no_visdom", f"--visdom_port {port}")
     flags = flags.replace("--steps_per_display_output 0", "--steps_per_display_output 4")
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *flags.split(), "--log_dir", script],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )
+    return started([sys.executable, str(ROOT / script), *flags.split(), "--log_dir", script])
 
 
 @pytest.mark.parametrize("script, flags, windows", [
@@ -540,8 +544,7 @@ def start(script, flags, port):
 def test_training_continues_while_visdom_restarts(server, script, flags, windows, two_runs):
     """A real server has the windows, is stopped, started again, and has them all again."""
     server.start()
-    process = start(script, flags, server.port)
-    try:
+    with start(script, flags, server.port) as process:
         wait_until(lambda: set(windows) <= set(server.windows(script)), seconds=60)
         server.kill()
         before = lines_of(script)[-1]["step"]
@@ -550,7 +553,6 @@ def test_training_continues_while_visdom_restarts(server, script, flags, windows
         wait_until(lambda: set(windows) <= set(server.windows(script)), seconds=60)
         steps = server.windows(script)["metric: Loss"]["content"]["data"][0]["x"]
         assert steps[0] == 2 and steps[-1] > before + 20
-    finally:
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "Traceback" not in output

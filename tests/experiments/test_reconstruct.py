@@ -26,7 +26,7 @@ from utils.runs.folder import RunFolder
 from utils.training.build import efficientnet_distance
 
 SIZES = ("--preset small --img_size 32 --nf 8 --ch_mult 1 1 --emb_dim 4 --codebook_size 24 --ndf 8 "
-         "--disc_layers 1 --batch_size 4 --num_workers 0 --no_visdom")
+         "--batch_size 4 --num_workers 0 --no_visdom")
 LOAD = "--load_dir ae --load_step best --ema --no_visdom --num_workers 0"
 EFFICIENTNET = "perceptual distance (efficientnet_lite0)"
 
@@ -125,6 +125,14 @@ def test_a_folder_is_read_whole_and_has_the_frechet_distance_of_validation(monke
     assert figures["images"] == 30
     found = figures["Fréchet distance (efficientnet_lite0)"]
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_an_image_that_is_named_twice_counts_once(workplace):
+    os.symlink("1.png", "photos/again.png")
+    names = "photos/3.png ./photos/3.png photos/again.png photos/1.png"
+    result = run(f"--images {names} {workplace / 'photos/3.png'}")
+    assert [row["image"] for row in result["images"]] == ["photos/3.png", "photos/again.png"]
+    assert result["figures"]["images"] == 2
 
 
 def test_the_picture_shows_images_above_their_reconstructions():

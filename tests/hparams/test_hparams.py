@@ -150,6 +150,15 @@ def test_yaml_round_trip():
     ("--load_step 5 --train_steps 5", "leaves nothing to train"),
     ("--colour", "unrecognized arguments: --colour"),
     ("--train_step 10", "unrecognized arguments: --train_step 10: did you mean '--train_steps'?"),
+    ("--ema_beta 0.9", "--ema_beta would do nothing: it is for --ema ("),
+    ("--disc_input features --disc_layers 2",
+     "--disc_layers would do nothing: it is for --disc_input pixels, not features"),
+    ("--perceptual efficientnet_lite0 --vgg_weights vgg.pth",
+     "--vgg_weights would do nothing: it is for --perceptual lpips, at a weight above 0"),
+    ("--perceptual lpips --perceptual_weight 0 --perceptual_range=-1_1",
+     "--perceptual_range would do nothing"),
+    ("--distorted_copies 0 --distortion 0.3",
+     "--distortion would do nothing: it is for --distorted_copies"),
 ])
 def test_wrong_flags_of_train_vqgan_are_refused(flags, says, capsys):
     assert says in refusal(capsys, get_vqgan_hparams, [*VQGAN, *flags.split()])
@@ -256,13 +265,18 @@ def test_experiments_sample_as_the_run_says_unless_a_flag_does():
 
 
 def test_an_experiment_may_override_settings_that_shape_no_model():
-    save_run(get_vqgan_hparams([*VQGAN, "--vgg_weights", "old.pth"]), "ae")
+    lpips = ["--perceptual", "lpips", "--perceptual_weight", "1", "--vgg_weights", "old.pth"]
+    save_run(get_vqgan_hparams([*VQGAN, *lpips]), "ae")
     save_run(get_sampler_hparams([*SAMPLER, "--ema"]), "prior")
     flags = ["--load_dir", "prior", "--load_step", "7"]
     H = get_nearest_neighbours_hparams(flags)
     assert H.vgg_weights == "old.pth" and H.ema
     H = get_nearest_neighbours_hparams([*flags, "--vgg_weights", "new.pth", "--no_ema"])
     assert H.vgg_weights == "new.pth" and not H.ema
+    save_run(get_vqgan_hparams([*VQGAN, "--perceptual", "efficientnet_lite0"]), "ae")
+    H = get_nearest_neighbours_hparams([*flags, "--vgg_weights", "new.pth",
+                                        "--perceptual_range=-1_1"])
+    assert H.perceptual_range == "-1_1"  # of the LPIPS that it measures with
 
 
 PUBLISHED = (

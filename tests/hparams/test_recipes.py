@@ -54,6 +54,24 @@ def test_the_weight_of_the_perceptual_distance_follows_which_it_is(flags, weight
     assert get_vqgan_hparams([*CUSTOM, *flags.split()]).perceptual_weight == weight
 
 
+def test_a_sampler_has_the_preset_of_its_autoencoder_where_the_recipe_is_the_same():
+    def sampler(*flags):
+        H = get_sampler_hparams([*CUSTOM, *SAMPLER, *flags])
+        return H.preset, H.bert_n_emb, H.batch_size
+
+    save_run(get_vqgan_hparams([*CUSTOM, "--preset", "medium"]), "ae")
+    assert sampler() == ("medium", 384, 32)
+    assert sampler("--preset", "small", "--batch_size", "3") == ("small", 128, 3)
+    assert sampler("--recipe", "published") == ("published", 512, 20)
+    save_run(get_vqgan_hparams([*CUSTOM, "--recipe", "published"]), "ae")
+    assert sampler() == ("small", 128, 16)
+    save_run(get_vqgan_hparams(["--dataset", "digits", "--preset", "medium"]), "ae")
+    H = get_sampler_hparams(["--dataset", "digits", *SAMPLER])
+    assert (H.preset, H.bert_n_emb, H.img_size) == ("medium", 384, 128)
+    save_run(get_vqgan_hparams([*CUSTOM, "--preset", "medium"]), "ae", without=("preset",))
+    assert sampler() == ("small", 128, 16)
+
+
 def test_a_preset_that_is_given_comes_after_the_dataset():
     assert get_vqgan_hparams(["--dataset", "digits"]).batch_size == 32
     assert get_vqgan_hparams(["--dataset", "textures"]).batch_size == 8
@@ -152,7 +170,7 @@ def test_intervals_and_ema_follow_the_steps_that_a_run_goes_on_to(get, more):
     longer = get([*flags, "--resume", "--train_steps", "20000"])
     assert (longer.steps_per_checkpoint, longer.steps_per_eval) == (2000, 50)  # 50 was a flag
     assert longer.ema_beta == pytest.approx(1 - 1 / 600, abs=1e-6)
-    kept = get([*flags, "--resume", "--train_steps", "20000", "--ema_beta", "0.5"])
+    kept = get([*flags, "--resume", "--train_steps", "20000", "--ema", "--ema_beta", "0.5"])
     assert kept.ema_beta == 0.5
 
 

@@ -75,6 +75,10 @@ def mean_of(dicts):
     return {name: sum(stats[name] for stats in dicts) / len(dicts) for name in dicts[0]}
 
 
+class _GivenUp(Exception):
+    """What TrainingLoop.interruptible does ends early."""
+
+
 class TrainingLoop:
     """Context and iterator of the steps after `start`, up to `H.train_steps`.
 
@@ -158,7 +162,8 @@ class TrainingLoop:
             raise UserError(f"none of the steps was finite, so nothing is saved: lower the "
                             f"learning rate, or clip gradients ({log.folder.last_saved()})")
         if self.start >= H.train_steps:
-            log.info(f"step {self.start} leaves nothing to train: train_steps is {H.train_steps}")
+            tell = log.warning if self.start > H.train_steps else log.info
+            tell(f"step {self.start} leaves nothing to train: train_steps is {H.train_steps}")
         log.info(f"trained to step {self.step}: checkpoints are in {log.folder.models}")
 
     def count(self, outcome, **stats):
@@ -278,6 +283,28 @@ class TrainingLoop:
         if not sentences:
             self.log.info(f"step {self.step}: training goes well")
         self.log.health(self.step, sentences or ["training goes well"])
+
+    @contextlib.contextmanager
+    def interruptible(self, what):
+        """A block of this process alone that takes a while, of which the progress bar says how far
+        it is, and which the training can do without: a signal ends it.
+
+        Gives a `progress` (see models/sampling/samplers.py) that the block has to call.
+        """
+        shown = time.monotonic()
+
+        def progress(done, total, *_):
+            nonlocal shown
+            if self.signal is not None:
+                raise _GivenUp
+            if time.monotonic() - shown > self.bar.mininterval:
+                shown = time.monotonic()
+                self.bar.set_postfix_str(f"{what}: {done} of {total}")
+
+        try:
+            yield progress
+        except _GivenUp:
+            self.log.info(f"step {self.step}: {what} is given up for the signal")
 
     @property
     def seconds(self):

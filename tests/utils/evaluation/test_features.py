@@ -12,7 +12,7 @@ import torch_fidelity
 from skimage import data
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
-from helpers import Log, OneOfMany, TinyExtractor, on_processes
+from helpers import Log, OneOfMany, TinyExtractor, on_processes, one_thread
 from hparams import UserError
 from utils.data.batches import UnreadableFiles
 from utils.data.folders import scan
@@ -281,12 +281,8 @@ def test_rank_0_gets_the_features_of_one_process_in_the_same_order(tiny, tmp_pat
         content = {"found": found, "extracted": extracted, "reasons": dict(unreadable)}
         torch.save(content, tmp_path / f"{processes.size}_{processes.rank}.pt")
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each of several processes has
-    try:
+    with one_thread():
         collect([])
-    finally:
-        torch.set_num_threads(threads)
     assert on_processes(3, collect) == [0, 0, 0]
     one, first, *others = (
         torch.load(tmp_path / name) for name in ("1_0.pt", "3_0.pt", "3_1.pt", "3_2.pt")

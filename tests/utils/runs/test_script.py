@@ -11,12 +11,16 @@ import sys
 import threading
 
 import pytest
-import torch
 from filelock import FileLock
 
 import train_vqgan
-from helpers import ROOT, as_torchrun, free_port, wait_until
-from test_training import VQGAN, lines_of, sentence, trained, two_runs, vqgan, workplace
+from helpers import ROOT, as_torchrun, free_port, one_thread, started, wait_until
+from models import AbsorbingDiffusion
+from test_training import (
+    VQGAN, assert_identical, files_of, lines_of, sampler, sentence, trained, two_runs, vqgan,
+    workplace,
+)
+from utils.logging.logger import ProgressBar
 from utils.runs.folder import RunFolder
 from utils.runs.script import run_script, try_lock
 from utils.signals import SIGNALS, Stopped, handle_signals
@@ -25,11 +29,6 @@ from utils.training.loop import TrainingLoop
 __all__ = ["trained", "two_runs", "workplace"]  # fixtures of this file too
 
 SCRIPT = [sys.executable, str(ROOT / "train_vqgan.py"), *VQGAN.split()]
-
-
-def started(command, **options):
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True, **options)
 
 
 FAULTS = """
@@ -66,32 +65,33 @@ def test_a_signal_before_training_ends_the_script_with_one_sentence(
 
     monkeypatch.setattr(train_vqgan, "load_dataset", interrupted)
     monkeypatch.setattr(sys, "argv", ["script.py", *VQGAN.split()])
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop:
         run_script(train_vqgan.main)
     assert stop.value.code == 128 + number
     assert f"script.py: stopped by {number.name}" in capsys.readouterr().err
-    assert signal.getsignal(number) == signal.SIG_DFL
+    assert signal.getsignal(number) == before
 
 
 def test_nohup_is_respected():
     """A signal that is ignored when the program starts stays ignored."""
-    process = started([*SCRIPT, "--log_dir", "a", "--steps_per_log", "1"],
-                      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    wait_until(lambda: lines_of("a") or process.poll() is not None, seconds=120)
-    process.send_signal(signal.SIGHUP)
-    steps = len(lines_of("a"))
-    wait_until(lambda: len(lines_of("a")) > steps + 5 or process.poll() is not None)
-    process.terminate()
-    process.communicate(timeout=60)
+    with started([*SCRIPT, "--log_dir", "a", "--steps_per_log", "1"],
+                 preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:
+        wait_until(lambda: lines_of("a") or process.poll() is not None, seconds=120)
+        process.send_signal(signal.SIGHUP)
+        steps = len(lines_of("a"))
+        wait_until(lambda: len(lines_of("a")) > steps + 5 or process.poll() is not None)
+        process.terminate()
+        process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_a_shell_does_not_go_on_after_an_interrupted_run(workplace):
     command = " ".join([*SCRIPT, "--log_dir", "a", "--steps_per_log", "1"])
-    process = started(["bash", "-c", f"{command} && touch went_on"])
-    wait_until(lambda: lines_of("a") or process.poll() is not None, seconds=120)
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    with started(["bash", "-c", f"{command} && touch went_on"]) as process:
+        wait_until(lambda: lines_of("a") or process.poll() is not None, seconds=120)
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
     assert not (workplace / "went_on").exists() and RunFolder("a").complete_steps()
 
 
@@ -118,11 +118,12 @@ def test_a_repeated_signal_does_not_cut_a_save_but_a_repeated_ctrl_c_does(workpl
 
 def test_a_worker_that_is_killed_ends_the_run_with_one_sentence(workplace):
     """Wherever the main process is at that moment."""
-    process = started([*SCRIPT, "--log_dir", "a", "--steps_per_log", "1", "--num_workers", "2"])
-    wait_until(lambda: lines_of("a") or process.poll() is not None, seconds=120)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
-    output = process.communicate(timeout=60)[0]
+    command = [*SCRIPT, "--log_dir", "a", "--steps_per_log", "1", "--num_workers", "2"]
+    with started(command) as process:
+        wait_until(lambda: lines_of("a") or process.poll() is not None, seconds=120)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+        os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+        output = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "Traceback" not in output
     sentence = "a process that reads images has ended, killed or out of memory: lower --num_workers"
     assert sentence in output.splitlines()[-1] and sentence in RunFolder("a").log.read_text()
@@ -136,6 +137,40 @@ def test_a_finished_run_has_status_0_though_it_is_interrupted_in_its_last_step(m
     )
     vqgan("--log_dir a --train_steps 1")
     assert RunFolder("a").complete_steps() == [1]
+
+
+def test_a_signal_ends_the_drawing_of_samples_and_the_run_is_saved(monkeypatch, two_runs):
+    asked = []
+
+    def sample(model, n, temp, progress):
+        for number in range(5):
+            progress(number + 1, 5, None)
+            asked.append(number)
+            loops[0].interrupt(signal.SIGTERM, None)
+
+    loops, enter = [], TrainingLoop.__enter__
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoop, "__enter__", lambda loop: loops.append(loop) or enter(loop))
+        patch.setattr(AbsorbingDiffusion, "sample", sample)
+        with pytest.raises(Stopped, match="interrupted: saved step 2"):
+            sampler("--log_dir a --train_steps 5 --steps_per_save_output 1")
+    assert asked == [0] and not list(RunFolder("a").images.glob("*"))
+    log = RunFolder("a").log.read_text()
+    assert "step 1: drawing samples is given up for the signal" in log
+    sampler("--log_dir a --train_steps 5 --steps_per_save_output 1 --resume")
+    sampler("--log_dir b --train_steps 5 --steps_per_save_output 1")
+    assert_identical(files_of("a", 5), files_of("b", 5))
+
+
+def test_the_bar_says_how_far_the_drawing_of_samples_is(monkeypatch, two_runs):
+    shown = []
+    monkeypatch.setattr(ProgressBar, "set_postfix_str", lambda bar, text: shown.append(text))
+    begin = ProgressBar.__init__
+    monkeypatch.setattr(ProgressBar, "__init__", lambda bar, **options: begin(
+        bar, **options | {"mininterval": -1}))
+    sampler("--log_dir a --train_steps 1 --steps_per_save_output 1")
+    drawn = [text for text in shown if text.startswith("drawing samples")]
+    assert drawn[0] == f"drawing samples: 1 of {len(drawn)}" and len(drawn) > 1
 
 
 def test_training_runs_in_a_thread(workplace):
@@ -181,12 +216,11 @@ def test_an_incomplete_launch_is_one_process_and_said(monkeypatch, workplace):
 
 def test_processes_that_do_not_come_are_waited_for_aloud_and_interruptibly(workplace):
     variables = as_torchrun(0, 2, str(free_port()))
-    process = started([*SCRIPT, "--log_dir", "a"], env={**os.environ, **variables})
-    line = process.stdout.readline()
-    assert "waiting for 2 processes at 127.0.0.1:" in line and "unset them" in line
-    process.terminate()
-    assert process.wait(timeout=10) == -signal.SIGTERM
-    process.stdout.close()
+    with started([*SCRIPT, "--log_dir", "a"], env={**os.environ, **variables}) as process:
+        line = process.stdout.readline()
+        assert "waiting for 2 processes at 127.0.0.1:" in line and "unset them" in line
+        process.terminate()
+        assert process.wait(timeout=10) == -signal.SIGTERM
 
 
 # --- surroundings --------------------------------------------------------------------------------
@@ -278,8 +312,8 @@ def no_locks(lock):
 
 def test_log_txt_tells_losses_every_hundred_steps_and_each_validation(workplace):
     flags = "--train_steps 210 --steps_per_log 7 --steps_per_eval 100 --log_dir a"
-    torch.set_num_threads(1)
-    vqgan(flags)
+    with one_thread():
+        vqgan(flags)
     lines = RunFolder("a").log.read_text().splitlines()
     told = [line.split(" INFO ")[1].split(":")[0] for line in lines
             if " INFO step " in line and "goes well" not in line]

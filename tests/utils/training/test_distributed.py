@@ -1,7 +1,6 @@
 """Several processes train as one does with their batches together, and measure as one does; one
 log, one set of files."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -21,7 +20,9 @@ from experiments import (
     calc_approximate_ELBO, calc_FID, calc_PRDC, calc_VQGAN_FID, generate_big_samples, get_samples,
     inpaint,
 )
-from helpers import ON_DIGITS, ROOT, as_torchrun, at_the_end_of_steps, half_precision, on_processes
+from helpers import (
+    ON_DIGITS, ROOT, as_torchrun, at_the_end_of_steps, half_precision, on_processes, one_thread,
+)
 from hparams import UserError, get_vqgan_hparams
 from models import AbsorbingDiffusion
 from test_training import (
@@ -295,17 +296,6 @@ def test_an_experiment_goes_on_with_another_number_of_processes(tiny, two_runs, 
     assert len(drawn) == 7 - len(kept) + 1
     undisturbed, found = (read_results(RunFolder(run).results) for run in ("undisturbed", "killed"))
     assert [r["figures"] for r in found.values()] == [r["figures"] for r in undisturbed.values()]
-
-
-@contextlib.contextmanager
-def one_thread():
-    """As each of several processes has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def files_below(folder):
