@@ -194,8 +194,7 @@ class AutoencoderArchitecture(Settings):
                                              "and ch_mult give)", minimum=1)
     quantizer: str = setting("nearest", "how vectors become ids", choices=["nearest", "gumbel"])
     ndf: int = setting(64, "channels of the discriminator's first layer", minimum=1)
-    disc_layers: int = setting(3, "strided layers of a discriminator of pixels", minimum=1,
-                               only_with=("disc_input", "pixels"))
+    disc_layers: int = setting(3, "strided layers of a discriminator of pixels", minimum=1)
     disc_input: str | None = setting("pixels", "what the discriminator looks at: pixels, or "
                                      "features of the frozen EfficientNet-Lite0 (2111.01007), "
                                      "which need few steps (none: features; pixels where images "

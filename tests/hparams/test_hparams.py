@@ -151,8 +151,6 @@ def test_yaml_round_trip():
     ("--colour", "unrecognized arguments: --colour"),
     ("--train_step 10", "unrecognized arguments: --train_step 10: did you mean '--train_steps'?"),
     ("--ema_beta 0.9", "--ema_beta would do nothing: it is for --ema ("),
-    ("--disc_input features --disc_layers 2",
-     "--disc_layers would do nothing: it is for --disc_input pixels, not features"),
     ("--perceptual efficientnet_lite0 --vgg_weights vgg.pth",
      "--vgg_weights would do nothing: it is for --perceptual lpips, at a weight above 0"),
     ("--perceptual lpips --perceptual_weight 0 --perceptual_range=-1_1",
