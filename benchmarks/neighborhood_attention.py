@@ -172,8 +172,8 @@ def step_rows(arguments, curves):
     """Yield milliseconds of a training step, hydra against full attention, and add to `curves`."""
     for side in [side for side in arguments.sides if side <= 64]:
         times = {}
-        for kind in ("hydra", "full"):
-            model = untrained_sampler(side, DENOISER + kind, arguments.device)
+        for kind, flags in {"hydra": "hydra --position rpb", "full": "full"}.items():
+            model = untrained_sampler(side, DENOISER + flags, arguments.device)
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
             shape = (arguments.batch, side * side)
             ids = torch.randint(model.mask_id, shape, device=arguments.device)

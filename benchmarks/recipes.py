@@ -127,7 +127,9 @@ def training_flags(arguments, variant, handed_on):
     """The flags of train_vqgan.py for a variant, but for its length, seed and run folder."""
     flags = PARTS if arguments.parts else RECIPES
     recipe = f"--recipe modern {flags[variant]}" if arguments.parts else flags[variant]
-    vgg = ["--vgg_weights", arguments.vgg_weights] if arguments.vgg_weights else []
+    with_lpips = variant == "published" or "--perceptual lpips" in recipe
+    weights = arguments.vgg_weights if with_lpips else None
+    vgg = ["--vgg_weights", weights] if weights else []
     return [
         "--dataset", "custom", "--custom_dataset_path", arguments.photographs, "--crops", "64",
         "--preset", "small", "--amp", "--ema", "--no_visdom", "--num_workers", "0",

@@ -41,14 +41,16 @@ def test_step_of_finds_the_first_step_that_is_low_enough():
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_every_recipe_and_part_parses(parts):
-    arguments = Namespace(photographs=".", parts=parts, vgg_weights=None)
+@pytest.mark.parametrize("weights", [None, "vgg16.pth"])
+def test_every_recipe_and_part_parses(parts, weights):
+    arguments = Namespace(photographs=".", parts=parts, vgg_weights=weights)
     plain = get_vqgan_hparams(recipes.training_flags(arguments, "modern", []))
     for title in recipes.PARTS if parts else recipes.RECIPES:
         flags = recipes.training_flags(arguments, title, ["--train_steps", "900"])
         H = get_vqgan_hparams(flags)
         check_models(H, VQGAN)
         assert H.recipe == ("published" if title == "published" else "modern")
+        assert H.vgg_weights == (weights if H.perceptual == "lpips" else None)
         assert (H.img_size, H.crops, H.batch_size, H.nf) == (64, 64, 8, 32)
         assert title == "modern" or any(
             getattr(H, name) != getattr(plain, name)

@@ -14,6 +14,7 @@ import itertools
 import multiprocessing.queues
 import os
 import signal
+import sys
 import threading
 import time
 from typing import NamedTuple
@@ -356,14 +357,31 @@ def _from_workers(loader):
 
 @contextlib.contextmanager
 def ends_with_its_workers():
-    """Raise UserError for what torch raises, wherever this process is, when a worker ends."""
+    """Raise UserError for what torch raises, wherever this process is, when a worker ends.
+
+    Where that is a finalizer, Python prints the error and goes on. It is not printed here: the
+    loader finds out by itself.
+    """
+    print_error = sys.unraisablehook
+
+    def print_others(unraisable):
+        if not _is_end_of_worker(unraisable.exc_value):
+            print_error(unraisable)
+
+    sys.unraisablehook = print_others
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not _is_end_of_worker(error):
             raise
         raise UserError(f"a process that reads images has ended, killed or out of memory: {REMEDY}"
                         ) from None
+    finally:
+        sys.unraisablehook = print_error
+
+
+def _is_end_of_worker(error):
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
 def usable_cpus():

@@ -874,6 +874,23 @@ def test_workers_end_where_the_main_process_is_killed(tmp_path):
     assert not left
 
 
+def test_a_worker_that_ends_while_a_finalizer_runs_prints_no_traceback(monkeypatch):
+    class Deleted:
+        def __init__(self, message):
+            self.message = message
+
+        def __del__(self):
+            raise RuntimeError(self.message)
+
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda info: printed.append(str(info.exc_value)))
+    with loading.ends_with_its_workers():
+        Deleted("DataLoader worker (pid 1) is killed by signal: Killed. ")
+        Deleted("something else")
+    Deleted("DataLoader worker (pid 1) is killed by signal: Killed. ")
+    assert [text[:10] for text in printed] == ["something ", "DataLoader"]
+
+
 class Failing(Fake):
     """A dataset whose images cannot be read, for a reason that is no image's fault."""
 
