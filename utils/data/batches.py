@@ -1,4 +1,4 @@
-"""Batches of images: their order, the workers that read them, images that cannot be read.
+"""Batches of images: their order, how they are read, images that cannot be read.
 
 The order is a function of (seed, batch number), so a run that resumes at batch b sees what it
 would have seen without the interruption. Workers hand over uint8; the device makes floats of them.
@@ -7,15 +7,9 @@ Shapes: n = size of the dataset, B = batch size, [B, C, S, S] = images.
 """
 
 import collections
-import contextlib
 import functools
 import hashlib
 import itertools
-import multiprocessing.queues
-import os
-import signal
-import sys
-import threading
 import time
 from typing import NamedTuple
 
@@ -23,15 +17,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from hparams.environment import process_count
 from models.devices import to_device
 from utils.data.device import copied_ahead
 from utils.data.pixels import UnreadableImage, to_float
+from utils.data.workers import Failure, from_workers, start_worker, workers_for
 from utils.errors import UserError
-from utils.signals import SIGNALS
 
 PREFETCHED = 2  # batches that each worker reads ahead, as torch does by default
-MOST_WORKERS = 16  # beyond which they wait for the pipe to the main process
 KEPT = 1 << 30  # bytes of images that are kept in memory to be shown again
 
 # --- the order ---------------------------------------------------------------------------------
@@ -226,13 +218,6 @@ class _Batch(NamedTuple):
     unreadable: list  # of (path, reason)
 
 
-class _Failure(NamedTuple):
-    """What went wrong in a worker, whose exception may be none that can be handed over."""
-
-    kind: str
-    message: str
-
-
 class _Batches(Dataset):
     """Items are batches, and the index of an item is its plan, (indices, flips or None)."""
 
@@ -246,7 +231,7 @@ class _Batches(Dataset):
         except Exception as error:
             if get_worker_info() is None:
                 raise
-            return _Failure(type(error).__name__, str(error))
+            return Failure(type(error).__name__, str(error))
 
     def read(self, indices, flips):
         """The _Batch of a plan."""
@@ -297,12 +282,12 @@ def read_plans(dataset, plans, replace, num_workers):
         batch_size=None,  # an item is a batch already
         collate_fn=_as_it_is,
         num_workers=num_workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         # Starting an iterator draws a number: from here, lest it move the training's own stream.
         generator=torch.Generator(),
     )
     # The workers live as long as the loader's iterator, which only this generator holds.
-    yield from _from_workers(loader)
+    yield from from_workers(loader)
 
 
 def _without_indices(early, reader):
@@ -313,96 +298,5 @@ def _without_indices(early, reader):
         yield images
 
 
-def workers_for(dataset, num_workers):
-    """How many processes read a dataset where `--num_workers` gives `num_workers` or None.
-
-    None: one for each CPU that this rank has, but one for the main process where there are more
-    than two, and at most MOST_WORKERS; none where reading costs next to nothing.
-    """
-    if num_workers is not None:
-        return num_workers
-    if dataset.reads_fast:
-        return 0
-    here = os.environ.get("LOCAL_WORLD_SIZE", "") if process_count() > 1 else ""
-    cpus = usable_cpus() // (int(here) if here.isdigit() and int(here) else 1)
-    return min(cpus - 1 if cpus > 2 else max(cpus, 1), MOST_WORKERS)
-
-
 def _as_it_is(batch):
     return batch
-
-
-# Errors that cut the start of torch's iterators. They hold these iterators, which print a traceback
-# when they are deleted, unless Python ends.
-_HALF_MADE = []
-REMEDY = "lower --num_workers (0 reads in this process) or --batch_size"
-
-
-def _from_workers(loader):
-    """The items of a loader; UserError, which says what to change, where a worker fails."""
-    try:
-        batches = iter(loader)
-    except OSError as error:  # no process, or no shared memory for the locks of their queues
-        raise UserError(f"processes that read images do not start ({error.strerror}): {REMEDY}"
-                        ) from None
-    except RuntimeError as error:  # a process has ended while others start
-        _HALF_MADE.append(error)
-        raise
-    for batch in batches:
-        if isinstance(batch, _Failure):
-            raise UserError(f"a process that reads images failed ({batch.kind}: {batch.message}): "
-                            f"{REMEDY}")
-        yield batch
-
-
-@contextlib.contextmanager
-def ends_with_its_workers():
-    """Raise UserError for what torch raises, wherever this process is, when a worker ends.
-
-    Where that is a finalizer, Python prints the error and goes on. It is not printed here: the
-    loader finds out by itself.
-    """
-    print_error = sys.unraisablehook
-
-    def print_others(unraisable):
-        if not _is_end_of_worker(unraisable.exc_value):
-            print_error(unraisable)
-
-    sys.unraisablehook = print_others
-    try:
-        yield
-    except RuntimeError as error:
-        if not _is_end_of_worker(error):
-            raise
-        raise UserError(f"a process that reads images has ended, killed or out of memory: {REMEDY}"
-                        ) from None
-    finally:
-        sys.unraisablehook = print_error
-
-
-def _is_end_of_worker(error):
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-
-
-def usable_cpus():
-    """How many processors this process may use, which in a container are not all there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _start_worker(worker):
-    """Leaves the signals that ask to end to the main process, which ends its workers, and ends
-    this one where it cannot hand over what it has read, for which that would wait for ever."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *error: os._exit(1)
-    threading.Thread(target=_end_with_main_process, daemon=True).start()
-
-
-def _end_with_main_process():
-    """Ends a worker whose main process was killed. Without this a worker that waits at a full pipe,
-    which other workers hold open, would stay for ever."""
-    while os.getppid() == multiprocessing.parent_process().pid:
-        time.sleep(1)
-    os._exit(1)

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 
 from models.devices import to_device
-from utils.data.batches import read_plans, workers_for
+from utils.data.batches import read_plans
+from utils.data.workers import workers_for
 
 
 class PartReader:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from hparams.environment import incomplete_launch, is_first_process
-from utils.data.batches import ends_with_its_workers
+from utils.data.workers import ends_with_its_workers
 from utils.errors import UserError
 from utils.logging.logger import NoLogger, RunLogger, one_line
 from utils.logging.visdom_board import VisdomBoard

@@ -29,6 +29,7 @@ from utils.data.batches import (
 from utils.data.datasets import DATASETS_YAML, load_dataset
 from utils.data.pixels import UnreadableImage, to_float
 from utils.data.split import Subset, part_of, sample_of, train_validation_split
+from utils.data.workers import ends_with_its_workers
 from utils.errors import SettingsError, UserError
 from utils.runs.script import kill_workers
 from utils.signals import SIGNALS
@@ -781,12 +782,12 @@ def test_number_of_workers_follows_the_data_where_it_is_not_given(monkeypatch):
     files.reads_fast = False
     train(Fake(4), 1, workers=None)
     for cpus in (1, 2, 3, 8, 99):
-        monkeypatch.setattr(loading, "usable_cpus", lambda: cpus)
+        monkeypatch.setattr("utils.data.workers.usable_cpus", lambda: cpus)
         train(files, 1, workers=None)
     assert asked == [0, 1, 2, 2, 7, 16]
     for name, value in (*as_torchrun(0, 4).items(), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(loading, "usable_cpus", lambda: 16)
+    monkeypatch.setattr("utils.data.workers.usable_cpus", lambda: 16)
     train(files, 1, workers=None)
     train(files, 1, workers=3)
     assert asked[-2:] == [7, 3]
@@ -884,7 +885,7 @@ def test_a_worker_that_ends_while_a_finalizer_runs_prints_no_traceback(monkeypat
 
     printed = []
     monkeypatch.setattr(sys, "unraisablehook", lambda info: printed.append(str(info.exc_value)))
-    with loading.ends_with_its_workers():
+    with ends_with_its_workers():
         Deleted("DataLoader worker (pid 1) is killed by signal: Killed. ")
         Deleted("something else")
     Deleted("DataLoader worker (pid 1) is killed by signal: Killed. ")
@@ -923,7 +924,7 @@ def test_what_fails_in_a_worker_ends_the_run_with_one_sentence(fail, says):
     batches = TrainingBatches(
         Failing(5, fail), loading_of(workers=2), 0, Processes(), fail_on_unreadable
     )
-    with pytest.raises(UserError, match=re.escape(says)), loading.ends_with_its_workers():
+    with pytest.raises(UserError, match=re.escape(says)), ends_with_its_workers():
         next(batches)
 
 
@@ -931,7 +932,7 @@ def test_a_batch_that_a_worker_cannot_hand_over_ends_the_run(monkeypatch):
     """Its thread fails after the batch was read: the main process would wait for ever."""
     monkeypatch.setattr(loading._Batches, "read", lambda *plan: lambda: "cannot be pickled")
     batches = TrainingBatches(Fake(5), loading_of(workers=1), 0, Processes(), fail_on_unreadable)
-    with pytest.raises(UserError, match="has ended"), loading.ends_with_its_workers():
+    with pytest.raises(UserError, match="has ended"), ends_with_its_workers():
         next(batches)
 
 
@@ -960,7 +961,7 @@ def test_a_worker_that_ends_while_others_start_prints_no_traceback(monkeypatch):
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_late)
     monkeypatch.setattr(sys, "unraisablehook", ignored.append)
     with pytest.raises(UserError, match="a process that reads images has ended"):
-        with loading.ends_with_its_workers():
+        with ends_with_its_workers():
             next(pixel_batches(Fake(5), 1, 2, CPU, fail_on_unreadable))
     reading.close()
     kill_workers()  # as a script does that ends
