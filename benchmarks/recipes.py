@@ -127,13 +127,13 @@ def training_flags(arguments, variant, handed_on):
     """The flags of train_vqgan.py for a variant, but for its length, seed and run folder."""
     flags = PARTS if arguments.parts else RECIPES
     recipe = f"--recipe modern {flags[variant]}" if arguments.parts else flags[variant]
-    with_lpips = variant == "published" or "--perceptual lpips" in recipe
-    weights = arguments.vgg_weights if with_lpips else None
-    vgg = ["--vgg_weights", weights] if weights else []
+    words = [*recipe.split(), *handed_on]
+    with_lpips = variant == "published" or "lpips" in words
+    vgg = ["--vgg_weights", arguments.vgg_weights] if arguments.vgg_weights and with_lpips else []
     return [
         "--dataset", "custom", "--custom_dataset_path", arguments.photographs, "--crops", "64",
         "--preset", "small", "--amp", "--ema", "--no_visdom", "--num_workers", "0",
-        "--keep_checkpoints", "0", "--validation_images", "64", *vgg, *recipe.split(), *handed_on,
+        "--keep_checkpoints", "0", "--validation_images", "64", *vgg, *words,
     ]
 
 

@@ -23,7 +23,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from hparams import UserError, get_elbo_hparams
+from hparams import get_elbo_hparams
 from models.autoencoder.likelihood import bits_per_dim, gaussian_level_nll, gaussian_nll
 from utils.data.batches import TrainingBatches, evaluation_batches
 from utils.data.cache import read_cached
@@ -159,9 +159,6 @@ class LogSigmaFit:
 def main(argv=None):
     H = get_elbo_hparams(argv)
     with experiment(H, "ELBO", several=False) as run:
-        if run.log.folder.holds_run():
-            raise UserError(f"{run.log.folder.path} holds a run, whose metrics those of this fit "
-                            f"would mix with: give another --log_dir")
         dataset = load_dataset(H, run.log)
         train_set, validation_set, held_out = images_held_out(H, dataset, run.log)
         run.note_data(validation_set)

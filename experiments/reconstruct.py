@@ -84,10 +84,10 @@ def model_path(H):
 
 def unreadable_images(run):
     """UnreadableFiles that raises UnreadableImage for a file that --images names itself."""
-    named = {str(Path(os.path.expanduser(path))) for path in run.H.images or ()}
+    named = {os.path.realpath(os.path.expanduser(path)) for path in run.H.images or ()}
 
     def on_new(path, reason):
-        if path in named:
+        if os.path.realpath(path) in named:
             raise UnreadableImage(path, reason)
         run.log.passed_over(path, reason)
 

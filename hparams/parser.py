@@ -321,21 +321,24 @@ def preset_of_autoencoder(settings_class, chosen):
     values = read_settings(path)
     if "preset" not in values or values.get("recipe") != recipe_of(chosen):
         return {}
-    check_setting(settings_class.__dataclass_fields__["preset"], values["preset"])
+    try:
+        check_setting(settings_class.__dataclass_fields__["preset"], values["preset"])
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from None
     return {"preset": values["preset"]}
 
 
-def check_required(settings_class, chosen, paths):
+def check_required(settings_class, chosen, paths, must_load):
     """Raise SettingsError for a required setting that neither a flag nor a run gives."""
+    own = LOGS / chosen.get("log_dir", settings_class.log_dir)
     for field in dataclasses.fields(settings_class):
         if field.metadata["required"] and field.name not in chosen:
             hint, missing = "", [path for path in paths if not path.exists()]
-            if chosen.get("resume") and not paths:
-                name = chosen.get("log_dir", settings_class.log_dir)
-                hint = f" ({LOGS / name} holds no run to go on with)"
+            if chosen.get("resume") and not must_load and own / SETTINGS_FILE not in paths:
+                hint = f" ({own} holds no run to go on with)"
             elif missing:
                 hint = f" ({missing[0]} is not there to tell)"
-            elif paths and field.name == "sampler":
+            elif paths and must_load and field.name == "sampler":
                 raise SettingsError(f"{paths[0]} names no sampler, as that of an autoencoder: give "
                                     f"the run of a sampler, as train_sampler.py makes it")
             elif paths:
@@ -372,7 +375,7 @@ def get_hparams(settings_class, defaults, sources, argv=None, must_load=False):
         for name in outgrown(settings_class, defaults, loaded, given):
             del loaded[name]
         chosen = {**loaded, **given}
-        check_required(settings_class, chosen, paths)
+        check_required(settings_class, chosen, paths, must_load)
         H = settings_class()
         if "recipe" in settings_class.without_flag:  # nothing is trained: what no file says
             chosen["recipe"] = chosen["preset"] = "published"

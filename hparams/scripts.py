@@ -54,6 +54,12 @@ class SamplerSettings(Data, Sampler, Training, Logging, Autoencoder):
         super().validate()
         check_steps_left(self)
 
+    def check_flags(self, given):
+        super().check_flags(given)
+        for name in ("perceptual_range", "vgg_weights"):
+            if name in given:
+                raise SettingsError(f"--{name} would do nothing: the autoencoder is trained")
+
 
 def check_steps_left(H):
     """There are steps left to train, unless a run is resumed, which may be at its end."""

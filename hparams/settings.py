@@ -77,7 +77,8 @@ class Settings:
         """Raise SettingsError where one of the flags `given` does nothing beside the others."""
         for name in given:
             only_with = self.__dataclass_fields__[name].metadata["only_with"]
-            if only_with and getattr(self, only_with[0]) not in only_with[1:]:
+            off = given[name] is False  # which is no wish for anything
+            if only_with and not off and getattr(self, only_with[0]) not in only_with[1:]:
                 other, *values = only_with
                 if values != [True]:
                     other += f" {' or '.join(values)}, not {show(getattr(self, other))}"

@@ -1,13 +1,25 @@
 """Fixtures of several test files."""
 
+import atexit
+import os
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from helpers import TinyExtractor, VisdomServer
 from utils.evaluation import features
+from utils.runs.script import kill_workers
 from utils.signals import SIGNALS
+
+# The tests run on the CPU, some in forks of this process, which a GPU would not survive. Set the
+# variable for the tests that need one.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["no_proxy"] = "127.0.0.1,localhost"  # the servers of the tests are on this machine
+settings.register_profile("the same in every run", derandomize=True,
+                          suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("the same in every run")
 
 
 def pytest_configure(config):
@@ -16,6 +28,7 @@ def pytest_configure(config):
     for number in SIGNALS:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
+    atexit.register(kill_workers)  # those that a failed test still holds ignore what would end them
 
 
 @pytest.fixture

@@ -74,9 +74,14 @@ def wait_until(condition, seconds=20):
 
 @contextlib.contextmanager
 def started(command, **options):
-    """A process with its output as text; after the block neither it nor what it started runs."""
+    """A process with its output as text; after the block neither it nor what it started runs.
+
+    `options` are those of subprocess.Popen. It computes in one thread: more wait for each other
+    where the processors are busy.
+    """
+    environment = {**options.pop("env", os.environ), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True, **options)
+                               start_new_session=True, env=environment, **options)
     try:
         yield process
     finally:
@@ -128,7 +133,7 @@ def as_torchrun(rank, count, port="0"):
 def on_processes(count, main, flags=""):
     """Run `main` in forked processes, as torchrun would; returns their exit statuses.
 
-    Processes that wait for each other in vain are killed after five minutes.
+    Processes that wait for each other in vain are killed after two minutes.
     """
     port, processes = str(free_port()), []
     for rank in range(count):
@@ -137,7 +142,7 @@ def on_processes(count, main, flags=""):
             status = 1
             try:
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it is the test's own limit here
-                signal.alarm(300)
+                signal.alarm(120)
                 os.environ |= as_torchrun(rank, count, port)
                 torch.set_num_threads(1)
                 main(flags.split())

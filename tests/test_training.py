@@ -506,7 +506,10 @@ def test_a_checkpoint_of_another_attention_names_the_flag(capsys, monkeypatch):
     assert "--attention full" in sentence(train_sampler.main, flags, capsys, monkeypatch)
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+@pytest.mark.parametrize("number", [
+    "SIGINT", "SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow),
+    pytest.param("SIGUSR1", marks=pytest.mark.slow),
+])
 def test_a_signal_to_the_whole_group_saves_and_the_run_resumes_to_the_bit(workplace, number):
     """As terminals and schedulers send it: the workers that read images get it too."""
     command = [sys.executable, str(ROOT / "train_vqgan.py"), *VQGAN.split(), "--log_dir", "parts",
@@ -538,8 +541,10 @@ def start(script, flags, port):
     ("train_vqgan.py", VQGAN, ["metric: Loss", "metric: Reconstruction PSNR, dB",
                                "bars: codebook_use", "image: reconstructions", "text: settings",
                                "text: health"]),
-    ("train_sampler.py", SAMPLER, ["metric: Loss", "metric: Bits per token", "image: samples",
-                                   "bars: loss_per_timestep", "text: settings"]),
+    pytest.param("train_sampler.py", SAMPLER, [
+        "metric: Loss", "metric: Bits per token", "image: samples", "bars: loss_per_timestep",
+        "text: settings",
+    ], marks=pytest.mark.slow),
 ])
 def test_training_continues_while_visdom_restarts(server, script, flags, windows, two_runs):
     """A real server has the windows, is stopped, started again, and has them all again."""

@@ -155,6 +155,7 @@ def test_yaml_round_trip():
      "--vgg_weights would do nothing: it is for --perceptual lpips, at a weight above 0"),
     ("--perceptual lpips --perceptual_weight 0 --perceptual_range=-1_1",
      "--perceptual_range would do nothing"),
+    ("--perceptual lpips --perceptual_weight 0 --vgg_weights vgg.pth", "would do nothing"),
     ("--distorted_copies 0 --distortion 0.3",
      "--distortion would do nothing: it is for --distorted_copies"),
 ])
@@ -174,11 +175,25 @@ def test_a_run_that_is_not_there_cannot_go_on(capsys):
      "--remask would do nothing: it is for --sample_type remdm, not mlm"),
     ("--optimizer adam --weight_decay 1", "it is for --optimizer adamw or muon, not adam"),
     ("--temp 0", "temp must be more than 0"),
+    ("--vgg_weights vgg.pth", "--vgg_weights would do nothing: the autoencoder is trained"),
     ("--ae_load_step 0", "ae_load_step must be at least 1"),
     ("--dataset custom", "needs --custom_dataset_path"),
 ])
 def test_wrong_flags_of_train_sampler_are_refused(flags, says, capsys):
     assert says in refusal(capsys, get_sampler_hparams, [*SAMPLER, *flags.split()])
+
+
+def test_what_is_off_may_be_switched_off():
+    assert not get_vqgan_hparams([*VQGAN, "--no_ema", "--no_ema_warmup"]).ema_warmup
+
+
+def test_a_forgotten_sampler_is_named_though_the_autoencoder_is_there(capsys):
+    save_run(get_vqgan_hparams(VQGAN), "ae")
+    flags = [*VQGAN, "--ae_load_dir", "ae", "--ae_load_step", "5"]
+    assert "--sampler is required" in refusal(capsys, get_sampler_hparams, flags)
+    flags = ["--log_dir", "misspelt", "--resume", *flags[2:], "--sampler", "absorbing"]
+    says = "--dataset is required (logs/misspelt holds no run to go on with)"
+    assert says in refusal(capsys, get_sampler_hparams, flags)
 
 
 def test_missing_required_flags_are_named(capsys):

@@ -54,7 +54,7 @@ def test_the_weight_of_the_perceptual_distance_follows_which_it_is(flags, weight
     assert get_vqgan_hparams([*CUSTOM, *flags.split()]).perceptual_weight == weight
 
 
-def test_a_sampler_has_the_preset_of_its_autoencoder_where_the_recipe_is_the_same():
+def test_a_sampler_has_the_preset_of_its_autoencoder_where_the_recipe_is_the_same(capsys):
     def sampler(*flags):
         H = get_sampler_hparams([*CUSTOM, *SAMPLER, *flags])
         return H.preset, H.bert_n_emb, H.batch_size
@@ -70,6 +70,11 @@ def test_a_sampler_has_the_preset_of_its_autoencoder_where_the_recipe_is_the_sam
     assert (H.preset, H.bert_n_emb, H.img_size) == ("medium", 384, 128)
     save_run(get_vqgan_hparams([*CUSTOM, "--preset", "medium"]), "ae", without=("preset",))
     assert sampler() == ("small", 128, 16)
+    with open(RunFolder("ae").hparams, "a") as file:
+        file.write("preset: huge\n")
+    with pytest.raises(SystemExit):
+        sampler()
+    assert "logs/ae/hparams.yaml: preset must be one of" in capsys.readouterr().err
 
 
 def test_a_preset_that_is_given_comes_after_the_dataset():

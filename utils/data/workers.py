@@ -1,5 +1,5 @@
-"""The processes that read images: how many there are, how they start, what becomes of a run when one
-ends."""
+"""The processes that read images: how many there are, how they start, and what becomes of a run
+when one ends."""
 
 import contextlib
 import multiprocessing.queues
@@ -104,12 +104,12 @@ def start_worker(worker):
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *error: os._exit(1)
-    threading.Thread(target=_end_with_main_process, daemon=True).start()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with_main_process():
-    """Ends a worker whose main process was killed. Without this a worker that waits at a full pipe,
-    which other workers hold open, would stay for ever."""
-    while os.getppid() == multiprocessing.parent_process().pid:
+def _end_with(parent):
+    """Ends a worker whose main process was killed, which gives it another parent. Without this a
+    worker that waits at a full pipe, which other workers hold open, would stay for ever."""
+    while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -287,15 +287,15 @@ class TrainingLoop:
     @contextlib.contextmanager
     def interruptible(self, what):
         """A block of this process alone that takes a while, of which the progress bar says how far
-        it is, and which the training can do without: a signal ends it.
+        it is, and which the training can do without: a signal ends it, but for the last step's.
 
         Gives a `progress` (see models/sampling/samplers.py) that the block has to call.
         """
-        shown = time.monotonic()
+        before, shown = self.bar.postfix or "", time.monotonic()
 
         def progress(done, total, *_):
             nonlocal shown
-            if self.signal is not None:
+            if self.signal is not None and not self.is_last:
                 raise _GivenUp
             if time.monotonic() - shown > self.bar.mininterval:
                 shown = time.monotonic()
@@ -305,6 +305,8 @@ class TrainingLoop:
             yield progress
         except _GivenUp:
             self.log.info(f"step {self.step}: {what} is given up for the signal")
+        finally:
+            self.bar.set_postfix_str(before)
 
     @property
     def seconds(self):

@@ -4,12 +4,12 @@ import contextlib
 import gc
 import itertools
 import multiprocessing
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from utils.data import batches as loading
 from utils.data import device
 from utils.data.batches import RepeatedBatches, TrainingBatches, UnreadableFiles, evaluation_batches
 from utils.data.images import ImageDataset
@@ -69,27 +69,30 @@ def test_measuring_the_loader_changes_no_batch(workers):
 
 
 class Slow(Fake):
-    """Images that take 10 ms each to be read."""
+    """Images that take 10 ms each to be read, by a clock of their own."""
 
     reads = 0
 
     def pixels(self, index):
         self.reads += 1
-        time.sleep(0.01)
         return super().pixels(index)
 
+    def perf_counter(self):
+        return self.reads * 0.01
 
-def test_the_loader_is_measured_and_waiting_for_it_is_counted():
+
+def test_the_loader_is_measured_and_waiting_for_it_is_counted(monkeypatch):
     dataset, H = Slow(7), loading_of(0, batch_size=2)
+    monkeypatch.setattr(loading, "time", dataset)
     batches = TrainingBatches(dataset, H, 0, Processes(), fail_on_unreadable)
-    assert 20 < batches.images_per_second(seconds=0.03) <= 100 and dataset.reads <= 8
+    assert batches.images_per_second(seconds=0.03) == pytest.approx(100) and dataset.reads <= 8
     assert batches.seconds_waited == 0
     for _ in range(dataset.reads // 2):  # those that were read
         next(batches)
-    assert batches.seconds_waited < 0.02
+    assert batches.seconds_waited == 0
     for _ in range(3):
         next(batches)
-    assert 0.06 <= batches.seconds_waited < 2
+    assert batches.seconds_waited == pytest.approx(0.06)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -31,6 +31,7 @@ from utils.training.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[3]
 FAST = {"interval": 0.1, "retry": 0.2, "timeout": 0.5}
+FOR_A_SERVER = {**FAST, "timeout": 5.0}  # which may be slow while others compute
 pytestmark = pytest.mark.filterwarnings("ignore:The 'warn' method")  # visdom's own client
 CALL_SECONDS = 0.45  # what a call of the logger may take, whatever the server does
 
@@ -394,7 +395,7 @@ def test_unopenable_metrics_file_raises_user_error(folder):
 def test_windows_arrive_at_a_visdom_server(server, folder):
     server.start()
     images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
-    board = VisdomBoard("127.0.0.1", server.port, env="group/run", **FAST)
+    board = VisdomBoard("127.0.0.1", server.port, env="group/run", **FOR_A_SERVER)
     with TimedLogger(folder, board) as log:
         for step in range(0, 50, 10):
             log.metrics(step, {"loss": torch.tensor(step / 8), "lr": 1e-4 if step else torch.nan})
@@ -420,7 +421,7 @@ def test_windows_arrive_at_a_visdom_server(server, folder):
     assert not warnings_in(folder)
 
     # A run that resumes finds the windows there; a curve that it takes back goes away.
-    board = VisdomBoard(f"http://127.0.0.1:{server.port}/", env="group/run", **FAST)
+    board = VisdomBoard(f"http://127.0.0.1:{server.port}/", env="group/run", **FOR_A_SERVER)
     with RunLogger(folder, board) as log:
         log.metrics(60, {"late": 1.0})
         wait_until(lambda: "metric: late" in server.windows("group_run"))
@@ -432,7 +433,7 @@ def test_windows_arrive_at_a_visdom_server(server, folder):
 
 
 def test_plots_survive_the_death_of_the_server(server, folder):
-    board = VisdomBoard("localhost", server.port, env="run", **FAST)
+    board = VisdomBoard("localhost", server.port, env="run", **FOR_A_SERVER)
     with TimedLogger(folder, board) as log:
         steps = []
 
@@ -473,7 +474,7 @@ def test_plots_survive_the_death_of_the_server(server, folder):
 
 def test_windows_cleared_while_the_server_is_away_are_closed(server, monkeypatch):
     server.start()
-    board = VisdomBoard("127.0.0.1", server.port, env="run", **FAST)
+    board = VisdomBoard("127.0.0.1", server.port, env="run", **FOR_A_SERVER)
     board.table("kept", {"a": "1"})
     board.table("cleared", {"a": "1"})
     board.send()
@@ -539,7 +540,7 @@ def test_foreign_server_on_the_port_gives_one_warning(folder, status, reason):
             pass
 
     other = HTTPServer(("127.0.0.1", 0), Other)
-    thread = threading.Thread(target=other.serve_forever, args=(0.05,))
+    thread = threading.Thread(target=other.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
         with TimedLogger(folder, VisdomBoard(None, other.server_port, **FAST)) as log:

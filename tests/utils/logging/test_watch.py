@@ -50,7 +50,7 @@ def test_a_run_is_drawn_once(folder, capsys):
 def test_it_draws_again_until_the_run_has_ended(folder, capsys):
     lock = FileLock(folder.lock, thread_local=False)
     lock.acquire()
-    thread = threading.Thread(target=main, args=(["run", "--every", "0.2"],))
+    thread = threading.Thread(target=main, args=(["run", "--every", "0.2"],), daemon=True)
     thread.start()
     try:
         time.sleep(1)

@@ -9,6 +9,7 @@ import pytest
 from helpers import ROOT
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("files", [130, pytest.param(2000, marks=pytest.mark.slow)])
 def test_broken_files_are_refused_in_one_sentence(files):
     command = [sys.executable, str(ROOT / "tests" / "fuzz.py"), "--files", str(files)]

@@ -310,7 +310,8 @@ def test_a_dataset_is_encoded_by_all_processes(two_runs, monkeypatch):
     """Each encodes some parts of it, and the ids are those of one process."""
     monkeypatch.setattr(latents, "PART", 300)
     shutil.rmtree(latents.LATENTS)
-    sampler("--log_dir one --train_steps 1 --horizontal_flip")
+    with one_thread():
+        sampler("--log_dir one --train_steps 1 --horizontal_flip")
     ids = {path.name: load_file(path)["ids"] for path in latents.LATENTS.glob("*.pt")}
     shutil.rmtree(latents.LATENTS)
     flags = f"{SAMPLER} --log_dir two --train_steps 1 --horizontal_flip"

@@ -297,12 +297,12 @@ SAMPLE = [4, "halton", 8, 0.8, 3]
 
 def test_ten_requests_at_once_are_served(server):
     answers = []
-    threads = [threading.Thread(target=lambda: answers.append(server.press("Draw", SAMPLE)))
-               for _ in range(10)]
+    threads = [threading.Thread(target=lambda: answers.append(server.press("Draw", SAMPLE)),
+                                daemon=True) for _ in range(10)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(120)
     assert len(answers) == 10 and all("4 images in" in answer for answer in answers)
 
 

@@ -277,12 +277,12 @@ def test_two_visitors_are_served_in_turn():
         return "result"
 
     found = []
-    threads = [threading.Thread(target=lambda: found.append(list(stepwise(work, network, worker))))
-               for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(list(stepwise(work, network, worker))),
+                                daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert max(most) == 1
     assert [(items[-1].result, items[-1].calls) for items in found] == [("result", 5)] * 4
     assert all(isinstance(items[-1], Finished) for items in found)
