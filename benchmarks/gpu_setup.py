@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from hparams import get_sampler_hparams, get_vqgan_hparams
 from utils.training.build import build_sampler
+from utils.training.cuda_graphs import CaptureFailed
 from utils.training.precision import Precision, allow_tf32
 
 PUBLISHED = "--dataset ffhq --ema"  # churches and bedrooms have the same sizes and batches
@@ -94,10 +95,11 @@ class Setup:
 
 def out_of_memory(error):
     """Whether an exception, or what it says, is of memory that did not suffice: torch's, CUDA's, or
-    that of one of CUDA's libraries."""
+    that of one of CUDA's libraries, but not in a capture, after which there is no going on."""
     words = ("out of memory", "STATUS_ALLOC_FAILED")
-    return (isinstance(error, torch.OutOfMemoryError)
-            or any(word in str(error) for word in words))
+    return not isinstance(error, CaptureFailed) and (
+        isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    )
 
 
 @contextlib.contextmanager

@@ -63,7 +63,8 @@ def test_results_are_kept_where_the_card_breaks_and_no_other_part_runs(report, m
 @pytest.mark.parametrize("part", ["training", "graphs", "memory"])
 def test_nothing_runs_after_a_capture_that_failed(part, report, monkeypatch):
     def fail(step):
-        raise CaptureFailed("the networks' kernels cannot be captured: give --no_cuda_graphs")
+        raise CaptureFailed("the networks' kernels cannot be captured: give --no_cuda_graphs "
+                            "(CUDA out of memory)")  # after which it can do no more either
 
     monkeypatch.setattr(Setup, "on_gpu", True)
     monkeypatch.setattr(gpu_checks, "capture_problem", lambda H, processes: None)

@@ -21,8 +21,9 @@ WARM_UP = 2  # passes, in which code is compiled and algorithms are chosen
 
 
 class CaptureFailed(UserError):
-    """A capture that failed: torch's streams and memory are in an unclear state then, so nothing
-    more is to be computed on the GPU."""
+    """A capture that failed, for short memory too: torch's streams and memory are in an unclear
+    state then (it keeps the memory of the capture, pytorch/pytorch#190348), so nothing more is to
+    be computed on the GPU."""
 
 
 def capture_problem(H, processes):
@@ -110,9 +111,9 @@ def capture(parts, log, required=False):
     on. What they give, and the gradients of their parameters, are overwritten by the next replay:
     each is called once a step.
 
-    Where one cannot be captured the log says why, or UserError is raised if it is `required`
-    (OutOfMemoryError where memory is short), and in any case CaptureFailed if the capture itself
-    fails.
+    Where a trial shows that one cannot be captured the log says why, or UserError is raised if it is
+    `required` (OutOfMemoryError where memory is short); in any case CaptureFailed if the capture
+    itself fails.
     """
     device = parts[0].static_input.device
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -136,8 +137,7 @@ def capture(parts, log, required=False):
             )
         except RuntimeError as error:
             cause = first_cause(error)
-            asked = required and isinstance(cause, torch.OutOfMemoryError)
-            if asked or isinstance(cause, (KeyboardInterrupt, Stopped)):
+            if isinstance(cause, (KeyboardInterrupt, Stopped)):
                 raise cause from None
             raise CaptureFailed(f"the networks' kernels cannot be captured: give --no_cuda_graphs "
                                 f"({first_line(cause)})") from error

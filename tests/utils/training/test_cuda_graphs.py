@@ -232,7 +232,7 @@ SHORT = torch.OutOfMemoryError("CUDA out of memory")
 @pytest.mark.parametrize("cause, asked, raised, words", [
     (ValueError("a copy from the host"), "", UserError, "--no_cuda_graphs .a copy from the host"),
     (SHORT, "", cuda_graphs.CaptureFailed, "--no_cuda_graphs .CUDA out of memory"),
-    (SHORT, "--cuda_graphs", torch.OutOfMemoryError, "CUDA out of memory"),
+    (SHORT, "--cuda_graphs", cuda_graphs.CaptureFailed, "--no_cuda_graphs .CUDA out of memory"),
     (Stopped(15, "interrupted"), "", Stopped, "interrupted"),
     (KeyboardInterrupt(), "", KeyboardInterrupt, None),
 ])
