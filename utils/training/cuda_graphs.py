@@ -111,8 +111,8 @@ def capture(parts, log, required=False):
     on. What they give, and the gradients of their parameters, are overwritten by the next replay:
     each is called once a step.
 
-    Where a trial shows that one cannot be captured the log says why, or UserError is raised if it is
-    `required` (OutOfMemoryError where memory is short); in any case CaptureFailed if the capture
+    Where a trial shows that one cannot be captured the log says why, or UserError is raised if it
+    is `required` (OutOfMemoryError where memory is short); in any case CaptureFailed if the capture
     itself fails.
     """
     device = parts[0].static_input.device
