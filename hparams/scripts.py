@@ -24,6 +24,7 @@ from utils.errors import SettingsError
 
 AUTOENCODER_ARCHITECTURE = names_of(AutoencoderArchitecture)
 SAMPLER_ARCHITECTURE = names_of(SamplerArchitecture)
+LPIPS = ("perceptual_range", "vgg_weights")  # what LPIPS alone reads, in training or measuring
 
 
 class VQGANSettings(Data, Autoencoder, Training, Logging):
@@ -41,7 +42,7 @@ class VQGANSettings(Data, Autoencoder, Training, Logging):
         if "base_lr" in given and "lr" not in given and self.lr != derived:
             raise SettingsError(f"--base_lr would do nothing: lr is {self.lr} by the dataset's "
                                 f"defaults or the run, so give --lr")
-        for name in ("perceptual_range", "vgg_weights"):
+        for name in LPIPS:
             if name in given and not (self.perceptual == "lpips" and self.perceptual_weight):
                 raise SettingsError(f"--{name} would do nothing: it is for --perceptual lpips, at "
                                     f"a weight above 0")
@@ -56,7 +57,7 @@ class SamplerSettings(Data, Sampler, Training, Logging, Autoencoder):
 
     def check_flags(self, given):
         super().check_flags(given)
-        for name in ("perceptual_range", "vgg_weights"):
+        for name in LPIPS:
             if name in given:
                 raise SettingsError(f"--{name} would do nothing: the autoencoder is trained")
 
@@ -115,7 +116,7 @@ class ELBOSettings(ELBO, ExperimentSettings):
 class NearestNeighboursSettings(NearestNeighbours, ExperimentSettings):
     """experiments/calc_nearest_neighbours.py: the training images nearest to samples."""
 
-    without_flag = TRAINING_ONLY - {"perceptual_range", "vgg_weights"}
+    without_flag = TRAINING_ONLY - {*LPIPS}
 
 
 class VQGANFIDSettings(Features, FID, Data, Autoencoder, Training, Logging):
@@ -205,7 +206,7 @@ class PageSettings(Page, ExperimentSettings):
 CROPS = {"crops", "crop_side"}
 AUTOENCODER_RUN = LoadedRun(
     "ae_load_dir", "ae_load_step", names_of(Autoencoder),
-    {"perceptual_range", "vgg_weights", *CROPS},
+    {*LPIPS, *CROPS},
 )
 VQGAN_RUN = LoadedRun(
     "load_dir", "load_step", names_of(Autoencoder),

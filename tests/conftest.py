@@ -4,6 +4,10 @@ import atexit
 import os
 import signal
 
+# The tests run on the CPU, some in forks of this process, which a GPU would not survive: set before
+# anything asks for one. Who sets the variable runs the tests that need one.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 import pytest
 from hypothesis import HealthCheck, settings
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
@@ -13,9 +17,6 @@ from utils.evaluation import features
 from utils.runs.script import kill_workers
 from utils.signals import SIGNALS
 
-# The tests run on the CPU, some in forks of this process, which a GPU would not survive. Set the
-# variable for the tests that need one.
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ["no_proxy"] = "127.0.0.1,localhost"  # the servers of the tests are on this machine
 settings.register_profile("the same in every run", derandomize=True,
                           suppress_health_check=[HealthCheck.too_slow])

@@ -115,7 +115,7 @@ def at_the_end_of_steps(monkeypatch, function):
 
 @contextlib.contextmanager
 def one_thread():
-    """As each of several processes has."""
+    """With one thread for torch, as each of several processes has."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -236,6 +236,8 @@ def test_an_unreadable_image_in_a_folder_is_passed_over(workplace):
     (workplace / "photos" / "a.png").write_text("no image")
     assert run("--images photos")["figures"]["images"] == 30
     assert "passed over photos/a.png" in RunFolder("out").log.read_text()
+    with pytest.raises(UserError, match="cannot read the image photos/a.png"):  # it is named too
+        run(f"--images photos {workplace / 'photos' / 'a.png'}")
 
 
 def test_what_is_no_autoencoder_is_refused(capsys):

@@ -76,7 +76,7 @@ def mean_of(dicts):
 
 
 class _GivenUp(Exception):
-    """What TrainingLoop.interruptible does ends early."""
+    """Ends a block of `TrainingLoop.interruptible` before it is done."""
 
 
 class TrainingLoop:

@@ -892,6 +892,20 @@ def test_a_worker_that_ends_while_a_finalizer_runs_prints_no_traceback(monkeypat
     assert [text[:10] for text in printed] == ["something ", "DataLoader"]
 
 
+WORKER = "from utils.data import workers; import time; workers.start_worker(0); time.sleep(1)"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_stay_however_they_are_started(method):
+    """Their parent is not the main process where a server forks them."""
+    process = multiprocessing.get_context(method).Process(target=exec, args=(WORKER,))
+    process.start()
+    process.join(60)
+    status = process.exitcode
+    process.kill()
+    assert status == 0
+
+
 class Failing(Fake):
     """A dataset whose images cannot be read, for a reason that is no image's fault."""
 
